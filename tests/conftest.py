@@ -1,0 +1,127 @@
+"""Options, fixtures and reports that every test file shares.
+
+``--arch X``   run that architecture's code path (75, 80, 86, 89, 90a); default: the GPU's own.
+``device``     "cpu" and "cuda"; without a GPU the second is left out, and the last lines say so.
+``rng``        a generator seeded afresh each run; a failure prints the seed and how to rerun alone.
+
+Nothing here imports ridgeline: ``--arch`` has to be in the environment before that happens.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ARCHITECTURES = ("75", "80", "86", "89", "90a")
+LEFT_OUT = pytest.StashKey[int]()
+RUN_SEED = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--arch",
+        choices=("native", *ARCHITECTURES),
+        default="native",
+        help="architecture whose code path the GPU tests run (default: the GPU's own)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; left out, and counted, without one")
+    config.addinivalue_line("markers", "slow: takes over 20 seconds or tens of gigabytes")
+    arch = config.getoption("--arch")
+    if arch != "native":
+        os.environ["RIDGELINE_ARCH"] = arch
+    seed = os.environ.get("RIDGELINE_TEST_SEED")
+    config.stash[RUN_SEED] = int(seed) if seed else secrets.randbelow(2**31)
+    config.stash[LEFT_OUT] = 0
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    return [
+        f"ridgeline tests: torch {torch.__version__}, GPU: {gpu}, "
+        f"architecture: {os.environ.get('RIDGELINE_ARCH', 'native')}, "
+        f"RIDGELINE_TEST_SEED={config.stash[RUN_SEED]}"
+    ]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=left_out)
+        config.stash[LEFT_OUT] = len(left_out)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    left_out = config.stash[LEFT_OUT]
+    if left_out:
+        terminalreporter.section("not run")
+        terminalreporter.write_line(
+            f"not run: {left_out} tests need a GPU (no CUDA device found); "
+            "run `make test-gpu` on a machine that has one"
+        )
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Add to a failure the configuration that failed and the command that reruns it alone."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    if report.when != "call" or not report.failed:
+        return
+    callspec = getattr(item, "callspec", None)
+    config_lines = (
+        [f"{name} = {value!r}" for name, value in callspec.params.items()] if callspec else []
+    )
+    arch = item.config.getoption("--arch")
+    command = [f"RIDGELINE_TEST_SEED={item.config.stash[RUN_SEED]}", "python", "-m", "pytest"]
+    if arch != "native":
+        command += ["--arch", arch]
+    command.append(shlex.quote(item.nodeid))
+    text = "\n".join([*config_lines, "rerun alone: " + " ".join(command)])
+    report.sections.append(("configuration", text))
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device under test; "cuda" is device 0 of the process."""
+    return torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def second_device() -> torch.device:
+    """A GPU other than the current one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs a second GPU; this machine has {torch.cuda.device_count()}")
+    return torch.device("cuda", 1)
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seed of this test: the run's seed mixed with the test's name."""
+    return request.config.stash[RUN_SEED] ^ zlib.crc32(request.node.nodeid.encode())
+
+
+@pytest.fixture
+def rng(seed: int) -> torch.Generator:
+    """CPU generator: the same numbers whatever device the test then moves them to."""
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the checkout that holds these tests (not of the installed package)."""
+    return Path(__file__).resolve().parent.parent
