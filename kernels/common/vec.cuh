@@ -1,0 +1,115 @@
+// kVec neighbouring elements as one value that moves in one memory instruction (16 bytes at most),
+// and the conversions between the element types and float32, in which all arithmetic happens.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "common/types.h"
+
+namespace ridgeline {
+
+__device__ __forceinline__ float to_float(float x) {
+  return x;
+}
+__device__ __forceinline__ float to_float(__half x) {
+  return __half2float(x);
+}
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+
+// Rounds to nearest even.
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// The unsigned words that carry kBytes through a load or store.
+template <int kBytes>
+struct Words;
+template <>
+struct Words<2> {
+  using type = unsigned short;
+};
+template <>
+struct Words<4> {
+  using type = uint32;
+};
+template <>
+struct Words<8> {
+  using type = uint2;
+};
+template <>
+struct Words<16> {
+  using type = uint4;
+};
+
+template <class T, int kVec>
+struct alignas(sizeof(T) * kVec) Vec {
+  static constexpr int kBytes = sizeof(T) * kVec;
+  // A vector of more than 16 bytes (float32 weights beside 16-bit data) moves in pieces of 16.
+  static constexpr int kWordBytes = kBytes < 16 ? kBytes : 16;
+  static constexpr int kWords = kBytes / kWordBytes;
+  using Word = typename Words<kWordBytes>::type;
+
+  union {
+    Word words[kWords];
+    T elements[kVec];
+  };
+
+  __device__ __forceinline__ Vec() {}
+  __device__ __forceinline__ float get(int i) const { return to_float(elements[i]); }
+  __device__ __forceinline__ void set(int i, float x) { elements[i] = from_float<T>(x); }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = Word{};
+  }
+};
+
+// An ordinary load, cached in L1 and L2: for what several blocks or a second pass read again.
+template <int kVec, class T>
+__device__ __forceinline__ Vec<T, kVec> load(const T* source) {
+  Vec<T, kVec> v;
+#pragma unroll
+  for (int i = 0; i < v.kWords; ++i) {
+    v.words[i] = reinterpret_cast<const typename Vec<T, kVec>::Word*>(source)[i];
+  }
+  return v;
+}
+
+// A load of what this kernel reads once: it leaves L1 to the weights. Not the read-only path, so
+// that the kernel may write the same address later (in-place operators).
+template <int kVec, class T>
+__device__ __forceinline__ Vec<T, kVec> load_once(const T* source) {
+  if constexpr (sizeof(T) * kVec == 16) {
+    Vec<T, kVec> v;
+    uint4& w = v.words[0];
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+                 : "l"(source));
+    return v;
+  } else {
+    return load<kVec>(source);
+  }
+}
+
+template <int kVec, class T>
+__device__ __forceinline__ void store(T* target, const Vec<T, kVec>& v) {
+#pragma unroll
+  for (int i = 0; i < v.kWords; ++i) {
+    reinterpret_cast<typename Vec<T, kVec>::Word*>(target)[i] = v.words[i];
+  }
+}
+
+}  // namespace ridgeline
