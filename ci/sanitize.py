@@ -1,0 +1,100 @@
+"""Every op on a few small, awkward shapes, for compute-sanitizer: ci/test_gpu.py runs it.
+
+Sizes are odd on purpose: rows that end inside a tile, key lengths that end inside a block, views
+with gaps. Without torch's caching allocator each tensor is an allocation of its own, so that an
+access past its end is seen. Results are only checked for being finite: the tests check values.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import ridgeline
+import torch
+
+DEVICE = torch.device("cuda")
+HEADS = ((4, 4), (6, 2), (8, 1))
+
+
+def dtypes() -> tuple[torch.dtype, ...]:
+    turing = os.environ.get("RIDGELINE_ARCH") == "75"
+    return (torch.float16,) if turing else (torch.float16, torch.bfloat16)
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, device="cpu").to(dtype).to(DEVICE)
+
+
+def with_gaps(x: torch.Tensor) -> torch.Tensor:
+    """The same values, every row followed by a gap of 16 bytes of NaN."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 8), float("nan"), dtype=x.dtype)
+    wide = wide.to(DEVICE)
+    view = wide[..., : x.shape[-1]]
+    view.copy_(x)
+    return view
+
+
+def elementwise(dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    for rows, hidden in ((1, 128), (3, 4096), (5, 1000), (2, 8200)):
+        x, weight = random(rows, hidden, dtype=dtype), random(hidden, dtype=dtype)
+        yield ridgeline.rmsnorm(x, weight)
+        yield ridgeline.rmsnorm(with_gaps(x), weight)
+        residual = random(rows, hidden, dtype=dtype)
+        ridgeline.fused_add_rmsnorm(x, residual, weight)
+        yield x
+        yield residual
+        yield ridgeline.silu_and_mul(random(rows, 2 * hidden, dtype=dtype))
+    for head_dim in (64, 80, 128):
+        q, k = random(7, 6, head_dim, dtype=dtype), random(7, 2, head_dim, dtype=dtype)
+        positions = torch.arange(7, dtype=torch.int32, device=DEVICE)
+        yield from ridgeline.apply_rope_pos_ids(q, k, positions)
+
+
+def attention(dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    shapes = ((1, 1), (1, 333), (17, 65), (70, 130), (129, 129))
+    for head_dim in (64, 80, 128, 256):
+        for (qo_len, kv_len), (num_qo_heads, num_kv_heads) in zip(shapes, HEADS * 2, strict=False):
+            q = random(qo_len, num_qo_heads, head_dim, dtype=dtype)
+            k = with_gaps(random(kv_len, num_kv_heads, head_dim, dtype=dtype))
+            v = with_gaps(random(kv_len, num_kv_heads, head_dim, dtype=dtype))
+            for options in ({}, {"causal": True, "window_left": 20, "logits_soft_cap": 30.0}):
+                if head_dim == 256 and options:
+                    continue
+                yield ridgeline.single_prefill_with_kv_cache(q, k, v, **options)
+            yield ridgeline.single_decode_with_kv_cache(q[0], k, v)
+    q, k = random(9, 4, 192, dtype=dtype), random(40, 4, 192, dtype=dtype)
+    yield ridgeline.single_prefill_with_kv_cache(q, k, random(40, 4, 128, dtype=dtype), causal=True)
+    q, k = random(33, 4, 128, dtype=dtype), random(50, 2, 128, dtype=dtype)
+    v = random(50, 2, 128, dtype=dtype)
+    yield ridgeline.single_prefill_with_kv_cache(q, k, v, pos_encoding_mode="ROPE_LLAMA")
+    q, k = random(8, 128, dtype=dtype), random(9001, 2, 128, dtype=dtype)
+    yield ridgeline.single_decode_with_kv_cache(q, k, random(9001, 2, 128, dtype=dtype))
+
+
+def merging(dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    for seq_len, num_heads, head_dim in ((1, 1, 40), (5, 3, 128), (33, 8, 256)):
+        v_a, v_b = (random(seq_len, num_heads, head_dim, dtype=dtype) for _ in range(2))
+        s_a, s_b = (random(seq_len, num_heads, dtype=torch.float32) for _ in range(2))
+        yield from ridgeline.merge_state(v_a, s_a, v_b, s_b)
+        ridgeline.merge_state_in_place(v_a, s_a, v_b, s_b)
+        yield v_a
+        states = random(seq_len, 5, num_heads, head_dim, dtype=dtype)
+        yield from ridgeline.merge_states(states, random(seq_len, 5, num_heads, dtype=torch.float32))
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    results = 0
+    for dtype in dtypes():
+        for family in (elementwise, attention, merging):
+            for result in family(dtype):
+                finite = bool(result.cpu().isfinite().all())
+                assert finite, f"{family.__name__}, {dtype}: a value that is not finite"
+                results += 1
+    torch.cuda.synchronize()
+    print(f"{results} results, all finite")
+
+
+if __name__ == "__main__":
+    main()

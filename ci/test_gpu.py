@@ -1,0 +1,144 @@
+"""The GPU tests: `make test-gpu`, on a machine whose Python has torch built for CUDA.
+
+Runs the tests marked `gpu` once for each architecture's code path (older ones as PTX of their
+compute capability) and, where compute-sanitizer is installed, memcheck and racecheck over
+ci/sanitize.py. All jobs run side by side; each writes build/gpu/logs/<job>.log.
+
+ARCH    architectures, default 75,80,89,90a
+WHEEL   the built wheel to test; without it the checkout is compiled against the torch here
+ARGS    more arguments for pytest, such as "-k decode"
+TIMEOUT seconds for all of it, default 1500
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import ROOT, Stopwatch, say
+from gpu import GPU_BUILD, install_site, require_gpu
+
+LOGS = GPU_BUILD / "logs"
+SANITIZED_ARCHS = ("75", "80")
+TOOLS = ("memcheck", "racecheck")
+
+
+@dataclass
+class Job:
+    """A process, its log, and how it ended."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    started: float
+    code: int | None = None
+    seconds: float = 0.0
+
+    @property
+    def log(self) -> Path:
+        return LOGS / f"{self.name}.log"
+
+    def last_words(self) -> str:
+        """The closing line of pytest or of the sanitizer, else the log's last line."""
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        for line in reversed(lines):
+            if re.search(r"\d+ (passed|failed|error)|ERROR SUMMARY|RACECHECK SUMMARY", line):
+                return line.strip("= ")
+        return lines[-1] if lines else "no output"
+
+
+def start(name: str, command: list[str], env: dict[str, str]) -> Job:
+    with (LOGS / f"{name}.log").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=LOGS,
+            env={**os.environ, **env},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    return Job(name, process, time.monotonic())
+
+
+def pytest_job(arch: str, env: dict[str, str]) -> Job:
+    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml")]
+    command += ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-m", "gpu", "--arch", arch]
+    command += ["--durations", "10", *shlex.split(os.environ.get("ARGS", "")), str(ROOT / "tests")]
+    return start(f"sm_{arch}", command, env)
+
+
+def sanitizer_job(tool: str, arch: str, sanitizer: str, env: dict[str, str]) -> Job:
+    # Why the filter: torch's own kernels are not ours to check, and slow under the tool.
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=ridgeline"]
+    command += [sys.executable, str(ROOT / "ci" / "sanitize.py")]
+    extra = {"RIDGELINE_ARCH": arch, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return start(f"{tool}_sm_{arch}", command, {**env, **extra})
+
+
+def wait(jobs: list[Job], limit: float) -> None:
+    """Wait for every job, say what still runs twice a minute, end what outlives the limit."""
+    begin = said = time.monotonic()
+    while any(job.code is None for job in jobs):
+        time.sleep(0.5)
+        now = time.monotonic()
+        for job in jobs:
+            if job.code is None and now - begin > limit:
+                os.killpg(job.process.pid, signal.SIGKILL)
+                job.process.wait()
+                job.code = 124
+            elif job.code is None:
+                job.code = job.process.poll()
+            if job.code is not None and not job.seconds:
+                job.seconds = now - job.started
+                say(f"{job.name}: {job.last_words()}")
+        running = [job.name for job in jobs if job.code is None]
+        if running and now - said > 30:
+            said = now
+            say(f"{now - begin:.0f} s, running: {' '.join(running)}")
+
+
+def print_failures(jobs: list[Job]) -> None:
+    for job in jobs:
+        if job.code:
+            lines = job.log.read_text(errors="replace").splitlines()
+            marked = [line for line in lines if line.startswith(("FAILED", "ERROR", "========= "))]
+            print(f"--- {job.name}, exit code {job.code}, {job.log.relative_to(ROOT)}")
+            print("\n".join(marked[:25] or lines[-25:]))
+
+
+def main() -> int:
+    watch = Stopwatch()
+    require_gpu()
+    env = install_site()
+    shutil.rmtree(LOGS, ignore_errors=True)
+    LOGS.mkdir(parents=True)
+    archs = (os.environ.get("ARCH") or "75,80,89,90a").replace("native", "90a").split(",")
+    jobs = [pytest_job(arch, env) for arch in archs]
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer:
+        chosen = [arch for arch in SANITIZED_ARCHS if arch in archs] or archs[:1]
+        jobs += [sanitizer_job(tool, arch, sanitizer, env) for tool in TOOLS for arch in chosen]
+    wait(jobs, float(os.environ.get("TIMEOUT") or 1500))
+
+    print_failures(jobs)
+    print(f"\n{'job':<18} {'result':<8} {'time':>7}  closing line")
+    for job in jobs:
+        result = "ok" if job.code == 0 else "TIMEOUT" if job.code == 124 else f"code {job.code}"
+        print(f"{job.name:<18} {result:<8} {job.seconds:>5.0f} s  {job.last_words()}")
+    if not sanitizer:
+        print("not run: memcheck and racecheck (compute-sanitizer is not on PATH)")
+    failed = [job.name for job in jobs if job.code]
+    say(f"make test-gpu: {'FAILED: ' + ' '.join(failed) if failed else 'passed'} after {watch}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
