@@ -1,0 +1,72 @@
+"""What every op family uses to register its Python side and to call its ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from . import _library as _library  # registers the schemas
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_cpu = torch.library.Library("ridgeline", "IMPL", "CPU")
+_autograd = torch.library.Library("ridgeline", "IMPL", "Autograd")
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def cpu_impl(name: str) -> Callable[[_Function], _Function]:
+    """Registers a function as the CPU implementation of an op."""
+
+    def register(function: _Function) -> _Function:
+        _cpu.impl(name, function)
+        return function
+
+    return register
+
+
+def fake_impl(name: str) -> Callable[[_Function], _Function]:
+    """Registers a function as the fake of an op, and the guard against missing gradients."""
+
+    def register(function: _Function) -> _Function:
+        torch.library.register_fake(f"ridgeline::{name}", function, lib=_cpu)
+        _guard_gradients(name)
+        return function
+
+    return register
+
+
+def call(op: torch._ops.OpOverload, *args: Any) -> Any:
+    """Calls an op whose inputs `refuse_grad` has checked, without the autograd key's own check."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    with _below_autograd():
+        return op(*args)
+
+
+def refuse_grad(name: str, *tensors: torch.Tensor | None) -> None:
+    """Raises RuntimeError when grad mode is on and one of the tensors requires grad."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(_no_gradient(name))
+
+
+def _no_gradient(name: str) -> str:
+    return (
+        f"ridgeline.{name}: an input requires grad, and this op has no backward. Call it under "
+        "torch.inference_mode() or torch.no_grad(), or pass .detach()ed tensors."
+    )
+
+
+def _guard_gradients(name: str) -> None:
+    op = getattr(torch.ops.ridgeline, name).default
+
+    def guard(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        refuse_grad(name, *tensors)
+        with _below_autograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    _autograd.impl(name, guard, with_keyset=True)

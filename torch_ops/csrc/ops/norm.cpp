@@ -1,0 +1,242 @@
+// rmsnorm, fused_add_rmsnorm: schemas, checks, choice of kernel, launch.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <cmath>
+
+#include "norm/params.h"
+#include "runtime/catalog.h"
+#include "runtime/check.h"
+#include "runtime/kernel.h"
+#include "runtime/names.h"
+#include "runtime/pdl.h"
+#include "runtime/rows.h"
+
+namespace ridgeline {
+namespace {
+
+constexpr int64_t kMaxRows = (int64_t{1} << 31) - 1;
+constexpr int kVectorBytes = 16;
+
+// The core table's rows: every type of input, weight of the same type or float32, and 16-byte or
+// single-element accesses.
+struct NormRow {
+  Dtype dtype;
+  Dtype weight;
+  int vec_size;
+};
+constexpr std::array kNormRows = {
+    NormRow{Dtype::Half, Dtype::Half, 8},         NormRow{Dtype::Half, Dtype::Half, 1},
+    NormRow{Dtype::Half, Dtype::Float, 8},        NormRow{Dtype::Half, Dtype::Float, 1},
+    NormRow{Dtype::BFloat16, Dtype::BFloat16, 8}, NormRow{Dtype::BFloat16, Dtype::BFloat16, 1},
+    NormRow{Dtype::BFloat16, Dtype::Float, 8},    NormRow{Dtype::BFloat16, Dtype::Float, 1},
+    NormRow{Dtype::Float, Dtype::Float, 4},       NormRow{Dtype::Float, Dtype::Float, 1},
+};
+
+constexpr const char* kRmsnorm = "norm/rmsnorm.cuh:rmsnorm";
+constexpr const char* kFusedAdd = "norm/fused_add_rmsnorm.cuh:fused_add_rmsnorm";
+
+std::string row_kernel(const char* entry, const NormRow& row) {
+  return kernel_name(entry, device_type(row.dtype), device_type(row.weight), row.vec_size);
+}
+
+// The kernels of one entry, in the order of kNormRows.
+class NormKernels {
+ public:
+  explicit NormKernels(const char* entry) {
+    for (size_t i = 0; i < kNormRows.size(); ++i) {
+      kernels_[i] = &kernel(row_kernel(entry, kNormRows[i]));
+    }
+  }
+  Kernel& of(Dtype dtype, Dtype weight, bool aligned) const {
+    size_t i = aligned ? 0 : 1;
+    while (kNormRows[i].dtype != dtype || kNormRows[i].weight != weight) i += 2;
+    return *kernels_[i];
+  }
+
+ private:
+  std::array<Kernel*, kNormRows.size()> kernels_;
+};
+
+std::vector<Row> norm_rows() {
+  std::vector<Row> rows;
+  for (const auto& [op, entry] : {std::pair{"rmsnorm", kRmsnorm}, {"fused_add_rmsnorm", kFusedAdd}}) {
+    for (const NormRow& row : kNormRows) {
+      rows.push_back({.op = op,
+                      .kernel = row_kernel(entry, row),
+                      .block = static_cast<int>(kNormMaxThreads),
+                      .why = row.vec_size == 1 ? "views or sizes that are not multiples of 16 bytes"
+                                               : "16-byte accesses"});
+    }
+  }
+  return rows;
+}
+
+Choice norm_choose(const std::string& op, const Config& config, int) {
+  const std::string dtype = config.get("dtype", "float16");
+  const std::string weight = config.get("weight_dtype", dtype);
+  for (const NormRow& row : kNormRows) {
+    if (dtype_name(row.dtype) == "torch." + dtype && dtype_name(row.weight) == "torch." + weight) {
+      return {{row_kernel(op == "rmsnorm" ? kRmsnorm : kFusedAdd, row)}, {}};
+    }
+  }
+  return {{}, {"dtype " + dtype + " with weight_dtype " + weight +
+               ": expected float16, bfloat16 or float32, and a weight of the same or float32"}};
+}
+
+const RegisterFamily family({{"rmsnorm", "fused_add_rmsnorm"}, norm_rows, norm_choose});
+
+void check_input(const Arg& input) {
+  check_cuda(input);
+  check_dtype(input, {Dtype::Half, Dtype::BFloat16, Dtype::Float});
+  if (input.tensor.dim() == 0) {
+    fail(input.op, input.name, "at least 1 dimension", "a scalar", "Give it a shape [..., hidden]");
+  }
+  check_last_stride(input);
+}
+
+void check_weight(const Arg& weight, const Arg& input) {
+  check_same_device(weight, input);
+  check_rank(weight, {1});
+  const int64_t hidden = input.tensor.size(input.tensor.dim() - 1);
+  check_shape(weight, std::array{hidden}, "[hidden]");
+  if (weight.tensor.scalar_type() != Dtype::Float) check_same_dtype(weight, input);
+  check_last_stride(weight);
+}
+
+void check_like_input(const Arg& arg, const Arg& input) {
+  check_same_device(arg, input);
+  check_same_dtype(arg, input);
+  const auto sizes = input.tensor.sizes();
+  check_shape(arg, {sizes.data(), sizes.size()}, "that of 'input'");
+  check_last_stride(arg);
+}
+
+void check_eps(const char* op, double eps) {
+  if (std::isfinite(eps) && eps >= 0) return;
+  fail(op, "eps", "a finite number >= 0", std::to_string(eps), "1e-6 is the default");
+}
+
+NormShape norm_shape(const char* op, const Rows& rows, int vec_size, double eps) {
+  if (rows.num_rows > kMaxRows) {
+    fail(op, "input", "fewer than 2^31 rows", std::to_string(rows.num_rows), "Split the call");
+  }
+  return {static_cast<uint32>(rows.num_rows),
+          static_cast<uint32>(rows.hidden / vec_size),
+          norm_plan(rows.hidden, vec_size).threads_per_row,
+          make_divider(static_cast<uint32>(rows.num_inner)),
+          static_cast<float>(rows.hidden),
+          static_cast<float>(eps)};
+}
+
+template <class Params>
+void launch_norm(const NormKernels& kernels, const Arg& input, const Arg& weight,
+                 const Params& params, int vec_size, int64_t hidden, bool pdl) {
+  const NormPlan plan = norm_plan(hidden, vec_size);
+  const unsigned blocks = (params.shape.num_rows + plan.rows_per_block - 1) / plan.rows_per_block;
+  const Device& gpu = device(input.tensor.get_device_index());
+  launch(kernels.of(input.tensor.scalar_type(), weight.tensor.scalar_type(), vec_size != 1), gpu,
+         {.grid_x = blocks, .block = plan.block, .pdl = checked_pdl(input.op, gpu, pdl)}, &params);
+}
+
+RowStrides strides_of(const Rows& rows) { return {rows.outer_stride, rows.inner_stride}; }
+
+// Elements an access moves: 16 bytes of them when every pointer, stride and the row length allow.
+int vector_size(const Tensor& input, const Tensor& other, const Tensor& weight) {
+  const int64_t elements = kVectorBytes / static_cast<int64_t>(input.element_size());
+  const bool aligned = input.size(input.dim() - 1) % elements == 0 && is_aligned16(input) &&
+                       is_aligned16(other) && is_aligned16(weight);
+  return aligned ? static_cast<int>(elements) : 1;
+}
+
+// Both views as rows that are numbered alike; one that folds into a single stride is split like the
+// other.
+std::pair<Rows, Rows> matching_rows(const Arg& a, const Arg& b) {
+  Rows first = rows_of(a), second = rows_of(b);
+  const auto split_like = [](Rows& rows, const Rows& as, const Arg& arg, const Arg& as_arg) {
+    if (rows.num_inner != rows.num_rows) {
+      fail(arg.op, arg.name,
+           std::string("leading dimensions that fold as those of '") + as_arg.name + "' do",
+           "strides that fold otherwise", "Call .contiguous() on it first");
+    }
+    rows.outer_stride = as.num_inner * rows.inner_stride;
+    rows.num_inner = as.num_inner;
+  };
+  if (first.num_inner > second.num_inner) split_like(first, second, a, b);
+  if (second.num_inner > first.num_inner) split_like(second, first, b, a);
+  return {first, second};
+}
+
+void run_rmsnorm(const char* op, const Tensor& out, const Tensor& input, const Tensor& weight,
+                 double eps, bool enable_pdl) {
+  static const NormKernels kernels(kRmsnorm);
+  const Arg input_arg{op, "input", input};
+  const auto [rows, out_rows] = matching_rows(input_arg, {op, "out", out});
+  if (rows.num_rows == 0 || rows.hidden == 0) return;
+  const int vec_size = vector_size(input, out, weight);
+  const RmsnormParams params{input.const_data_ptr(), weight.const_data_ptr(),
+                             out.mutable_data_ptr(), strides_of(rows), strides_of(out_rows),
+                             norm_shape(op, rows, vec_size, eps)};
+  launch_norm(kernels, input_arg, {op, "weight", weight}, params, vec_size, rows.hidden,
+              enable_pdl);
+}
+
+Tensor rmsnorm(const Tensor& input, const Tensor& weight, double eps, bool enable_pdl) {
+  const Arg input_arg{"rmsnorm", "input", input};
+  check_input(input_arg);
+  check_weight({"rmsnorm", "weight", weight}, input_arg);
+  check_eps("rmsnorm", eps);
+  const Tensor out = torch::stable::new_empty(input, input.sizes());
+  run_rmsnorm("rmsnorm", out, input, weight, eps, enable_pdl);
+  return out;
+}
+
+void rmsnorm_out(const Tensor& out, const Tensor& input, const Tensor& weight, double eps,
+                 bool enable_pdl) {
+  const Arg input_arg{"rmsnorm", "input", input};
+  check_input(input_arg);
+  check_weight({"rmsnorm", "weight", weight}, input_arg);
+  check_like_input({"rmsnorm", "out", out}, input_arg);
+  check_eps("rmsnorm", eps);
+  run_rmsnorm("rmsnorm", out, input, weight, eps, enable_pdl);
+}
+
+void fused_add_rmsnorm(const Tensor& input, const Tensor& residual, const Tensor& weight,
+                       double eps, bool enable_pdl) {
+  constexpr const char* kOp = "fused_add_rmsnorm";
+  static const NormKernels kernels(kFusedAdd);
+  const Arg input_arg{kOp, "input", input}, residual_arg{kOp, "residual", residual};
+  check_input(input_arg);
+  check_like_input(residual_arg, input_arg);
+  check_weight({kOp, "weight", weight}, input_arg);
+  check_eps(kOp, eps);
+  const auto [rows, residual_rows] = matching_rows(input_arg, residual_arg);
+  if (rows.num_rows == 0 || rows.hidden == 0) return;
+  const int vec_size = vector_size(input, residual, weight);
+  const FusedAddRmsnormParams params{input.mutable_data_ptr(), residual.mutable_data_ptr(),
+                                     weight.const_data_ptr(), strides_of(rows),
+                                     strides_of(residual_rows),
+                                     norm_shape(kOp, rows, vec_size, eps)};
+  launch_norm(kernels, input_arg, {kOp, "weight", weight}, params, vec_size, rows.hidden,
+              enable_pdl);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
+  m.def("rmsnorm(Tensor input, Tensor weight, float eps, bool enable_pdl=False) -> Tensor");
+  m.def("rmsnorm_out(Tensor(a!) out, Tensor input, Tensor weight, float eps, bool enable_pdl=False) -> ()");
+  m.def(
+      "fused_add_rmsnorm(Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps, "
+      "bool enable_pdl=False) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+  m.impl("rmsnorm", TORCH_BOX(&rmsnorm));
+  m.impl("rmsnorm_out", TORCH_BOX(&rmsnorm_out));
+  m.impl("fused_add_rmsnorm", TORCH_BOX(&fused_add_rmsnorm));
+}
+
+}  // namespace ridgeline

@@ -1,0 +1,148 @@
+#include "runtime/check.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace ridgeline {
+namespace {
+
+constexpr int64_t kVectorBytes = 16;
+
+std::string join(std::span<const std::string> words) {
+  std::string out;
+  for (size_t i = 0; i < words.size(); ++i) {
+    out += (i == 0 ? "" : i + 1 == words.size() ? " or " : ", ") + words[i];
+  }
+  return out;
+}
+
+int64_t element_bytes(const Tensor& tensor) {
+  return static_cast<int64_t>(tensor.element_size());
+}
+
+}  // namespace
+
+void fail(const char* op, const char* arg, const std::string& expected, const std::string& got,
+          const std::string& way_out) {
+  throw std::runtime_error(std::string("ridgeline.") + op + ": argument '" + arg +
+                           "': expected " + expected + ", got " + got + ". " + way_out);
+}
+
+std::string dtype_name(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::Half: return "torch.float16";
+    case Dtype::BFloat16: return "torch.bfloat16";
+    case Dtype::Float: return "torch.float32";
+    case Dtype::Double: return "torch.float64";
+    case Dtype::Int: return "torch.int32";
+    case Dtype::Long: return "torch.int64";
+    case Dtype::Short: return "torch.int16";
+    case Dtype::Char: return "torch.int8";
+    case Dtype::Byte: return "torch.uint8";
+    case Dtype::Bool: return "torch.bool";
+    default: return std::string("torch.") + torch::headeronly::toString(dtype);
+  }
+}
+
+const char* device_type(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::Half: return "__half";
+    case Dtype::BFloat16: return "__nv_bfloat16";
+    default: return "float";
+  }
+}
+
+std::string device_name(const Tensor& t) {
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index())
+         : t.is_cpu() ? "cpu"
+                      : "another kind of device";
+}
+
+std::string shape_text(std::span<const int64_t> shape) {
+  std::string out = "[";
+  for (size_t i = 0; i < shape.size(); ++i) out += (i ? ", " : "") + std::to_string(shape[i]);
+  return out + "]";
+}
+
+std::string shape_text(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return shape_text({sizes.data(), sizes.size()});
+}
+
+void check_cuda(const Arg& arg) {
+  if (arg.tensor.is_cuda()) return;
+  fail(arg.op, arg.name, "a CUDA tensor", "one on " + device_name(arg.tensor),
+       "Move it with .to('cuda')");
+}
+
+void check_same_device(const Arg& arg, const Arg& as) {
+  if (arg.tensor.get_device_index() == as.tensor.get_device_index() &&
+      arg.tensor.is_cuda() == as.tensor.is_cuda()) {
+    return;
+  }
+  fail(arg.op, arg.name, "device " + device_name(as.tensor) + " (that of '" + as.name + "')",
+       device_name(arg.tensor), std::string("Move it with .to(") + as.name + ".device)");
+}
+
+void check_dtype(const Arg& arg, std::initializer_list<Dtype> allowed) {
+  const Dtype dtype = arg.tensor.scalar_type();
+  if (std::find(allowed.begin(), allowed.end(), dtype) != allowed.end()) return;
+  std::vector<std::string> names;
+  for (const Dtype d : allowed) names.push_back(dtype_name(d));
+  fail(arg.op, arg.name, "dtype " + join(names), dtype_name(dtype),
+       "Convert it with .to(" + names.front() + ")");
+}
+
+void check_same_dtype(const Arg& arg, const Arg& as) {
+  if (arg.tensor.scalar_type() == as.tensor.scalar_type()) return;
+  fail(arg.op, arg.name,
+       "dtype " + dtype_name(as.tensor.scalar_type()) + " (that of '" + as.name + "')",
+       dtype_name(arg.tensor.scalar_type()), std::string("Convert it with .to(") + as.name +
+       ".dtype)");
+}
+
+void check_rank(const Arg& arg, std::initializer_list<int64_t> allowed) {
+  if (std::find(allowed.begin(), allowed.end(), arg.tensor.dim()) != allowed.end()) return;
+  std::vector<std::string> ranks;
+  for (const int64_t rank : allowed) ranks.push_back(std::to_string(rank));
+  fail(arg.op, arg.name, join(ranks) + " dimensions",
+       std::to_string(arg.tensor.dim()) + " (shape " + shape_text(arg.tensor) + ")",
+       "Reshape it as the function's documentation says");
+}
+
+void check_shape(const Arg& arg, std::span<const int64_t> shape, const char* meaning) {
+  const auto sizes = arg.tensor.sizes();
+  if (std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end())) return;
+  fail(arg.op, arg.name, "shape " + shape_text(shape) + " = " + meaning, shape_text(arg.tensor),
+       "Pass a tensor of that shape");
+}
+
+void check_last_stride(const Arg& arg) {
+  const int64_t last = arg.tensor.dim() - 1;
+  if (arg.tensor.size(last) <= 1 || arg.tensor.stride(last) == 1) return;
+  fail(arg.op, arg.name, "a last dimension of stride 1",
+       "stride " + std::to_string(arg.tensor.stride(last)), "Call .contiguous() on it first");
+}
+
+bool is_aligned16(const Tensor& tensor) {
+  if (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kVectorBytes != 0) return false;
+  for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
+    if (tensor.size(dim) > 1 && tensor.stride(dim) * element_bytes(tensor) % kVectorBytes != 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+void check_aligned16(const Arg& arg) {
+  if (is_aligned16(arg.tensor)) return;
+  const auto address = reinterpret_cast<uintptr_t>(arg.tensor.const_data_ptr());
+  const auto strides = arg.tensor.strides();
+  fail(arg.op, arg.name, "a base pointer and strides that are multiples of 16 bytes",
+       "a pointer " + std::to_string(address % kVectorBytes) + " bytes past one and strides " +
+           shape_text({strides.data(), strides.size()}) + " of " +
+           std::to_string(element_bytes(arg.tensor)) + "-byte elements",
+       "Call .contiguous() on it, or .clone() if it is contiguous already");
+}
+
+}  // namespace ridgeline

@@ -1,0 +1,33 @@
+// One vocabulary of argument checks. A failed one throws std::runtime_error:
+//   ridgeline.<op>: argument '<arg>': expected <expected>, got <got>. <way out>
+#pragma once
+
+#include <initializer_list>
+#include <string>
+
+#include "runtime/tensor.h"
+
+namespace ridgeline {
+
+[[noreturn]] void fail(const char* op, const char* arg, const std::string& expected,
+                       const std::string& got, const std::string& way_out);
+
+// An argument with the op and name that messages give it.
+struct Arg {
+  const char* op;
+  const char* name;
+  const Tensor& tensor;
+};
+
+void check_cuda(const Arg& arg);
+void check_same_device(const Arg& arg, const Arg& as);
+void check_dtype(const Arg& arg, std::initializer_list<Dtype> allowed);
+void check_same_dtype(const Arg& arg, const Arg& as);
+void check_rank(const Arg& arg, std::initializer_list<int64_t> allowed);
+void check_shape(const Arg& arg, std::span<const int64_t> shape, const char* meaning);
+void check_last_stride(const Arg& arg);  // 1, unless the last dimension holds one element or none
+void check_aligned16(const Arg& arg);    // base pointer and every stride, in bytes
+
+bool is_aligned16(const Tensor& tensor);
+
+}  // namespace ridgeline

@@ -1,0 +1,123 @@
+#include "runtime/kernel.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <map>
+#include <memory>
+#include <stdexcept>
+
+#include "runtime/resolver.h"
+
+// Weak: only CUDA builds of torch define it, and this library loads beside CPU builds too.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                             void** ret_stream)
+    __attribute__((weak));
+
+namespace ridgeline {
+namespace {
+
+constexpr unsigned kDefaultDynamicSmem = 48 * 1024;
+
+// Lets this thread load modules while one of its streams is being captured.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { driver().thread_exchange_capture_mode(&mode_); }
+  ~RelaxedCapture() { driver().thread_exchange_capture_mode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  CaptureMode mode_ = CaptureMode::kRelaxed;
+};
+
+CUstream current_stream(int device_index) {
+  if (!aoti_torch_get_current_cuda_stream) {
+    throw std::runtime_error(
+        "this build of torch has no CUDA. Install a CUDA build of torch, or use CPU tensors");
+  }
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream(device_index, &stream) != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error("torch gave no current stream for GPU " +
+                             std::to_string(device_index));
+  }
+  return static_cast<CUstream>(stream);
+}
+
+}  // namespace
+
+const Kernel::Module& Kernel::module(const Device& device) {
+  auto it = modules_.find(device.arch);
+  if (it == modules_.end()) {
+    const Entry entry = resolve(name_, device.arch);
+    Module module{nullptr, entry.lowered};
+    driver_check(driver().library_load_data(&module.library, entry.code.c_str(), nullptr, nullptr, 0,
+                                            nullptr, nullptr, 0),
+                 "loading kernel " + name_ + " (" + entry.arch + ") on " + device.name);
+    it = modules_.emplace(device.arch, std::move(module)).first;
+  }
+  return it->second;
+}
+
+LoadedKernel& Kernel::load(const Device& device) {
+  const std::lock_guard lock(mutex_);
+  if (LoadedKernel* found = loaded_[device.index].load()) return *found;
+  const ContextScope context(device);
+  const RelaxedCapture relaxed;
+  const Module& from = module(device);
+  auto loaded = std::make_unique<LoadedKernel>();
+  driver_check(driver().library_get_kernel(&loaded->handle, from.library, from.lowered.c_str()),
+               "finding kernel " + name_ + " in its module");
+  // Why: the function is what loads the code; under lazy loading a launch would, too late for a
+  // stream that is being captured.
+  driver_check(driver().kernel_get_function(&loaded->function, loaded->handle),
+               "loading kernel " + name_ + " on " + device.name);
+  loaded->dynamic_smem = kDefaultDynamicSmem;
+  loaded_[device.index].store(loaded.get(), std::memory_order_release);
+  return *loaded.release();
+}
+
+Kernel& kernel(const std::string& name) {
+  static std::mutex mutex;
+  static std::map<std::string, std::unique_ptr<Kernel>> kernels;
+  const std::lock_guard lock(mutex);
+  auto& slot = kernels[name];
+  if (!slot) slot = std::make_unique<Kernel>(name);
+  return *slot;
+}
+
+void launch(Kernel& kernel, const Device& device, const Launch& how, const void* params) {
+  if (how.grid_x == 0 || how.grid_y == 0 || how.grid_z == 0) return;
+  LoadedKernel& loaded = kernel.on(device);
+  const ContextScope context(device);
+  if (how.dynamic_smem > loaded.dynamic_smem.load(std::memory_order_relaxed)) {
+    driver_check(driver().kernel_set_attribute(FunctionAttribute::kMaxDynamicSharedMemory,
+                                               static_cast<int>(how.dynamic_smem), loaded.handle,
+                                               device.handle),
+                 "asking for " + std::to_string(how.dynamic_smem) +
+                     " bytes of shared memory for kernel " + kernel.name());
+    loaded.dynamic_smem.store(how.dynamic_smem, std::memory_order_relaxed);
+  }
+  std::array<LaunchAttribute, 2> attributes{};
+  unsigned num_attributes = 0;
+  if (how.cluster > 1) {
+    LaunchAttribute& attribute = attributes[num_attributes++];
+    attribute.id = LaunchAttributeId::kClusterDimension;
+    attribute.value.cluster = {how.cluster, 1, 1};
+  }
+  if (how.pdl) {
+    LaunchAttribute& attribute = attributes[num_attributes++];
+    attribute.id = LaunchAttributeId::kProgrammaticSerialization;
+    attribute.value.programmatic_serialization = 1;
+  }
+  const LaunchConfig config{how.grid_x,       how.grid_y,  how.grid_z,
+                            how.block,        1,           1,
+                            how.dynamic_smem, current_stream(device.index),
+                            attributes.data(), num_attributes};
+  void* arguments[] = {const_cast<void*>(params)};
+  const CUresult error = driver().launch_kernel_ex(&config, loaded.function, arguments, nullptr);
+  if (error != kCudaSuccess) {
+    throw std::runtime_error("launching kernel " + kernel.name() + ": " + driver_error(error));
+  }
+}
+
+}  // namespace ridgeline

@@ -1,0 +1,21 @@
+// A tensor [..., hidden] as rows, for operators that work on its last dimension.
+#pragma once
+
+#include "runtime/check.h"
+
+namespace ridgeline {
+
+// Row r starts at (r / num_inner) * outer_stride + (r % num_inner) * inner_stride elements.
+struct Rows {
+  int64_t num_rows;
+  int64_t num_inner;  // at least 1
+  int64_t outer_stride;
+  int64_t inner_stride;
+  int64_t hidden;
+};
+
+// Folds the leading dimensions into at most two; fails, naming the argument, when their strides
+// do not allow that.
+Rows rows_of(const Arg& arg);
+
+}  // namespace ridgeline

@@ -1,0 +1,24 @@
+// The stable-ABI tensor, and what error messages call its properties.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <span>
+#include <string>
+
+namespace ridgeline {
+
+using Tensor = torch::stable::Tensor;
+using Dtype = torch::headeronly::ScalarType;
+
+std::string dtype_name(Dtype dtype);         // "torch.float16"
+std::string device_name(const Tensor& t);    // "cuda:0"
+std::string shape_text(std::span<const int64_t> shape);  // "[2, 3]"
+std::string shape_text(const Tensor& t);
+
+// The element type's name in device code: "__half", "__nv_bfloat16" or "float".
+const char* device_type(Dtype dtype);
+
+}  // namespace ridgeline
