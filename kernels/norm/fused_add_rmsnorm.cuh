@@ -21,9 +21,10 @@ struct FusedAddRmsnormRow {
   T* residual;
 
   __device__ __forceinline__ FusedAddRmsnormRow(const FusedAddRmsnormParams& params, uint32 row)
-      : input(static_cast<T*>(params.input) + row_offset(params.shape, params.input_strides, row)),
+      : input(static_cast<T*>(params.input) +
+              row_offset(params.shape.num_inner, params.input_strides, row)),
         residual(static_cast<T*>(params.residual) +
-                 row_offset(params.shape, params.residual_strides, row)) {}
+                 row_offset(params.shape.num_inner, params.residual_strides, row)) {}
   __device__ __forceinline__ Fetched fetch(uint32 vec_idx) const {
     Fetched fetched;
     fetched.input = load_once<kVec>(input + vec_idx * kVec);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/divide.h"
+#include "common/rows.h"
 #include "common/types.h"
 
 namespace ridgeline {
@@ -12,19 +13,12 @@ namespace ridgeline {
 constexpr int kNormSlots = 4;
 constexpr uint32 kNormMaxThreads = 512;
 
-// Rows are numbered 0 .. num_rows - 1 over the two outer dimensions [num_outer, num_inner]; row r
-// lies at (r / num_inner) * outer + (r % num_inner) * inner elements.
-struct RowStrides {
-  int64 outer;
-  int64 inner;
-};
-
 struct NormShape {
   uint32 num_rows;         // below 2^31
   uint32 num_vecs;         // hidden / kVec
   uint32 threads_per_row;  // from norm_plan()
-  Divider num_inner;  // rows of the inner outer-dimension; num_rows when the rows have one stride
-  float hidden;       // the divisor of the mean
+  Divider num_inner;       // rows of the inner dimension; num_rows when all rows have one stride
+  float hidden;            // the divisor of the mean
   float eps;
 };
 

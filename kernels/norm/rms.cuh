@@ -5,11 +5,11 @@
 // (norm_plan in params.h). Thread t of a team of size n owns vectors t, t + n, t + 2n, ... A row
 // stays in registers from the reduction to the scaling, so that memory is read once; what does not
 // fit is read a second time. Where a row comes from and goes to is a `Row` type:
-//   Row(params, row_idx)         finds its pointers;
-//   fetch(vec_idx) -> Fetched    issues the loads of a vector and nothing else;
-//   take(fetched, vec_idx)       the vector to normalise (a fused operator adds and stores the
-//   residual here); reload(vec_idx)              the same vector again; store(vec_idx, vector)
-//   writes the normalised vector.
+// - Row(params, row_idx): finds its pointers;
+// - fetch(vec_idx) -> Fetched: issues the loads of a vector and does nothing else;
+// - take(fetched, vec_idx): the vector to normalise (a fused add stores the residual here);
+// - reload(vec_idx): the same vector again;
+// - store(vec_idx, vector): writes the normalised vector.
 #pragma once
 
 #include "common/pdl.cuh"
@@ -18,13 +18,6 @@
 #include "norm/params.h"
 
 namespace ridgeline {
-
-__device__ __forceinline__ int64 row_offset(const NormShape& shape, const RowStrides& strides,
-                                            uint32 row) {
-  const uint32 outer = shape.num_inner.quotient(row);
-  const uint32 inner = row - outer * shape.num_inner.divisor;
-  return outer * strides.outer + inner * strides.inner;
-}
 
 template <class T, int kVec>
 __device__ __forceinline__ float sum_of_squares(const Vec<T, kVec>& x) {

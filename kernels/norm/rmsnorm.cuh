@@ -21,9 +21,9 @@ struct RmsnormRow {
 
   __device__ __forceinline__ RmsnormRow(const RmsnormParams& params, uint32 row)
       : input(static_cast<const T*>(params.input) +
-              row_offset(params.shape, params.input_strides, row)),
+              row_offset(params.shape.num_inner, params.input_strides, row)),
         output(static_cast<T*>(params.output) +
-               row_offset(params.shape, params.output_strides, row)) {}
+               row_offset(params.shape.num_inner, params.output_strides, row)) {}
   __device__ __forceinline__ Fetched fetch(uint32 vec_idx) const {
     return load_once<kVec>(input + vec_idx * kVec);
   }

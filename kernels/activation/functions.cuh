@@ -1,0 +1,21 @@
+// Activation functions in float32. kExact asks for float32 accuracy; without it the error is below
+// a hundredth of an ulp of float16, and the instructions are fewer.
+#pragma once
+
+namespace ridgeline {
+
+// x * sigmoid(x).
+struct Silu {
+  template <bool kExact>
+  static __device__ __forceinline__ float apply(float x) {
+    // Why exp(-|x| / 2), squared: for a negative x the result is x * exp(x) / (1 + exp(x)), and
+    // half the exponent keeps exp clear of overflow and of subnormals wherever the result is not
+    // zero. The denominator lies in [1, 2].
+    const float half_exp = kExact ? expf(-0.5f * fabsf(x)) : __expf(-0.5f * fabsf(x));
+    const float numerator = x < 0.0f ? x * half_exp * half_exp : x;
+    const float denominator = fmaf(half_exp, half_exp, 1.0f);
+    return kExact ? numerator / denominator : __fdividef(numerator, denominator);
+  }
+};
+
+}  // namespace ridgeline

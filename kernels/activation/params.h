@@ -1,0 +1,46 @@
+// What the gated activations are told, and how the work is cut. Shared by the kernels and the host.
+#pragma once
+
+#include "common/divide.h"
+#include "common/rows.h"
+#include "common/types.h"
+
+namespace ridgeline {
+
+constexpr uint32 kGatedThreads = 128;
+constexpr uint32 kGatedItems = 2;  // vectors of output a thread makes
+
+struct GatedParams {
+  const void* input;  // [num_outer, num_inner, 2 * hidden], T: the gate, then what it multiplies
+  void* output;       // [num_outer, num_inner, hidden], T
+  RowStrides input_strides;
+  RowStrides output_strides;
+  int64 hidden;
+  uint32 num_rows;        // below 2^31
+  uint32 rows_per_range;  // rows of one blockIdx.y, from gated_plan()
+  uint32 vecs_per_range;  // rows_per_range * hidden / kVec, below 2^31
+  Divider vecs_per_row;   // hidden / kVec
+  Divider num_inner;      // rows of the inner dimension; num_rows when all rows have one stride
+};
+
+struct GatedPlan {
+  uint32 rows_per_range;
+  uint32 vecs_per_range;
+  uint32 grid_x;
+  uint32 grid_y;
+};
+
+// The output is one list of vectors, cut into ranges of whole rows so that an index fits 31 bits.
+// Wants num_rows and hidden / vec_size from 1 to 2^31 - 1.
+constexpr GatedPlan gated_plan(int64 num_rows, int64 hidden, int vec_size) {
+  const int64 vecs_per_row = hidden / vec_size;
+  const int64 most_rows = 0x7fffffff / vecs_per_row;
+  const int64 rows = num_rows < most_rows ? num_rows : most_rows;
+  const int64 vecs = rows * vecs_per_row;
+  constexpr int64 kVecsPerBlock = kGatedThreads * kGatedItems;
+  return {static_cast<uint32>(rows), static_cast<uint32>(vecs),
+          static_cast<uint32>((vecs + kVecsPerBlock - 1) / kVecsPerBlock),
+          static_cast<uint32>((num_rows + rows - 1) / rows)};
+}
+
+}  // namespace ridgeline
