@@ -17,18 +17,18 @@ _callbacks: tuple[Any, Any] | None = None
 _tag: ctypes.Array[ctypes.c_char] | None = None
 
 
-def install(library: ctypes.CDLL) -> None:
-    """Let `library` compile what neither its packs nor the disk cache have."""
+def install(handle: ctypes.CDLL) -> None:
+    """Let the op library compile what neither its packs nor the disk cache have."""
     global _native, _callbacks
     from .native import COMPILE_CALLBACK, TAG_CALLBACK, Native
 
-    _native = Native(library)
+    _native = Native(handle)
     # Why kept: the library holds only the addresses.
     _callbacks = (COMPILE_CALLBACK(_compile), TAG_CALLBACK(_tag_address))
     _native.set_compiler(*_callbacks)
 
 
-def native() -> Native:
+def library() -> Native:
     """Return the installed library's kernel functions."""
     if _native is None:
         raise RuntimeError("ridgeline.compiler: no library is installed; import ridgeline first")
@@ -39,8 +39,8 @@ def obtain(name: str, arch: str) -> bytes:
     """Return a kernel's entry from the disk cache, compiled into it when it is not there."""
     from . import jit
 
-    library = native()
-    return jit.obtain(library, name, arch, library.entry_key(name, arch))
+    found = library()
+    return jit.obtain(found, name, arch, found.entry_key(name, arch))
 
 
 def _compile(name: bytes, arch: bytes, key: bytes) -> int:
@@ -48,12 +48,12 @@ def _compile(name: bytes, arch: bytes, key: bytes) -> int:
     try:
         from . import jit
 
-        native().supply_entry(jit.obtain(native(), name.decode(), arch.decode(), key.decode()))
+        library().supply_entry(jit.obtain(library(), name.decode(), arch.decode(), key.decode()))
         return 0
     except KeyboardInterrupt:
-        native().supply_error(f"ridgeline: interrupted while compiling '{name.decode()}'")
+        library().supply_error(f"ridgeline: interrupted while compiling '{name.decode()}'")
     except BaseException as error:
-        native().supply_error(_message(error, name.decode(), arch.decode()))
+        library().supply_error(_message(error, name.decode(), arch.decode()))
     return 1
 
 

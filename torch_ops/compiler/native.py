@@ -20,7 +20,6 @@ TAG_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_void_p)
 _STRING, _SIZE, _INT = ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "last_error": (_STRING, ()),
-    "version": (_STRING, ()),
     "compile_options": (_STRING, ()),
     "kernels_dir": (_STRING, ()),
     "pack_dir": (_STRING, ()),
@@ -70,9 +69,6 @@ class Native:
 
     def compile_options(self) -> str:
         return self._text("compile_options")
-
-    def version(self) -> str:
-        return self._text("version")
 
     def kernels_dir(self) -> Path:
         return Path(self._text("kernels_dir"))
