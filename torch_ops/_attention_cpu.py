@@ -187,16 +187,16 @@ def _attend(
     if kv_layout == 0:
         k, v = k.transpose(0, 1), v.transpose(0, 1)
     num_kv_heads, kv_len, head_dim_vo = v.shape
-    if rope is None and window_left < 0 and q.numel() == q.shape[-2] * q.shape[-1]:
-        if 0 < kv_len * q.shape[-2] <= _MAX_LOGITS:
-            return _attend_one(q, k, v, logits_soft_cap, sm_scale)
+    sees_all = rope is None and window_left < 0 and q.numel() == q.shape[-2] * q.shape[-1]
+    if sees_all and 0 < kv_len * q.shape[-2] <= _MAX_LOGITS:
+        return _attend_one(q, k, v, logits_soft_cap, sm_scale)
     queries = q if q.dim() == 3 else q.unsqueeze(0)
-    qo_len, num_qo_heads, _ = queries.shape
+    qo_len, num_qo_heads, head_dim_qk = queries.shape
     group = num_qo_heads // num_kv_heads
     out = q.new_empty((*q.shape[:-1], head_dim_vo))
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     # [num_kv_heads, qo_len, group, ...]: the heads that share a key lie beside each other.
-    queries = queries.unflatten(1, (num_kv_heads, group)).transpose(0, 1)
+    queries = queries.view(qo_len, num_kv_heads, group, head_dim_qk).transpose(0, 1)
     out_rows = out.view(qo_len, num_kv_heads, group, head_dim_vo).transpose(0, 1)
     lse_rows = lse.view(qo_len, num_kv_heads, group).transpose(0, 1)
 
@@ -229,7 +229,7 @@ def _attend_one(
 
     k and v are ``[num_kv_heads, kv_len, head_dim]``.
     """
-    num_kv_heads, kv_len, head_dim_vo = v.shape
+    num_kv_heads, _, head_dim_vo = v.shape
     rows = q.reshape(num_kv_heads, -1, q.shape[-1]).float() * sm_scale
     logits = torch.bmm(rows, k.float().transpose(1, 2))
     if logits_soft_cap > 0.0:

@@ -160,7 +160,10 @@ def single_decode_with_kv_cache(
     ):
         refuse_grad("single_attention", q, k, v)
         scale = q.size(-1) ** -0.5 if sm_scale is None else sm_scale
-        return call(_SINGLE, q, k, v, _KV_LAYOUTS[kv_layout], False, window_left, cap, scale)
+        result: Tensor = call(
+            _SINGLE, q, k, v, _KV_LAYOUTS[kv_layout], False, window_left, cap, scale
+        )
+        return result
     op = "single_decode_with_kv_cache"
     refuse_given(op, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
     one_of(op, "use_tensor_cores", use_tensor_cores, (False, True))
@@ -334,7 +337,10 @@ def single_prefill_with_kv_cache(
     ):
         refuse_grad("single_attention", q, k, v)
         scale = q.size(-1) ** -0.5 if sm_scale is None else sm_scale
-        return call(_SINGLE, q, k, v, _KV_LAYOUTS[kv_layout], causal, window_left, cap, scale)
+        result: Tensor = call(
+            _SINGLE, q, k, v, _KV_LAYOUTS[kv_layout], causal, window_left, cap, scale
+        )
+        return result
     op = "single_prefill_with_kv_cache"
     refuse_given(
         op, scale_q=scale_q, scale_k=scale_k, scale_v=scale_v, k_scale=k_scale, v_scale=v_scale,
@@ -444,7 +450,8 @@ def _full(
     )
     check_values(op, window_left, logits_soft_cap, options[5], options[6])
     refuse_grad("single_attention_full", q, k, v)
-    out, lse = call(_SINGLE_FULL, q, k, v, _KV_LAYOUTS[kv_layout], *options)
+    both: tuple[Tensor, Tensor] = call(_SINGLE_FULL, q, k, v, _KV_LAYOUTS[kv_layout], *options)
+    out, lse = both
     if not return_lse:
         return out
     if lse_base == "log2":

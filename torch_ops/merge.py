@@ -56,7 +56,8 @@ def merge_state(
     """
     refuse_grad("merge_state", v_a, s_a, v_b, s_b)
     if lse_base == "ln":
-        return call(_MERGE_STATE, v_a, s_a, v_b, s_b)  # type: ignore[no-any-return]
+        merged: tuple[Tensor, Tensor] = call(_MERGE_STATE, v_a, s_a, v_b, s_b)
+        return merged
     _check_log2("merge_state", lse_base)
     v, s = call(_MERGE_STATE, v_a, s_a * _LN2, v_b, s_b * _LN2)
     return v, s / _LN2
@@ -136,7 +137,8 @@ def merge_states(v: Tensor, s: Tensor, *, lse_base: str = "ln") -> tuple[Tensor,
     """
     refuse_grad("merge_states", v, s)
     if lse_base == "ln":
-        return call(_MERGE_STATES, v, s)  # type: ignore[no-any-return]
+        merged: tuple[Tensor, Tensor] = call(_MERGE_STATES, v, s)
+        return merged
     _check_log2("merge_states", lse_base)
     merged_v, merged_s = call(_MERGE_STATES, v, s * _LN2)
     return merged_v, merged_s / _LN2
