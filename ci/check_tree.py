@@ -1,6 +1,6 @@
 """The rules of the tree that no linter knows: `python3 ci/check_tree.py`.
 
-Each rule is a function that yields what breaks it. The text rules look at the files that git tracks.
+Each rule is a function that yields what breaks it, among the files that git tracks.
 """
 
 from __future__ import annotations

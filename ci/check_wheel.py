@@ -37,7 +37,9 @@ class Report:
         self.failures = 0
 
     def check(self, name: str, *, expected: str, got: str, ok: bool) -> None:
-        print(f"{'ok  ' if ok else 'FAIL'}  {name}: {got}" + ("" if ok else f" (expected {expected})"))
+        print(
+            f"{'ok  ' if ok else 'FAIL'}  {name}: {got}" + ("" if ok else f" (expected {expected})")
+        )
         self.failures += not ok
 
 
@@ -59,9 +61,7 @@ def check_name(report: Report, wheel: Path) -> None:
         ok=re.fullmatch(r"py3-none-(linux|manylinux)\w+", tag.replace(".", "_")) is not None,
     )
     size = wheel.stat().st_size
-    report.check(
-        "size", expected="under 40 MB", got=f"{size / 1e6:.2f} MB", ok=size < MAX_BYTES
-    )
+    report.check("size", expected="under 40 MB", got=f"{size / 1e6:.2f} MB", ok=size < MAX_BYTES)
 
 
 def check_contents(report: Report, archive: zipfile.ZipFile) -> None:
@@ -74,7 +74,9 @@ def check_contents(report: Report, archive: zipfile.ZipFile) -> None:
         size = archive.getinfo(f"ridgeline/packs/{pack}.rlpack").file_size
         text = f"{size / 1e6:.2f} MB, no manifest"
         if manifest in names:
-            text = f"{size / 1e6:.2f} MB, {kernel_count(json.loads(archive.read(manifest)))} kernels"
+            text = (
+                f"{size / 1e6:.2f} MB, {kernel_count(json.loads(archive.read(manifest)))} kernels"
+            )
         report.check(f"pack {pack}", expected=manifest, got=text, ok=manifest in names)
     for kind, wanted in (("kernel headers", ".cuh"), ("py.typed", "py.typed")):
         count = sum(name.endswith(wanted) for name in names)
@@ -102,7 +104,9 @@ def check_library(report: Report, data: bytes) -> None:
     report.check(
         "NEEDED", expected="no " + ", ".join(FORBIDDEN), got=" ".join(needed), ok=not forbidden
     )
-    report.check("NEEDED, known", expected="none else", got=" ".join(unknown) or "yes", ok=not unknown)
+    report.check(
+        "NEEDED, known", expected="none else", got=" ".join(unknown) or "yes", ok=not unknown
+    )
 
     highest: dict[str, tuple[int, ...]] = {}
     for section in elf.iter_sections():
@@ -162,7 +166,9 @@ def main() -> int:
         else:
             report.check("op library", expected=LIBRARY, got="missing", ok=False)
     print_auditwheel(report, wheel)
-    print(f"{'FAILED: ' + str(report.failures) + ' checks' if report.failures else 'wheel is good'}")
+    print(
+        f"{'FAILED: ' + str(report.failures) + ' checks' if report.failures else 'wheel is good'}"
+    )
     return 1 if report.failures else 0
 
 

@@ -1,10 +1,10 @@
 """Makes an environment that a job runs in: `python3 ci/env.py FOLDER GROUP...`.
 
-A group is a file of ci/requirements/. The environment is a venv of the Python that runs this script.
+A group is a file of ci/requirements/. The environment is a venv of the Python that runs this.
 torch comes from one of two places, and the first line printed says which:
 
-- an active environment (venv or conda) that has torch >= 2.10 is linked by a `.pth` file: nothing is
-  installed into it. `ENV=active` links a Python that is not in an environment too; `ENV=own` never.
+- an active environment (venv or conda) that has torch >= 2.10 is linked by a `.pth` file: nothing
+  is installed into it. `ENV=active` links any Python's torch, `ENV=own` links none.
 - else `pip install $TORCH` (default torch==2.13.0) installs it in the venv.
 
 A second call with the same arguments takes no time: a stamp file records what is there.
@@ -113,7 +113,9 @@ def install_group(folder: Path, python: Path, group: str) -> None:
 def make_env(name: str, *groups: str) -> Path:
     """Make or complete the environment `name` under the root; returns its Python."""
     if sys.version_info < MIN_PYTHON:
-        stop(f"Python >= 3.10 is needed, this is {sys.version.split()[0]}; PYTHON=... names another")
+        stop(
+            f"Python >= 3.10 is needed, this is {sys.version.split()[0]}; PYTHON=... names another"
+        )
     watch = Stopwatch()
     folder = ROOT / name
     python = folder / "bin" / "python"

@@ -13,7 +13,18 @@ from glob import glob
 from pathlib import Path
 
 from build_wheel import compiler_version
-from common import BUILD, ROOT, Stopwatch, digest_of, files_of, read_stamp, run, say, stop, write_stamp
+from common import (
+    BUILD,
+    ROOT,
+    Stopwatch,
+    digest_of,
+    files_of,
+    read_stamp,
+    run,
+    say,
+    stop,
+    write_stamp,
+)
 
 GPU_BUILD = BUILD / "gpu"
 SITE = GPU_BUILD / "site"

@@ -58,7 +58,9 @@ def clang_format(python: Path, fix: bool) -> bool:
 
 def tree(python: Path, fix: bool) -> bool:
     matrix = [python, ROOT / "ci" / "readme_matrix.py", *(["--write"] if fix else ["--check"])]
-    return run([python, ROOT / "ci" / "check_tree.py"], check=False) == run(matrix, check=False) == 0
+    return (
+        run([python, ROOT / "ci" / "check_tree.py"], check=False) == run(matrix, check=False) == 0
+    )
 
 
 def main() -> None:

@@ -80,7 +80,9 @@ def merging(dtype: torch.dtype) -> Iterator[torch.Tensor]:
         ridgeline.merge_state_in_place(v_a, s_a, v_b, s_b)
         yield v_a
         states = random(seq_len, 5, num_heads, head_dim, dtype=dtype)
-        yield from ridgeline.merge_states(states, random(seq_len, 5, num_heads, dtype=torch.float32))
+        yield from ridgeline.merge_states(
+            states, random(seq_len, 5, num_heads, dtype=torch.float32)
+        )
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Tests the built wheel in an environment of its own: `make test`.
 
 .venv-test gets torch, the test tools and the wheel of dist/, nothing from the source tree. pytest
-runs outside the tree, so that `import ridgeline` can only find the installed package (a test asserts
-it). ARGS is passed on to pytest: make test ARGS="-k rmsnorm".
+runs outside the tree, so that `import ridgeline` can only find the installed package (a test
+asserts it). ARGS is passed on to pytest: make test ARGS="-k rmsnorm".
 """
 
 from __future__ import annotations

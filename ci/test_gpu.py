@@ -77,7 +77,15 @@ def pytest_job(arch: str, env: dict[str, str]) -> Job:
 
 def sanitizer_job(tool: str, arch: str, sanitizer: str, env: dict[str, str]) -> Job:
     # Why the filter: torch's own kernels are not ours to check, and slow under the tool.
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=ridgeline"]
+    command = [
+        sanitizer,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        "--kernel-regex",
+        "kns=ridgeline",
+    ]
     command += [sys.executable, str(ROOT / "ci" / "sanitize.py")]
     extra = {"RIDGELINE_ARCH": arch, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return start(f"{tool}_sm_{arch}", command, {**env, **extra})

@@ -1,0 +1,1 @@
+"""Benchmarks of the installed package: `make bench`, or `python -m benchmarks NAME...`."""

@@ -1,0 +1,51 @@
+"""Host time of one call of every public function, in the default grad mode, without waiting."""
+
+from __future__ import annotations
+
+import ridgeline
+import torch
+
+from .session import Session
+from .table import Row
+from .timer import Call, host_us
+
+TITLE = "Host time of a call, tiny bf16 tensors"
+PREDICTION = "under 8 us for every function; torch.mul is there for scale"
+
+
+def calls(session: Session) -> dict[str, Call]:
+    x, weight = session.randn(4, 256), session.randn(256)
+    out, residual = torch.empty_like(x), session.randn(4, 256)
+    gate = session.randn(4, 512)
+    q, k, v = session.randn(4, 8, 64), session.randn(4, 2, 64), session.randn(4, 2, 64)
+    one = session.randn(8, 64)
+    positions = torch.arange(4, dtype=torch.int32, device=session.device)
+    s = session.randn(4, 8, dtype=torch.float32)
+    states, s_states = session.randn(4, 3, 8, 64), session.randn(4, 3, 8, dtype=torch.float32)
+    in_place, s_in_place = q.clone(), s.clone()
+    return {
+        "torch.mul": lambda: torch.mul(x, x),
+        "rmsnorm": lambda: ridgeline.rmsnorm(x, weight),
+        "rmsnorm out=": lambda: ridgeline.rmsnorm(x, weight, out=out),
+        "fused_add_rmsnorm": lambda: ridgeline.fused_add_rmsnorm(x, residual, weight),
+        "silu_and_mul": lambda: ridgeline.silu_and_mul(gate),
+        "apply_rope_pos_ids": lambda: ridgeline.apply_rope_pos_ids(q, k, positions),
+        "apply_rope_pos_ids_inplace": lambda: ridgeline.apply_rope_pos_ids_inplace(q, k, positions),
+        "single_decode_with_kv_cache": lambda: ridgeline.single_decode_with_kv_cache(one, k, v),
+        "single_prefill_with_kv_cache": lambda: ridgeline.single_prefill_with_kv_cache(
+            q, k, v, causal=True
+        ),
+        "merge_state": lambda: ridgeline.merge_state(q, s, q, s),
+        "merge_state_in_place": lambda: ridgeline.merge_state_in_place(in_place, s_in_place, q, s),
+        "merge_states": lambda: ridgeline.merge_states(states, s_states),
+    }
+
+
+def run(session: Session) -> list[Row]:
+    count, rounds = (5, 1) if session.dry_run else (2000, 3 if session.quick else 5)
+    rows = []
+    for name, call in calls(session).items():
+        us = host_us(call, calls=count, rounds=rounds)
+        predicted = None if name.startswith("torch.") else 8.0
+        rows.append(Row(op=name, case="", us=us, predicted_us=predicted))
+    return rows

@@ -1,0 +1,94 @@
+"""The peers: the same formulas for torch.compile, and torch's own attention kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .timer import Call
+
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+
+
+def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight.float()).to(x.dtype)
+
+
+def fused_add_rmsnorm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> None:
+    total = x.float() + residual.float()
+    scale = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
+    residual.copy_(total.to(x.dtype))
+    x.copy_((total * scale * weight.float()).to(x.dtype))
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return (F.silu(gate.float()) * up.float()).to(x.dtype)
+
+
+def rope(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, theta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    half = q.shape[-1] // 2
+    exponent = torch.arange(half, device=q.device, dtype=torch.float32) / half
+    angle = positions.float()[:, None] * theta**-exponent
+    cos, sin = angle.cos()[:, None, :], angle.sin()[:, None, :]
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        a, b = x[..., :half].float(), x[..., half:].float()
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+def merge_state(
+    v_a: torch.Tensor, s_a: torch.Tensor, v_b: torch.Tensor, s_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    s = torch.logaddexp(s_a, s_b)
+    w_a, w_b = (s_a - s).exp()[..., None], (s_b - s).exp()[..., None]
+    return (v_a.float() * w_a + v_b.float() * w_b).to(v_a.dtype), s
+
+
+def merge_states(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    total = torch.logsumexp(s, dim=1)
+    weight = (s - total[:, None]).exp()[..., None]
+    return (v.float() * weight).sum(dim=1).to(v.dtype), total
+
+
+def compiled(function: Callable[..., object], *arguments: object) -> Callable[[], Call]:
+    """A peer made by torch.compile for exactly these shapes."""
+
+    def prepare() -> Call:
+        fast = torch.compile(function, dynamic=False, fullgraph=True)
+        fast(*arguments)
+        return lambda: fast(*arguments)
+
+    return prepare
+
+
+def sdpa(
+    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool
+) -> Callable[[], Call]:
+    """torch's attention on views of the same memory: q, k, v are [length, heads, head_dim]."""
+    q4, k4, v4 = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+
+    def prepare() -> Call:
+        def call() -> torch.Tensor:
+            with sdpa_kernel(BACKENDS[backend]):
+                out = F.scaled_dot_product_attention(
+                    q4, k4, v4, is_causal=causal, enable_gqa=grouped
+                )
+            return out.squeeze(0).transpose(0, 1)
+
+        call()
+        return call
+
+    return prepare

@@ -1,0 +1,125 @@
+"""One timer for every benchmark.
+
+A call is captured in a CUDA graph. For each repetition the L2 cache is flushed by writing twice its
+size, then events around the graph's replay give the time; the median of many counts. This `us`
+holds what an empty kernel costs too (reported beside the results), as a single launch does in use.
+
+`net_us` is the time inside a longer graph: N pairs of (flush, call) against N flushes alone, so the
+launch of the graph and the resolution of the events fall out.
+
+On the CPU (dry runs) a wall clock is read around the call, and the figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+Call = Callable[[], object]
+WARMUP_CALLS = 3
+COPIES = 16
+
+
+def l2_bytes(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+class Timer:
+    """Times calls on one device; `budget_ms` of GPU time for each."""
+
+    def __init__(self, device: torch.device, budget_ms: float = 60.0) -> None:
+        self.device = device
+        self.budget_ms = budget_ms
+        if device.type == "cuda":
+            size = max(2 * l2_bytes(device), 64 << 20)
+            self.flush_buffer = torch.empty(size, dtype=torch.uint8, device=device)
+            self.flush_us = self._replay_median(self._capture(self.flush, 1), 50, flush=False)
+            scalar = torch.zeros(1, device=device)
+            self.empty_us = self.time(scalar.zero_)
+
+    def flush(self) -> None:
+        self.flush_buffer.zero_()
+
+    def time(self, call: Call) -> float:
+        """Microseconds of one call with a cold L2: the median."""
+        if self.device.type != "cuda":
+            return self._wall(call)
+        graph = self._capture(call, 1)
+        first = self._replay_median(graph, 3, flush=True)
+        return self._replay_median(graph, self._repetitions(first + self.flush_us), flush=True)
+
+    def net(self, call: Call) -> float:
+        """Microseconds that one call adds to a graph of other work."""
+        if self.device.type != "cuda":
+            return self._wall(call)
+
+        def pair() -> None:
+            self.flush()
+            call()
+
+        both, alone = self._capture(pair, COPIES), self._capture(self.flush, COPIES)
+        first = self._replay_median(both, 2, flush=False)
+        count = self._repetitions(first)
+        total = self._replay_median(both, count, flush=False)
+        return (total - self._replay_median(alone, count, flush=False)) / COPIES
+
+    def _repetitions(self, us: float) -> int:
+        return max(5, min(200, int(self.budget_ms * 1000 / max(us, 1.0))))
+
+    def _capture(self, call: Call, copies: int) -> torch.cuda.CUDAGraph:
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP_CALLS):
+                call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(copies):
+                call()
+        return graph
+
+    def _replay_median(self, graph: torch.cuda.CUDAGraph, count: int, *, flush: bool) -> float:
+        pairs = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(count)
+        ]
+        graph.replay()
+        for start, end in pairs:
+            if flush:
+                self.flush()
+            start.record()
+            graph.replay()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return statistics.median(start.elapsed_time(end) * 1000 for start, end in pairs)
+
+    def _wall(self, call: Call) -> float:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e6
+
+
+def host_us(call: Call, *, calls: int = 2000, rounds: int = 5) -> float:
+    """Microseconds of host time for one call: the smallest of the medians of several rounds.
+
+    The device is never waited for inside a round, so that its time does not count.
+    """
+    medians = []
+    for _ in range(rounds):
+        for _ in range(20):
+            call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times = []
+        for _ in range(calls):
+            start = time.perf_counter_ns()
+            call()
+            times.append(time.perf_counter_ns() - start)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        medians.append(statistics.median(times) / 1000)
+    return min(medians)
