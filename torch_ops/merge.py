@@ -206,11 +206,13 @@ def _merge_states_fake(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _merge(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge in float32; states without keys have weight 0."""
+    """Merge in float32; states without keys have weight 0, whatever they hold."""
     s = torch.logaddexp(s_a, s_b)
     shift = s.clamp_min(torch.finfo(torch.float32).min)
     weight_a, weight_b = (s_a - shift).exp().unsqueeze(-1), (s_b - shift).exp().unsqueeze(-1)
-    return (v_a.float() * weight_a + v_b.float() * weight_b).to(v_a.dtype), s
+    part_a = (v_a.float() * weight_a).masked_fill(weight_a == 0.0, 0.0)
+    part_b = (v_b.float() * weight_b).masked_fill(weight_b == 0.0, 0.0)
+    return (part_a + part_b).to(v_a.dtype), s
 
 
 @cpu_impl("merge_state")
@@ -241,5 +243,6 @@ def _merge_states_cpu(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     merged_s = torch.logsumexp(s, dim=1)
     shift = merged_s.clamp_min(torch.finfo(torch.float32).min)
     weights = (s - shift.unsqueeze(1)).exp()
-    merged_v = torch.einsum("nkh,nkhd->nhd", weights, v.float())
+    values = v.float().masked_fill((weights == 0.0).unsqueeze(-1), 0.0)
+    merged_v = torch.einsum("nkh,nkhd->nhd", weights, values)
     return merged_v.to(v.dtype).contiguous(), merged_s.contiguous()
