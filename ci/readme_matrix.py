@@ -6,48 +6,44 @@ markdown between the two markers of README.md. `--check` (in `make lint`) compar
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ridgeline.compiler.native import CoreRow
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN = "<!-- matrix: ci/readme_matrix.py writes what follows -->"
 END = "<!-- matrix: end -->"
-ARCHS = (75, 80, 86, 89, 90)
+ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a")
 
 
-def rows_of_library() -> list[dict[str, Any]]:
-    from ridgeline import _library
-
-    table: list[dict[str, Any]] = json.loads(_library.core_table())
-    return table
-
-
-def serves(row: dict[str, Any], sm: int) -> bool:
-    return bool(row["core"]) and row["min_sm"] <= sm <= row["max_sm"]
-
-
-def matrix(table: list[dict[str, Any]]) -> str:
-    """One line an op: how many kernels of each architecture the wheel carries."""
-    names = dict.fromkeys(row["op"] for row in table)
+def matrix(table: Sequence[CoreRow]) -> str:
+    """One line an op: the kernels that the wheel carries for each architecture."""
     lines = [
-        "| op | " + " | ".join(f"sm_{sm}{'a' if sm == 90 else ''}" for sm in ARCHS) + " | CPU |",
+        "| op | " + " | ".join(ARCHS) + " | CPU |",
         "|---" * (len(ARCHS) + 2) + "|",
     ]
-    for name in names:
-        counts = [sum(row["op"] == name and serves(row, sm) for row in table) for sm in ARCHS]
-        lines.append(f"| `{name}` | " + " | ".join(str(n or "JIT") for n in counts) + " | yes |")
+    for op in dict.fromkeys(row.op for row in table):
+        rows = [row for row in table if row.op == op]
+        counts = [len({row.kernel for row in rows if row.core and row.serves(a)}) for a in ARCHS]
+        jit = [any(row.serves(arch) for row in rows) for arch in ARCHS]
+        texts = [str(n) if n else "JIT" if j else "no" for n, j in zip(counts, jit, strict=True)]
+        lines.append(f"| `{op}` | {' | '.join(texts)} | yes |")
     return "\n".join(lines)
 
 
 def main() -> int:
+    from ridgeline import compiler
+
     text = README.read_text()
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     if not tail:
         sys.exit(f"error: {README.name} has not both markers, {BEGIN} and {END}")
-    wanted = f"{head}{BEGIN}\n{matrix(rows_of_library())}\n{END}{tail}"
+    wanted = f"{head}{BEGIN}\n{matrix(compiler.library().core_table())}\n{END}{tail}"
     if text == wanted:
         print("README matrix: as the core table says")
         return 0
