@@ -1,4 +1,4 @@
-"""The manifest beside each pack: what the assembler said about every kernel, for people and tools."""
+"""The manifest beside each pack: what the assembler said about every kernel."""
 
 from __future__ import annotations
 

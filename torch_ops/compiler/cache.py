@@ -106,13 +106,13 @@ def warn_once(folder: Path | None, error: OSError) -> None:
     if _warned:
         return
     _warned = True
-    reason = error.strerror or type(error).__name__
+    where = f"in {folder} " if folder else ""
     _LOG.warning(
-        "ridgeline: the kernel cache %s cannot be written (%s): kernels compiled here are used "
-        "from memory and compiled again by the next process. Set RIDGELINE_CACHE_DIR to a "
-        'writable folder with free space, or to "" for no cache and no warning.',
-        folder,
-        reason,
+        "ridgeline: compiled kernels cannot be kept %s(%s): they are used from memory and compiled "
+        "again by the next process. Set RIDGELINE_CACHE_DIR to a writable folder with free space, "
+        'or to "" for no cache and no warning.',
+        where,
+        error.strerror or type(error).__name__,
     )
 
 

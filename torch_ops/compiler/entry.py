@@ -1,8 +1,8 @@
 """The entry: one compiled kernel, in the same bytes in a pack and in the disk cache.
 
 The C++ runtime reads entries (`csrc/runtime`); Python writes them, and reads them back to check.
-Layout, little endian: magic (8), header size (u32), payload size (u32), sha256 of what follows (32),
-header lines `key=value`, payload (raw deflate of the cubin or of the PTX).
+Layout, little endian: magic (8), header size (u32), payload size (u32), sha256 of what follows
+(32), header lines `key=value`, payload (raw deflate of the cubin or of the PTX).
 """
 
 from __future__ import annotations

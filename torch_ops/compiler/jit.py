@@ -1,4 +1,4 @@
-"""What happens when neither a pack nor the cache has a kernel: compile it, keep it, hand it over."""
+"""What happens when neither a pack nor the cache has a kernel: compile it and keep it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from . import cache, nvrtc, toolchain
 from .native import Native
 
 _LOG = logging.getLogger("ridgeline")
+_kept: dict[tuple[str, str], bytes] = {}  # by architecture and key; what the disk would not take
 
 
 class JitForbiddenError(RuntimeError):
@@ -26,15 +27,28 @@ def obtain(native: Native, name: str, arch: str, key: str) -> bytes:
     CompileError, CompilerMissingError
         If it cannot be compiled.
     """
-    store = cache.Cache(native.cache_dir(), toolchain.compiler_tag())
+    kept = _kept.get((arch, key))
+    if kept is not None:
+        return kept
+    store = _store(native)
     if os.environ.get("RIDGELINE_JIT") == "0":
         found = store.read(arch, key)
         if found is None:
             raise JitForbiddenError(_missing(native, store, name, arch, key))
         return found
+    return store.get_or_build(arch, key, lambda: _compile(native, name, arch, key))
+
+
+def keep(native: Native, arch: str, key: str, data: bytes) -> None:
+    """Store an entry that was compiled elsewhere: on disk, or in memory where that fails."""
+    if not _store(native).write(arch, key, data):
+        _kept[arch, key] = data
+
+
+def _store(native: Native) -> cache.Cache:
     if native.cache_dir() is None and "RIDGELINE_CACHE_DIR" not in os.environ:
         cache.warn_once(None, OSError(0, "neither RIDGELINE_CACHE_DIR nor HOME is set"))
-    return store.get_or_build(arch, key, lambda: _compile(native, name, arch, key))
+    return cache.Cache(native.cache_dir(), toolchain.compiler_tag())
 
 
 def _compile(native: Native, name: str, arch: str, key: str) -> bytes:

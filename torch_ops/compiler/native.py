@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _BUFFER_SIZE = 1 << 16
-COMPILE_CALLBACK = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p
-)
+COMPILE_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p)
 # Why void*: ctypes cannot keep a returned string alive, so the callback returns an address.
 TAG_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_void_p)
 

@@ -154,7 +154,7 @@ class _Program:
         """Return one of NVRTC's outputs; PTX keeps its final zero, which the driver wants."""
         result, size = getattr(self._nvrtc, f"nvrtcGet{what}Size")(self._program)
         self._expect(result, f"nvrtcGet{what}Size")
-        # Why: NVRTC writes into the buffer, and a one-byte bytes object is shared by the interpreter.
+        # Why: NVRTC writes into the buffer, and one-byte objects are shared by Python.
         data = bytes(max(int(size), 2))
         self._expect(getattr(self._nvrtc, f"nvrtcGet{what}")(self._program, data)[0], what)
         return data[: int(size)]
@@ -178,7 +178,7 @@ def _problem(tools: toolchain.Toolchain, arch: str, log: str, kernels_dir: str) 
         known = ", ".join(str(known) for known in tools.arch_numbers)
         return (
             f"{tools.compiler} does not know this architecture; it knows {known}. "
-            f"A newer NVRTC package may, or RIDGELINE_ARCH={_nearest(tools, number)} runs an "
+            f"A newer NVRTC package may, or RIDGELINE_ARCH={_nearest(number)} runs an "
             f"older architecture's code"
         )
     match = _FRONTEND_ERROR.search(log)
@@ -194,7 +194,7 @@ def _problem(tools: toolchain.Toolchain, arch: str, log: str, kernels_dir: str) 
     return f"{shown}:{match['line']}: {text}"
 
 
-def _nearest(tools: toolchain.Toolchain, number: int) -> int:
+def _nearest(number: int) -> int:
     older = [known for known in (75, 80, 86, 89, 90) if known <= number]
     return max(older, default=75)
 
@@ -202,7 +202,8 @@ def _nearest(tools: toolchain.Toolchain, number: int) -> int:
 def _resource_usage(log: str) -> tuple[int, int, int, int, int]:
     """Read the assembler's report: registers, static shared memory, spill stores, loads, stack.
 
-    Functions that were not inlined report frames of their own: spills add up, the deepest frame counts.
+    Functions that were not inlined report frames of their own: spills add up, the deepest frame
+    counts.
     """
     used = _USED.search(log)
     if used is None:
