@@ -35,7 +35,7 @@ CPU_TORCH_HINT = (
 
 def active_torch() -> str | None:
     """Version of the torch that this Python has, if it may be linked and is new enough."""
-    choice = os.environ.get("ENV", "auto")
+    choice = os.environ.get("ENV") or "auto"
     if choice not in ("auto", "own", "active"):
         stop(f"ENV={choice}: expected auto, own or active")
     in_environment = sys.prefix != sys.base_prefix or os.environ.get("CONDA_PREFIX") == sys.prefix
