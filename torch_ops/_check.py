@@ -74,3 +74,9 @@ def last_stride(op: str, arg: str, tensor: torch.Tensor) -> None:
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         got = f"stride {tensor.stride(-1)}"
         fail(op, arg, "a last dimension of stride 1", got, "Call .contiguous() on it first.")
+
+
+def no_pdl(op: str, enable_pdl: bool) -> None:
+    """Raises ValueError when programmatic dependent launch is asked of the CPU."""
+    if enable_pdl:
+        fail(op, "enable_pdl", "False or None on the CPU", True, "Leave it out.")

@@ -1,16 +1,17 @@
 // rmsnorm, fused_add_rmsnorm: schemas, checks, choice of kernel, launch.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <array>
 #include <cmath>
 
 #include "norm/params.h"
+#include "runtime/alloc.h"
 #include "runtime/catalog.h"
 #include "runtime/check.h"
 #include "runtime/kernel.h"
 #include "runtime/names.h"
+#include "runtime/overlap.h"
 #include "runtime/pdl.h"
 #include "runtime/rows.h"
 
@@ -62,7 +63,8 @@ class NormKernels {
 
 std::vector<Row> norm_rows() {
   std::vector<Row> rows;
-  for (const auto& [op, entry] : {std::pair{"rmsnorm", kRmsnorm}, {"fused_add_rmsnorm", kFusedAdd}}) {
+  for (const auto& [op, entry] :
+       {std::pair{"rmsnorm", kRmsnorm}, {"fused_add_rmsnorm", kFusedAdd}}) {
     for (const NormRow& row : kNormRows) {
       rows.push_back({.op = op,
                       .kernel = row_kernel(entry, row),
@@ -82,8 +84,9 @@ Choice norm_choose(const std::string& op, const Config& config, int) {
       return {{row_kernel(op == "rmsnorm" ? kRmsnorm : kFusedAdd, row)}, {}};
     }
   }
-  return {{}, {"dtype " + dtype + " with weight_dtype " + weight +
-               ": expected float16, bfloat16 or float32, and a weight of the same or float32"}};
+  return {{},
+          {"dtype " + dtype + " with weight_dtype " + weight +
+           ": expected float16, bfloat16 or float32, and a weight of the same or float32"}};
 }
 
 const RegisterFamily family({{"rmsnorm", "fused_add_rmsnorm"}, norm_rows, norm_choose});
@@ -141,7 +144,9 @@ void launch_norm(const NormKernels& kernels, const Arg& input, const Arg& weight
          {.grid_x = blocks, .block = plan.block, .pdl = checked_pdl(input.op, gpu, pdl)}, &params);
 }
 
-RowStrides strides_of(const Rows& rows) { return {rows.outer_stride, rows.inner_stride}; }
+RowStrides strides_of(const Rows& rows) {
+  return {rows.outer_stride, rows.inner_stride};
+}
 
 // Elements an access moves: 16 bytes of them when every pointer, stride and the row length allow.
 int vector_size(const Tensor& input, const Tensor& other, const Tensor& weight) {
@@ -149,24 +154,6 @@ int vector_size(const Tensor& input, const Tensor& other, const Tensor& weight) 
   const bool aligned = input.size(input.dim() - 1) % elements == 0 && is_aligned16(input) &&
                        is_aligned16(other) && is_aligned16(weight);
   return aligned ? static_cast<int>(elements) : 1;
-}
-
-// Both views as rows that are numbered alike; one that folds into a single stride is split like the
-// other.
-std::pair<Rows, Rows> matching_rows(const Arg& a, const Arg& b) {
-  Rows first = rows_of(a), second = rows_of(b);
-  const auto split_like = [](Rows& rows, const Rows& as, const Arg& arg, const Arg& as_arg) {
-    if (rows.num_inner != rows.num_rows) {
-      fail(arg.op, arg.name,
-           std::string("leading dimensions that fold as those of '") + as_arg.name + "' do",
-           "strides that fold otherwise", "Call .contiguous() on it first");
-    }
-    rows.outer_stride = as.num_inner * rows.inner_stride;
-    rows.num_inner = as.num_inner;
-  };
-  if (first.num_inner > second.num_inner) split_like(first, second, a, b);
-  if (second.num_inner > first.num_inner) split_like(second, first, b, a);
-  return {first, second};
 }
 
 void run_rmsnorm(const char* op, const Tensor& out, const Tensor& input, const Tensor& weight,
@@ -177,8 +164,8 @@ void run_rmsnorm(const char* op, const Tensor& out, const Tensor& input, const T
   if (rows.num_rows == 0 || rows.hidden == 0) return;
   const int vec_size = vector_size(input, out, weight);
   const RmsnormParams params{input.const_data_ptr(), weight.const_data_ptr(),
-                             out.mutable_data_ptr(), strides_of(rows), strides_of(out_rows),
-                             norm_shape(op, rows, vec_size, eps)};
+                             out.mutable_data_ptr(), strides_of(rows),
+                             strides_of(out_rows),   norm_shape(op, rows, vec_size, eps)};
   launch_norm(kernels, input_arg, {op, "weight", weight}, params, vec_size, rows.hidden,
               enable_pdl);
 }
@@ -188,7 +175,7 @@ Tensor rmsnorm(const Tensor& input, const Tensor& weight, double eps, bool enabl
   check_input(input_arg);
   check_weight({"rmsnorm", "weight", weight}, input_arg);
   check_eps("rmsnorm", eps);
-  const Tensor out = torch::stable::new_empty(input, input.sizes());
+  const Tensor out = empty_like(input);
   run_rmsnorm("rmsnorm", out, input, weight, eps, enable_pdl);
   return out;
 }
@@ -198,7 +185,11 @@ void rmsnorm_out(const Tensor& out, const Tensor& input, const Tensor& weight, d
   const Arg input_arg{"rmsnorm", "input", input};
   check_input(input_arg);
   check_weight({"rmsnorm", "weight", weight}, input_arg);
-  check_like_input({"rmsnorm", "out", out}, input_arg);
+  const Arg out_arg{"rmsnorm", "out", out};
+  check_like_input(out_arg, input_arg);
+  check_writable(out_arg);
+  check_out(out_arg, input_arg);
+  check_distinct(out_arg, {"rmsnorm", "weight", weight});
   check_eps("rmsnorm", eps);
   run_rmsnorm("rmsnorm", out, input, weight, eps, enable_pdl);
 }
@@ -210,24 +201,30 @@ void fused_add_rmsnorm(const Tensor& input, const Tensor& residual, const Tensor
   const Arg input_arg{kOp, "input", input}, residual_arg{kOp, "residual", residual};
   check_input(input_arg);
   check_like_input(residual_arg, input_arg);
-  check_weight({kOp, "weight", weight}, input_arg);
+  const Arg weight_arg{kOp, "weight", weight};
+  check_weight(weight_arg, input_arg);
+  check_writable(input_arg);
+  check_writable(residual_arg);
+  check_distinct(residual_arg, input_arg);
+  check_distinct(input_arg, weight_arg);
+  check_distinct(residual_arg, weight_arg);
   check_eps(kOp, eps);
   const auto [rows, residual_rows] = matching_rows(input_arg, residual_arg);
   if (rows.num_rows == 0 || rows.hidden == 0) return;
   const int vec_size = vector_size(input, residual, weight);
-  const FusedAddRmsnormParams params{input.mutable_data_ptr(), residual.mutable_data_ptr(),
-                                     weight.const_data_ptr(), strides_of(rows),
-                                     strides_of(residual_rows),
-                                     norm_shape(kOp, rows, vec_size, eps)};
-  launch_norm(kernels, input_arg, {kOp, "weight", weight}, params, vec_size, rows.hidden,
-              enable_pdl);
+  const FusedAddRmsnormParams params{
+      input.mutable_data_ptr(), residual.mutable_data_ptr(), weight.const_data_ptr(),
+      strides_of(rows),         strides_of(residual_rows),   norm_shape(kOp, rows, vec_size, eps)};
+  launch_norm(kernels, input_arg, weight_arg, params, vec_size, rows.hidden, enable_pdl);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
   m.def("rmsnorm(Tensor input, Tensor weight, float eps, bool enable_pdl=False) -> Tensor");
-  m.def("rmsnorm_out(Tensor(a!) out, Tensor input, Tensor weight, float eps, bool enable_pdl=False) -> ()");
+  m.def(
+      "rmsnorm_out(Tensor(a!) out, Tensor input, Tensor weight, float eps, bool enable_pdl=False) "
+      "-> ()");
   m.def(
       "fused_add_rmsnorm(Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps, "
       "bool enable_pdl=False) -> ()");

@@ -1,5 +1,6 @@
 #include "runtime/rows.h"
 
+#include <string>
 #include <vector>
 
 namespace ridgeline {
@@ -39,6 +40,23 @@ Rows rows_of(const Arg& arg) {
   rows.inner_stride = dims.back().stride;
   if (dims.size() == 2) rows.outer_stride = dims.front().stride;
   return rows;
+}
+
+std::pair<Rows, Rows> matching_rows(const Arg& a, const Arg& b) {
+  Rows first = rows_of(a), second = rows_of(b);
+  // One that folds into a single stride is split like the other.
+  const auto split_like = [](Rows& rows, const Rows& as, const Arg& arg, const Arg& as_arg) {
+    if (rows.num_inner != rows.num_rows) {
+      fail(arg.op, arg.name,
+           std::string("leading dimensions that fold as those of '") + as_arg.name + "' do",
+           "strides that fold otherwise", "Call .contiguous() on it first");
+    }
+    rows.outer_stride = as.num_inner * rows.inner_stride;
+    rows.num_inner = as.num_inner;
+  };
+  if (first.num_inner > second.num_inner) split_like(first, second, a, b);
+  if (second.num_inner > first.num_inner) split_like(second, first, b, a);
+  return {first, second};
 }
 
 }  // namespace ridgeline

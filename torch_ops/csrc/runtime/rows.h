@@ -1,6 +1,8 @@
 // A tensor [..., hidden] as rows, for operators that work on its last dimension.
 #pragma once
 
+#include <utility>
+
 #include "runtime/check.h"
 
 namespace ridgeline {
@@ -17,5 +19,8 @@ struct Rows {
 // Folds the leading dimensions into at most two; fails, naming the argument, when their strides
 // do not allow that.
 Rows rows_of(const Arg& arg);
+
+// Both views, whose leading dimensions are alike, as rows with one numbering.
+std::pair<Rows, Rows> matching_rows(const Arg& a, const Arg& b);
 
 }  // namespace ridgeline

@@ -1,0 +1,186 @@
+// silu_and_mul: schemas, checks, choice of kernel, launch.
+
+#include "activation/params.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <vector>
+
+#include "runtime/catalog.h"
+#include "runtime/check.h"
+#include "runtime/kernel.h"
+#include "runtime/names.h"
+#include "runtime/overlap.h"
+#include "runtime/pdl.h"
+#include "runtime/rows.h"
+
+namespace ridgeline {
+namespace {
+
+constexpr int64_t kMaxCount = (int64_t{1} << 31) - 1;  // rows, and elements of one row
+constexpr int64_t kVectorBytes = 16;
+constexpr const char* kGated = "activation/gated.cuh:gated";
+
+// An op is an activation type of kernels/activation/functions.cuh.
+struct GatedOp {
+  const char* op;
+  const char* activation;
+};
+constexpr std::array kGatedOps = {GatedOp{"silu_and_mul", "Silu"}};
+
+// The core table's rows of each op: 16-byte accesses, then single elements.
+struct GatedRow {
+  Dtype dtype;
+  int vec_size;
+};
+constexpr std::array kGatedRows = {
+    GatedRow{Dtype::Half, 8}, GatedRow{Dtype::BFloat16, 8}, GatedRow{Dtype::Float, 4},
+    GatedRow{Dtype::Half, 1}, GatedRow{Dtype::BFloat16, 1}, GatedRow{Dtype::Float, 1},
+};
+
+std::string row_kernel(const GatedOp& op, const GatedRow& row) {
+  return kernel_name(kGated, device_type(row.dtype), row.vec_size, op.activation);
+}
+
+class GatedKernels {
+ public:
+  explicit GatedKernels(const GatedOp& op) {
+    for (size_t i = 0; i < kGatedRows.size(); ++i) {
+      kernels_[i] = &kernel(row_kernel(op, kGatedRows[i]));
+    }
+  }
+  Kernel& of(Dtype dtype, bool vectors) const {
+    size_t i = vectors ? 0 : kGatedRows.size() / 2;
+    while (kGatedRows[i].dtype != dtype) ++i;
+    return *kernels_[i];
+  }
+
+ private:
+  std::array<Kernel*, kGatedRows.size()> kernels_;
+};
+
+std::vector<Row> gated_rows() {
+  std::vector<Row> rows;
+  for (const GatedOp& op : kGatedOps) {
+    for (const GatedRow& row : kGatedRows) {
+      rows.push_back({.op = op.op,
+                      .kernel = row_kernel(op, row),
+                      .block = static_cast<int>(kGatedThreads),
+                      .why = row.vec_size == 1 ? "views or sizes that are not multiples of 16 bytes"
+                                               : "16-byte accesses"});
+    }
+  }
+  return rows;
+}
+
+Choice gated_choose(const std::string& op, const Config& config, int) {
+  const std::string dtype = config.get("dtype", "float16");
+  for (const GatedOp& gated : kGatedOps) {
+    for (const GatedRow& row : kGatedRows) {
+      if (op == gated.op && dtype_name(row.dtype) == "torch." + dtype) {
+        return {{row_kernel(gated, row)}, {}};
+      }
+    }
+  }
+  return {{}, {"dtype " + dtype + ": expected float16, bfloat16 or float32"}};
+}
+
+const RegisterFamily family({{"silu_and_mul"}, gated_rows, gated_choose});
+
+int64_t row_length(const Tensor& tensor) {
+  return tensor.size(tensor.dim() - 1);
+}
+
+void check_input(const Arg& input) {
+  check_cuda(input);
+  check_dtype(input, {Dtype::Half, Dtype::BFloat16, Dtype::Float});
+  if (input.tensor.dim() == 0 || row_length(input.tensor) % 2 != 0) {
+    fail(input.op, input.name, "an even last dimension (gate and value side by side)",
+         "shape " + shape_text(input.tensor),
+         "Concatenate the two projections along the last dimension");
+  }
+  check_last_stride(input);
+}
+
+std::vector<int64_t> output_shape(const Tensor& input) {
+  const auto sizes = input.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  shape.back() /= 2;
+  return shape;
+}
+
+void check_counts(const char* op, const Rows& rows) {
+  if (rows.num_rows > kMaxCount || rows.hidden > kMaxCount) {
+    fail(op, "input", "fewer than 2^31 rows of fewer than 2^31 elements",
+         std::to_string(rows.num_rows) + " of " + std::to_string(rows.hidden), "Split the call");
+  }
+}
+
+void run_gated(const GatedKernels& kernels, const Arg& input, const Arg& out, bool enable_pdl) {
+  const Device& gpu = device(input.tensor.get_device_index());
+  const bool pdl = checked_pdl(input.op, gpu, enable_pdl);
+  const auto [rows, out_rows] = matching_rows(input, out);
+  const int64_t hidden = out_rows.hidden;
+  if (rows.num_rows == 0 || hidden == 0) return;
+  check_counts(input.op, rows);
+
+  const int64_t elements = kVectorBytes / static_cast<int64_t>(input.tensor.element_size());
+  const bool vectors =
+      hidden % elements == 0 && is_aligned16(input.tensor) && is_aligned16(out.tensor);
+  const int vec_size = vectors ? static_cast<int>(elements) : 1;
+  const GatedPlan plan = gated_plan(rows.num_rows, hidden, vec_size);
+  const GatedParams params{.input = input.tensor.const_data_ptr(),
+                           .output = out.tensor.mutable_data_ptr(),
+                           .input_strides = {rows.outer_stride, rows.inner_stride},
+                           .output_strides = {out_rows.outer_stride, out_rows.inner_stride},
+                           .hidden = hidden,
+                           .num_rows = static_cast<uint32>(rows.num_rows),
+                           .rows_per_range = plan.rows_per_range,
+                           .vecs_per_range = plan.vecs_per_range,
+                           .vecs_per_row = make_divider(static_cast<uint32>(hidden / vec_size)),
+                           .num_inner = make_divider(static_cast<uint32>(rows.num_inner))};
+  launch(kernels.of(input.tensor.scalar_type(), vectors), gpu,
+         {.grid_x = plan.grid_x, .grid_y = plan.grid_y, .block = kGatedThreads, .pdl = pdl},
+         &params);
+}
+
+const GatedKernels& silu_kernels() {
+  static const GatedKernels kernels(kGatedOps[0]);
+  return kernels;
+}
+
+Tensor silu_and_mul(const Tensor& input, bool enable_pdl) {
+  const Arg input_arg{"silu_and_mul", "input", input};
+  check_input(input_arg);
+  const Tensor out = torch::stable::new_empty(input, output_shape(input));
+  run_gated(silu_kernels(), input_arg, {"silu_and_mul", "out", out}, enable_pdl);
+  return out;
+}
+
+void silu_and_mul_out(const Tensor& out, const Tensor& input, bool enable_pdl) {
+  const Arg input_arg{"silu_and_mul", "input", input}, out_arg{"silu_and_mul", "out", out};
+  check_input(input_arg);
+  check_same_device(out_arg, input_arg);
+  check_same_dtype(out_arg, input_arg);
+  check_shape(out_arg, output_shape(input), "[..., hidden]");
+  check_last_stride(out_arg);
+  check_writable(out_arg);
+  check_distinct(out_arg, input_arg);
+  run_gated(silu_kernels(), input_arg, out_arg, enable_pdl);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
+  m.def("silu_and_mul(Tensor input, bool enable_pdl=False) -> Tensor");
+  m.def("silu_and_mul_out(Tensor(a!) out, Tensor input, bool enable_pdl=False) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+  m.impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
+  m.impl("silu_and_mul_out", TORCH_BOX(&silu_and_mul_out));
+}
+
+}  // namespace ridgeline

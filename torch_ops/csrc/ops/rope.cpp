@@ -1,0 +1,239 @@
+// apply_rope_pos_ids, in place or not: schemas, checks, frequencies, choice of kernel, launch.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <numbers>
+#include <tuple>
+#include <vector>
+
+#include "rope/params.h"
+#include "runtime/catalog.h"
+#include "runtime/check.h"
+#include "runtime/kernel.h"
+#include "runtime/names.h"
+#include "runtime/overlap.h"
+
+namespace ridgeline {
+namespace {
+
+constexpr int64_t kMaxTokens = (int64_t{1} << 31) - 1;
+constexpr int64_t kMaxRotaryDim = 2 * kRopeMaxPairs;
+constexpr int64_t kVectorBytes = 16;
+constexpr const char* kPosIds = "rope/apply_rope_pos_ids.cuh:apply_rope_pos_ids";
+constexpr std::array kPairings = {"HalfSplit", "Interleaved"};
+
+// The core table's rows of each pairing: 16-byte accesses, then single elements.
+struct RopeRow {
+  Dtype dtype;
+  int vec_size;
+};
+constexpr std::array kRopeRows = {
+    RopeRow{Dtype::Half, 8}, RopeRow{Dtype::BFloat16, 8}, RopeRow{Dtype::Float, 4},
+    RopeRow{Dtype::Half, 1}, RopeRow{Dtype::BFloat16, 1}, RopeRow{Dtype::Float, 1},
+};
+
+std::string row_kernel(const RopeRow& row, bool interleave) {
+  return kernel_name(kPosIds, device_type(row.dtype), row.vec_size, kPairings[interleave]);
+}
+
+Kernel& pos_ids_kernel(Dtype dtype, bool vectors, bool interleave) {
+  static const auto kernels = [] {
+    std::array<std::array<Kernel*, 2>, kRopeRows.size()> all;
+    for (size_t i = 0; i < all.size(); ++i) {
+      all[i] = {&kernel(row_kernel(kRopeRows[i], false)), &kernel(row_kernel(kRopeRows[i], true))};
+    }
+    return all;
+  }();
+  size_t i = vectors ? 0 : kRopeRows.size() / 2;
+  while (kRopeRows[i].dtype != dtype) ++i;
+  return *kernels[i][interleave];
+}
+
+std::vector<Row> rope_rows() {
+  std::vector<Row> rows;
+  for (const bool interleave : {false, true}) {
+    for (const RopeRow& row : kRopeRows) {
+      rows.push_back({.op = "apply_rope_pos_ids",
+                      .kernel = row_kernel(row, interleave),
+                      .block = static_cast<int>(kRopeMaxThreads),
+                      .why = row.vec_size == 1 ? "views or sizes that are not multiples of 16 bytes"
+                                               : "16-byte accesses"});
+    }
+  }
+  return rows;
+}
+
+Choice rope_choose(const std::string&, const Config& config, int) {
+  const std::string dtype = config.get("dtype", "float16");
+  const bool interleave = config.get_int("interleave", 0) != 0;
+  for (const RopeRow& row : kRopeRows) {
+    if (dtype_name(row.dtype) == "torch." + dtype) return {{row_kernel(row, interleave)}, {}};
+  }
+  return {{}, {"dtype " + dtype + ": expected float16, bfloat16 or float32"}};
+}
+
+const RegisterFamily family({{"apply_rope_pos_ids", "apply_rope_pos_ids_inplace"},
+                             rope_rows,
+                             rope_choose});
+
+struct RopeOptions {
+  int64_t rotary_dim;
+  bool interleave;
+  double rope_scale;
+  double rope_theta;
+};
+
+void check_heads(const Arg& x) {
+  check_rank(x, {3});
+  check_last_stride(x);
+}
+
+void check_arguments(const Arg& q, const Arg& k, const Arg& pos_ids, const RopeOptions& options) {
+  check_cuda(q);
+  check_dtype(q, {Dtype::Half, Dtype::BFloat16, Dtype::Float});
+  check_heads(q);
+  const int64_t nnz = q.tensor.size(0), head_dim = q.tensor.size(2);
+  check_same_device(k, q);
+  check_same_dtype(k, q);
+  check_heads(k);
+  check_shape(k, std::array{nnz, k.tensor.size(1), head_dim},
+              "[nnz, num_k_heads, head_dim], as q's");
+  check_same_device(pos_ids, q);
+  check_dtype(pos_ids, {Dtype::Int, Dtype::Long});
+  check_rank(pos_ids, {1});
+  check_shape(pos_ids, std::array{nnz}, "[nnz]");
+  check_last_stride(pos_ids);
+  if (nnz > kMaxTokens) {
+    fail(q.op, q.name, "fewer than 2^31 tokens", std::to_string(nnz), "Split the call");
+  }
+  if (options.rotary_dim % 2 != 0 || options.rotary_dim <= 0 ||
+      options.rotary_dim > std::min(head_dim, kMaxRotaryDim)) {
+    fail(q.op, "rotary_dim",
+         "an even number from 2 to head_dim (" + std::to_string(head_dim) + ") and at most " +
+             std::to_string(kMaxRotaryDim),
+         std::to_string(options.rotary_dim), "Leave it out to rotate whole heads");
+  }
+  for (const auto& [name, value] :
+       {std::pair{"rope_scale", options.rope_scale}, std::pair{"rope_theta", options.rope_theta}}) {
+    if (std::isfinite(value) && value > 0) continue;
+    fail(q.op, name, "a finite number > 0", std::to_string(value), "The defaults are 1 and 1e4");
+  }
+}
+
+// Turns per position of each pair, modulo 1, in units of 2^-64 (rope/params.h). A model calls with
+// one set of options, so each thread keeps the last.
+const std::vector<uint64>& turns_per_position(const RopeOptions& options) {
+  thread_local std::vector<uint64> turns;
+  thread_local double scale = 0, theta = 0;
+  const auto num_pairs = static_cast<size_t>(options.rotary_dim / 2);
+  if (turns.size() == num_pairs && scale == options.rope_scale && theta == options.rope_theta) {
+    return turns;
+  }
+  turns.resize(num_pairs);
+  for (size_t i = 0; i < num_pairs; ++i) {
+    const double exponent = -static_cast<double>(i) / static_cast<double>(num_pairs);
+    const double frequency = std::pow(options.rope_theta, exponent) / options.rope_scale;
+    const double turn = frequency / (2 * std::numbers::pi);
+    turns[i] = static_cast<uint64>(std::ldexp(turn - std::floor(turn), 64));
+  }
+  scale = options.rope_scale;
+  theta = options.rope_theta;
+  return turns;
+}
+
+RopeTensor rope_tensor(const Tensor& input, const Tensor& output) {
+  return {.input = input.const_data_ptr(),
+          .output = output.mutable_data_ptr(),
+          .input_token_stride = input.stride(0),
+          .input_head_stride = input.stride(1),
+          .output_token_stride = output.stride(0),
+          .output_head_stride = output.stride(1)};
+}
+
+// Elements an access moves: 16 bytes of them when pointers, strides and the number of pairs allow.
+int vector_size(std::initializer_list<const Tensor*> tensors, const RopeOptions& options) {
+  const Tensor& q = **tensors.begin();
+  const int64_t elements = kVectorBytes / static_cast<int64_t>(q.element_size());
+  const bool whole = options.rotary_dim / 2 % elements == 0 && q.size(2) % elements == 0;
+  const bool aligned = std::all_of(tensors.begin(), tensors.end(),
+                                   [](const Tensor* tensor) { return is_aligned16(*tensor); });
+  return whole && aligned ? static_cast<int>(elements) : 1;
+}
+
+void run_pos_ids(const Tensor& q, const Tensor& k, const Tensor& q_out, const Tensor& k_out,
+                 const Tensor& pos_ids, const RopeOptions& options, bool in_place) {
+  const int64_t nnz = q.size(0), num_heads = q.size(1) + k.size(1);
+  if (nnz == 0 || num_heads == 0) return;
+  const int vec_size = vector_size({&q, &k, &q_out, &k_out}, options);
+  const int64_t num_copied = in_place ? 0 : q.size(2) - options.rotary_dim;
+  const auto num_pairs = static_cast<uint32>(options.rotary_dim / 2);
+  const RopePlan plan = rope_plan(static_cast<uint32>(num_heads), num_pairs, vec_size);
+
+  RopePosIdsParams params;
+  params.q = rope_tensor(q, q_out);
+  params.k = rope_tensor(k, k_out);
+  params.pos_ids = pos_ids.const_data_ptr();
+  params.pos_ids_are_int64 = pos_ids.scalar_type() == Dtype::Long;
+  params.shape = {.nnz = static_cast<uint32>(nnz),
+                  .num_q_heads = static_cast<uint32>(q.size(1)),
+                  .num_heads = static_cast<uint32>(num_heads),
+                  .num_pairs = num_pairs,
+                  .num_copied_vecs = static_cast<uint32>(num_copied / vec_size),
+                  .tokens_per_block = plan.tokens_per_block,
+                  .head_step = plan.head_step,
+                  .lanes_per_head = make_divider(plan.lanes_per_head),
+                  .threads_per_token = make_divider(plan.threads_per_token)};
+  std::ranges::copy(turns_per_position(options), params.turns);
+  const auto blocks =
+      static_cast<unsigned>((nnz + plan.tokens_per_block - 1) / plan.tokens_per_block);
+  launch(pos_ids_kernel(q.scalar_type(), vec_size != 1, options.interleave),
+         device(q.get_device_index()), {.grid_x = blocks, .block = plan.block}, &params);
+}
+
+std::tuple<Tensor, Tensor> apply_rope_pos_ids(const Tensor& q, const Tensor& k,
+                                              const Tensor& pos_ids, int64_t rotary_dim,
+                                              bool interleave, double rope_scale,
+                                              double rope_theta) {
+  constexpr const char* kOp = "apply_rope_pos_ids";
+  const RopeOptions options{rotary_dim, interleave, rope_scale, rope_theta};
+  check_arguments({kOp, "q", q}, {kOp, "k", k}, {kOp, "pos_ids", pos_ids}, options);
+  const Tensor q_out = torch::stable::new_empty(q, q.sizes());
+  const Tensor k_out = torch::stable::new_empty(k, k.sizes());
+  run_pos_ids(q, k, q_out, k_out, pos_ids, options, false);
+  return {q_out, k_out};
+}
+
+void apply_rope_pos_ids_inplace(const Tensor& q, const Tensor& k, const Tensor& pos_ids,
+                                int64_t rotary_dim, bool interleave, double rope_scale,
+                                double rope_theta) {
+  constexpr const char* kOp = "apply_rope_pos_ids_inplace";
+  const RopeOptions options{rotary_dim, interleave, rope_scale, rope_theta};
+  const Arg q_arg{kOp, "q", q}, k_arg{kOp, "k", k};
+  check_arguments(q_arg, k_arg, {kOp, "pos_ids", pos_ids}, options);
+  check_writable(q_arg);
+  check_writable(k_arg);
+  check_distinct(k_arg, q_arg);
+  run_pos_ids(q, k, q, k, pos_ids, options, true);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
+  m.def(
+      "apply_rope_pos_ids(Tensor q, Tensor k, Tensor pos_ids, SymInt rotary_dim, "
+      "bool interleave, float rope_scale, float rope_theta) -> (Tensor, Tensor)");
+  m.def(
+      "apply_rope_pos_ids_inplace(Tensor(a!) q, Tensor(b!) k, Tensor pos_ids, SymInt rotary_dim, "
+      "bool interleave, float rope_scale, float rope_theta) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+  m.impl("apply_rope_pos_ids", TORCH_BOX(&apply_rope_pos_ids));
+  m.impl("apply_rope_pos_ids_inplace", TORCH_BOX(&apply_rope_pos_ids_inplace));
+}
+
+}  // namespace ridgeline
