@@ -22,7 +22,7 @@ PACKAGES = {
 BOOK_SEPARATOR = "\n\f\n"
 HELD_OUT_SHARE = 0.05
 
-_AFTERWORD = re.compile(r"\n\s*(?:End of (?:the )?Project Gutenberg|Northanger Abbey was written in)")
+_AFTERWORD = re.compile(r"\n\s*(?:End of Project Gutenberg|Northanger Abbey was written in)")
 _R_HEADER = b"X\n"
 _R_STRING_VECTOR = 16
 _R_HAS_ATTRIBUTES = 0x200
@@ -88,7 +88,8 @@ def fetch() -> str:
         for package, database in PACKAGES.items():
             _run(["apt-get", "download", package], folder, f"apt-get cannot download {package}")
             (archive,) = Path(folder).glob(f"{package}_*.deb")
-            _run(["dpkg", "-x", str(archive), package], folder, f"dpkg cannot unpack {archive.name}")
+            unpack = ["dpkg", "-x", archive.name, package]
+            _run(unpack, folder, f"dpkg cannot unpack {archive.name}")
             for lines in r_string_vectors(Path(folder, package, database).read_bytes()):
                 books.append(clean("\n".join(lines)))
     return BOOK_SEPARATOR.join(books) + "\n"
@@ -99,7 +100,7 @@ def _run(command: list[str], folder: str, problem: str) -> None:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     except FileNotFoundError:
-        raise CorpusError(f"{problem}: no {command[0]} here (not a Debian system). {way_out}") from None
+        raise CorpusError(f"{problem}: there is no {command[0]} here. {way_out}") from None
     if done.returncode:
         raise CorpusError(f"{problem}: {done.stderr.strip().splitlines()[-1]}. {way_out}")
 

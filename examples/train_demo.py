@@ -39,7 +39,7 @@ class Average:
     def __init__(self, network: Network, decay: float = 0.999) -> None:
         self.decay = decay
         self.steps = 0
-        self.source = list(network.parameters())
+        self.source: list[Tensor] = list(network.parameters())
         self.network = Network(network.shape).to(self.source[0].device).eval()
         self.weights = [p.detach().clone() for p in self.source]
 
@@ -74,7 +74,7 @@ class Trainer:
         self.network = Network(shape, arguments.dropout)
         self.num_parameters = sum(p.numel() for p in self.network.parameters())
         if 2 * self.num_parameters + 10_000 > MAX_WEIGHT_BYTES:
-            raise SystemExit(f"error: {self.num_parameters:,} parameters are more than 8 MB of bf16")
+            raise SystemExit(f"error: {self.num_parameters:,} parameters do not fit in 8 MB")
         if arguments.resume:
             load(self.network, arguments.resume)
         self.network.to(self.device).train()
@@ -107,7 +107,7 @@ class Trainer:
             fast = torch.compile(self.network)
             with self._autocast():
                 logits = fast(tokens)
-            logits.float().mean().backward()
+            torch.autograd.backward(logits.float().mean())
             return fast
         except Exception as error:
             print(f"torch.compile failed ({type(error).__name__}); training without it")
@@ -126,7 +126,7 @@ class Trainer:
         with self._autocast():
             logits = forward(tokens)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.average.update()
@@ -185,7 +185,7 @@ class Trainer:
             "seconds": round(time.monotonic() - self.begin),
             "device": torch.cuda.get_device_name(self.device) if self.on_gpu else "CPU",
             "torch": torch.__version__,
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
             "corpus": {
                 "debian_packages": list(PACKAGES),
                 "sha256": self.data.sha256,

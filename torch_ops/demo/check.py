@@ -1,0 +1,199 @@
+"""What the demo asserts: tokens against transformers, bits per byte, words."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .llama import Llama
+from .model_folder import DemoError, ModelFolder
+
+MIN_WORD_SHARE = 0.9
+#: Fewer words than this say nothing about a share of 90%.
+MIN_WORDS = 20
+#: The model was evaluated in float32; rounding to 16 bits moves the figure by less than this.
+BITS_TOLERANCE = 0.02
+_WORD = re.compile(r"[a-z]+(?:'[a-z]+)*")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of the demo's report."""
+
+    ok: bool
+    text: str
+
+
+def require_transformers() -> None:
+    """Raise a `DemoError` when transformers is not installed."""
+    try:
+        importlib.import_module("transformers")
+    except ImportError:
+        raise DemoError(
+            "the demo compares itself with transformers, which is not installed; "
+            "run `pip install 'ridgeline[demo]'`, or pass --no-check"
+        ) from None
+
+
+def _reference(folder: ModelFolder, model: Llama, dtype: torch.dtype) -> Any:
+    """Return transformers' own model with the same weights, on the device of `model`."""
+    transformers: Any = importlib.import_module("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    reference = transformers.LlamaForCausalLM.from_pretrained(
+        folder.path, dtype=dtype, local_files_only=True
+    )
+    return reference.eval().to(model.device)
+
+
+@torch.inference_mode()
+def compare_tokens(
+    folder: ModelFolder, model: Llama, prompt: bytes, ours: Sequence[int]
+) -> Verdict:
+    """Compare our greedy tokens with those of transformers' `LlamaForCausalLM`.
+
+    In float32, transformers writes a continuation of its own, which must be equal.
+
+    In a 16-bit dtype, transformers reads prompt and our tokens, and at every position our token
+    must be its choice too, unless the dtype cannot tell the two apart: by the float32 logits, our
+    token is behind the best by no more than twice the rounding error of transformers' own 16-bit
+    logits at that position (the largest difference from its float32 logits).
+
+    Parameters
+    ----------
+    folder, model
+        The weights, and our model of them.
+    prompt
+        What was continued.
+    ours
+        The greedy tokens of `model`.
+    """
+    tokens = torch.tensor([*prompt, *ours], device=model.device)[None]
+    exact = _reference(folder, model, torch.float32)
+    if model.embedding.dtype == torch.float32:
+        theirs = exact.generate(
+            tokens[:, : len(prompt)],
+            attention_mask=torch.ones_like(tokens[:, : len(prompt)]),
+            do_sample=False,
+            min_new_tokens=len(ours),
+            max_new_tokens=len(ours),
+        )[0, len(prompt) :].tolist()
+        return judge_equal(ours, theirs)
+    rounded = _reference(folder, model, model.embedding.dtype)
+    return judge_tied(
+        torch.tensor(ours),
+        exact(tokens).logits[0, len(prompt) - 1 : -1].float().cpu(),
+        rounded(tokens).logits[0, len(prompt) - 1 : -1].float().cpu(),
+    )
+
+
+def judge_equal(ours: Sequence[int], theirs: Sequence[int]) -> Verdict:
+    """Compare two continuations token by token.
+
+    >>> judge_equal([97, 98], [97, 99]).text
+    'token 1 is 98 here and 99 in transformers, 1 of 2 equal before it'
+    """
+    pairs = list(zip(ours, theirs, strict=True))
+    for position, (our, their) in enumerate(pairs):
+        if our != their:
+            return Verdict(
+                False,
+                f"token {position} is {our} here and {their} in transformers, "
+                f"{position} of {len(pairs)} equal before it",
+            )
+    return Verdict(True, f"{len(pairs)} of {len(pairs)} greedy tokens equal")
+
+
+def judge_tied(ours: Tensor, exact: Tensor, rounded: Tensor) -> Verdict:
+    """Compare tokens with logits, and let those differ that the dtype cannot tell apart.
+
+    Parameters
+    ----------
+    ours
+        `[num_tokens]`, the tokens chosen.
+    exact, rounded
+        `[num_tokens, vocab_size]`, transformers' logits in float32 and in the 16-bit dtype.
+    """
+    equal = rounded.argmax(dim=-1) == ours
+    gap = exact.amax(dim=-1) - exact.gather(1, ours[:, None])[:, 0]
+    resolution = 2 * (exact - rounded).abs().amax(dim=-1)
+    wrong = ~equal & ~(gap <= resolution)
+    if bool(wrong.any()):
+        position = int(wrong.nonzero()[0])
+        return Verdict(
+            False,
+            f"token {position} is {int(ours[position])} here and "
+            f"{int(rounded[position].argmax())} in transformers: {float(gap[position]):.3g} behind "
+            f"in logits, and the dtype resolves {float(resolution[position]):.3g}",
+        )
+    num_ties = int((~equal).sum())
+    ties = f", {num_ties} tied within the dtype" if num_ties else ""
+    return Verdict(True, f"{int(equal.sum())} of {len(ours)} greedy tokens equal{ties}")
+
+
+def bits_per_byte(model: Llama, text: Tensor) -> float:
+    """Return the mean bits a byte of `text [num_bytes]`, in windows of the model's context.
+
+    The first byte of a window is given, every later one is predicted; windows overlap by one byte.
+    """
+    nats, count = 0.0, 0
+    for start in range(0, len(text) - 1, model.config.context):
+        window = text[start : start + model.config.context + 1].to(model.device)
+        logits = model.forward(window[:-1], model.new_cache())
+        nats += F.cross_entropy(logits.float(), window[1:], reduction="sum").item()
+        count += len(window) - 1
+    return nats / count / math.log(2)
+
+
+def check_bits_per_byte(folder: ModelFolder, model: Llama) -> Verdict:
+    """State the bits per byte of the training's record, and compute those of the sample anew."""
+    stated = folder.training.get("heldout_bits_per_byte")
+    sample = folder.held_out_sample()
+    sample_stated = folder.training.get("sample_bits_per_byte")
+    if stated is None or sample is None or sample_stated is None:
+        return Verdict(True, "not stated by this model folder")
+    ours = bits_per_byte(model, sample)
+    text = (
+        f"{stated:.3f} bits per byte of held-out text (training.json); of its first "
+        f"{len(sample):,} bytes {sample_stated:.3f} stated, {ours:.3f} here"
+    )
+    return Verdict(abs(ours - sample_stated) <= BITS_TOLERANCE, text)
+
+
+def generated_words(prompt: str, text: str) -> list[str]:
+    """Return the words of `text`, which continues `prompt`, in lower case.
+
+    A word that begins in the prompt counts; one that may go on after the end does not.
+
+    >>> generated_words("It was a plea", "sure, and the Cap")
+    ['pleasure', 'and', 'the']
+    """
+    whole = (prompt + text).lower()
+    words = []
+    for match in _WORD.finditer(whole):
+        if match.end() > len(prompt) and match.end() < len(whole):
+            words.append(match.group())
+    return words
+
+
+def check_words(folder: ModelFolder, prompt: str, text: str) -> Verdict:
+    """Check that nine of ten generated words occur in the corpus."""
+    corpus = folder.words()
+    if corpus is None:
+        return Verdict(True, "this model folder has no list of its corpus's words")
+    words = generated_words(prompt, text)
+    if len(words) < MIN_WORDS:
+        return Verdict(True, f"only {len(words)} generated: too few to judge")
+    unknown = [word for word in words if word not in corpus]
+    share = 1 - len(unknown) / len(words)
+    shown = f" (not: {', '.join(unknown[:5])})" if unknown else ""
+    text = f"{share:.1%} of {len(words)} generated words occur in the corpus{shown}"
+    return Verdict(share >= MIN_WORD_SHARE, text)

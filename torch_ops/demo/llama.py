@@ -1,0 +1,172 @@
+"""A Llama whose attention, norms, rotations and activations are Ridgeline's ops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ridgeline
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .model_folder import TRAIN, Config, DemoError, ModelFolder
+
+
+class KvCache:
+    """Keys and values of the tokens so far, a row a token, for every layer."""
+
+    def __init__(self, config: Config, like: Tensor) -> None:
+        # [num_layers, 2 (k, v), context, num_kv_heads, head_dim]
+        shape = (config.num_layers, 2, config.context, config.num_kv_heads, config.head_dim)
+        self.data = like.new_zeros(shape)
+        self.length = 0
+
+    def append(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens' `k`, `v` and return those of all tokens, each NHD."""
+        end = self.length + k.shape[0]
+        keys, values = self.data[layer_idx]
+        keys[self.length : end] = k
+        values[self.length : end] = v
+        return keys[:end], values[:end]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one layer; `norm_after` is the norm that follows it."""
+
+    qkv: Tensor  # [(num_heads + 2 * num_kv_heads) * head_dim, hidden_size]
+    output: Tensor  # [hidden_size, num_heads * head_dim]
+    norm_mlp: Tensor  # [hidden_size]
+    gate_up: Tensor  # [2 * intermediate_size, hidden_size]
+    down: Tensor  # [hidden_size, intermediate_size]
+    norm_after: Tensor  # [hidden_size]
+
+
+class Llama:
+    """The model, for one sequence at a time.
+
+    Parameters
+    ----------
+    config
+        Its sizes.
+    weights
+        Tensors under the names that Hugging Face's layout gives them.
+    device, dtype
+        Where and in what the model computes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        weights: dict[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config = config
+        self.num_parameters = sum(w.numel() for w in weights.values())
+
+        def take(name: str, *shape: int) -> Tensor:
+            if name not in weights:
+                raise DemoError(f"model.safetensors has no tensor {name}; {TRAIN}")
+            found = tuple(weights[name].shape)
+            if found != shape:
+                raise DemoError(
+                    f"model.safetensors: {name} is {list(found)}, and config.json says "
+                    f"{list(shape)}: the two files are not of one model; {TRAIN}"
+                )
+            return weights[name].to(device, dtype)
+
+        hidden, mlp = config.hidden_size, config.intermediate_size
+        q_size, kv_size = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+        self.embedding = take("model.embed_tokens.weight", config.vocab_size, hidden)
+        self.head = self.embedding
+        if not config.tied:
+            self.head = take("lm_head.weight", config.vocab_size, hidden)
+        self.first_norm = take("model.layers.0.input_layernorm.weight", hidden)
+        self.layers = []
+        for layer_idx in range(config.num_layers):
+            here = f"model.layers.{layer_idx}."
+            attention = here + "self_attn."
+            after = f"model.layers.{layer_idx + 1}.input_layernorm.weight"
+            is_last = layer_idx + 1 == config.num_layers
+            layer = Layer(
+                qkv=torch.cat(
+                    [
+                        take(attention + "q_proj.weight", q_size, hidden),
+                        take(attention + "k_proj.weight", kv_size, hidden),
+                        take(attention + "v_proj.weight", kv_size, hidden),
+                    ]
+                ),
+                output=take(attention + "o_proj.weight", hidden, q_size),
+                norm_mlp=take(here + "post_attention_layernorm.weight", hidden),
+                gate_up=torch.cat(
+                    [
+                        take(here + "mlp.gate_proj.weight", mlp, hidden),
+                        take(here + "mlp.up_proj.weight", mlp, hidden),
+                    ]
+                ),
+                down=take(here + "mlp.down_proj.weight", hidden, mlp),
+                norm_after=take("model.norm.weight" if is_last else after, hidden),
+            )
+            self.layers.append(layer)
+
+    @classmethod
+    def load(cls, folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> Llama:
+        """Read the model that `folder` holds."""
+        return cls(folder.config, folder.weights(), device, dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.embedding.device
+
+    def new_cache(self) -> KvCache:
+        """Return an empty KV cache for as many tokens as the model's context holds."""
+        return KvCache(self.config, self.embedding)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, cache: KvCache) -> Tensor:
+        """Run new tokens through the model: many (prefill) or one (decode).
+
+        Parameters
+        ----------
+        tokens
+            `[num_tokens]`, the bytes that follow those in `cache`.
+        cache
+            Grows by `num_tokens`.
+
+        Returns
+        -------
+        Tensor
+            Logits `[num_tokens, vocab_size]`.
+        """
+        eps = self.config.rms_norm_eps
+        pos_ids = torch.arange(
+            cache.length, cache.length + len(tokens), dtype=torch.int32, device=self.device
+        )
+        residual = self.embedding[tokens]
+        hidden = ridgeline.rmsnorm(residual, self.first_norm, eps)
+        for layer_idx, layer in enumerate(self.layers):
+            hidden = self._attention(layer_idx, layer, hidden, pos_ids, cache)
+            # Adds `hidden` to `residual`, then puts the normalized sum into `hidden`.
+            ridgeline.fused_add_rmsnorm(hidden, residual, layer.norm_mlp, eps)
+            hidden = F.linear(ridgeline.silu_and_mul(F.linear(hidden, layer.gate_up)), layer.down)
+            ridgeline.fused_add_rmsnorm(hidden, residual, layer.norm_after, eps)
+        cache.length += len(tokens)
+        return F.linear(hidden, self.head)
+
+    def _attention(
+        self, layer_idx: int, layer: Layer, hidden: Tensor, pos_ids: Tensor, cache: KvCache
+    ) -> Tensor:
+        """Return the attention block's output `[num_tokens, hidden_size]`."""
+        config = self.config
+        heads = F.linear(hidden, layer.qkv).view(len(hidden), -1, config.head_dim)
+        first_k, first_v = config.num_heads, config.num_heads + config.num_kv_heads
+        q, k, v = heads[:, :first_k], heads[:, first_k:first_v], heads[:, first_v:]
+        q, k = ridgeline.apply_rope_pos_ids(q, k, pos_ids, rope_theta=config.rope_theta)
+        keys, values = cache.append(layer_idx, k, v)
+        if len(hidden) == 1:
+            mixed = ridgeline.single_decode_with_kv_cache(q[0], keys, values)
+        else:
+            mixed = ridgeline.single_prefill_with_kv_cache(q, keys, values, causal=True)
+        return F.linear(mixed.reshape(len(hidden), -1), layer.output)
