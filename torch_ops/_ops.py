@@ -13,6 +13,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _cpu = torch.library.Library("ridgeline", "IMPL", "CPU")
 _autograd = torch.library.Library("ridgeline", "IMPL", "Autograd")
+_fragment = torch.library.Library("ridgeline", "FRAGMENT")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -30,7 +31,7 @@ def fake_impl(name: str) -> Callable[[_Function], _Function]:
     """Registers a function as the fake of an op, and the guard against missing gradients."""
 
     def register(function: _Function) -> _Function:
-        torch.library.register_fake(f"ridgeline::{name}", function, lib=_cpu)
+        torch.library.register_fake(f"ridgeline::{name}", function, lib=_fragment)
         _guard_gradients(name)
         return function
 
