@@ -81,12 +81,12 @@ def _silu_and_mul_out_cpu(out: Tensor, input: Tensor, enable_pdl: bool = False) 
 
 
 @fake_impl("silu_and_mul")
-def _silu_and_mul_fake(input: Tensor, enable_pdl: bool = False) -> Tensor:
+def _silu_and_mul_fake(input: Tensor, *_: object) -> Tensor:
     return input.new_empty(_output_shape(input))
 
 
 @fake_impl("silu_and_mul_out")
-def _silu_and_mul_out_fake(out: Tensor, input: Tensor, enable_pdl: bool = False) -> None:
+def _silu_and_mul_out_fake(*_: object) -> None:
     return None
 
 

@@ -1,13 +1,12 @@
 // silu_and_mul: schemas, checks, choice of kernel, launch.
 
-#include "activation/params.h"
-
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <array>
 #include <vector>
 
+#include "activation/params.h"
+#include "runtime/alloc.h"
 #include "runtime/catalog.h"
 #include "runtime/check.h"
 #include "runtime/kernel.h"
@@ -154,7 +153,7 @@ const GatedKernels& silu_kernels() {
 Tensor silu_and_mul(const Tensor& input, bool enable_pdl) {
   const Arg input_arg{"silu_and_mul", "input", input};
   check_input(input_arg);
-  const Tensor out = torch::stable::new_empty(input, output_shape(input));
+  const Tensor out = empty(input, output_shape(input), input.scalar_type());
   run_gated(silu_kernels(), input_arg, {"silu_and_mul", "out", out}, enable_pdl);
   return out;
 }

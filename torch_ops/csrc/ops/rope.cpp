@@ -1,7 +1,6 @@
 // apply_rope_pos_ids, in place or not: schemas, checks, frequencies, choice of kernel, launch.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <array>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "rope/params.h"
+#include "runtime/alloc.h"
 #include "runtime/catalog.h"
 #include "runtime/check.h"
 #include "runtime/kernel.h"
@@ -201,8 +201,8 @@ std::tuple<Tensor, Tensor> apply_rope_pos_ids(const Tensor& q, const Tensor& k,
   constexpr const char* kOp = "apply_rope_pos_ids";
   const RopeOptions options{rotary_dim, interleave, rope_scale, rope_theta};
   check_arguments({kOp, "q", q}, {kOp, "k", k}, {kOp, "pos_ids", pos_ids}, options);
-  const Tensor q_out = torch::stable::new_empty(q, q.sizes());
-  const Tensor k_out = torch::stable::new_empty(k, k.sizes());
+  const Tensor q_out = empty_like(q);
+  const Tensor k_out = empty_like(k);
   run_pos_ids(q, k, q_out, k_out, pos_ids, options, false);
   return {q_out, k_out};
 }
