@@ -1,0 +1,126 @@
+// What host and kernels of the attention family agree on: parameters, tile shapes, sizes of shared
+// memory.
+#pragma once
+
+#include "common/divide.h"
+#include "common/types.h"
+
+namespace ridgeline {
+
+// Head dims that a kernel is compiled for. Smaller ones run in the next larger, padded with zeros.
+template <int qk, int vo>
+struct HeadDims {
+  static constexpr int kQk = qk;
+  static constexpr int kVo = vo;
+};
+
+// Queries of one request against its keys and values. Query heads that share a KV head are packed:
+// row r of a KV head's query tiles is query r / group_size, query head kv_head * group_size + r %
+// group_size. Strides count elements; pointers and strides are multiples of 16 bytes, the last
+// dimension's stride is 1.
+struct AttentionParams {
+  const void* q;  // [qo_len, num_qo_heads, head_dim_qk]
+  const void* k;  // [kv_len, num_kv_heads, head_dim_qk]
+  const void* v;  // [kv_len, num_kv_heads, head_dim_vo]
+  void* out;      // [qo_len, num_qo_heads, head_dim_vo]
+  float* lse;     // [qo_len, num_qo_heads], contiguous, natural logarithm; null: not wanted
+  // Results of parts of the keys, when num_splits > 1, for combine(). A slot is one query tile of
+  // one KV head and split: slot = (q_tile * num_kv_heads + kv_head) * num_splits + split.
+  float* partial_out;    // [num_slots, kTileQ, head_dim_vo], sums that are not yet divided
+  float* partial_stats;  // [num_slots, kTileQ, 2]: largest logit (times log2 e), sum of the
+                         // exponentials
+  int64 q_stride_token, q_stride_head;
+  int64 k_stride_token, k_stride_head;
+  int64 v_stride_token, v_stride_head;
+  int64 out_stride_token, out_stride_head;
+  int qo_len, kv_len;
+  int num_qo_heads, num_kv_heads;
+  int head_dim_qk, head_dim_vo;  // multiples of 8, at most HeadDims
+  int num_q_tiles;               // ceil(qo_len * group_size / kTileQ)
+  int num_splits;                // parts that the keys of a query tile are cut into
+  int window_left;               // keys to the left of the diagonal that a query sees; -1: all
+  int causal;                    // 0 or 1, the diagonal ends at the bottom right corner
+  Divider group_size;            // num_qo_heads / num_kv_heads; qo_len * group_size < 2^31
+  float sm_scale;
+  float logits_soft_cap;  // 0: off
+  // Rotation of the pair (d, d + head_dim_qk / 2) at position p, in turns: p * rope_turns *
+  // rope_ratio^d.
+  double rope_turns;  // 1 / (2 pi rope_scale)
+  double rope_ratio;  // rope_theta^(-2 / head_dim_qk)
+};
+
+struct CombineParams {
+  const float* partial_out;    // as in AttentionParams
+  const float* partial_stats;  // as in AttentionParams
+  void* out;                   // [qo_len, num_qo_heads, head_dim_vo]
+  float* lse;                  // [qo_len, num_qo_heads], contiguous; null: not wanted
+  int64 out_stride_token, out_stride_head;
+  int num_qo_heads, num_kv_heads;
+  int head_dim_vo;
+  int tile_q;  // kTileQ of the kernel that wrote the parts
+  int num_splits;
+};
+
+inline constexpr int kCombineThreads = 128;
+
+// How a CTA works on one query tile.
+struct TileConfig {
+  int num_warps;  // 0: there is no such kernel
+  int warps_kv;   // of them, so many side by side along the KV tile; their results merge at the end
+  int kv_tile;    // keys a step
+  int stages;     // K tiles, and V tiles, in shared memory
+  int ctas_per_sm;  // what the registers are budgeted for
+  bool query_in_registers;
+};
+
+// Why these: 16 rows read K and V once and want bytes in flight, so the warps split the keys, each
+// with a pipeline of its own that waits for no other warp. 128 rows give a warp 32 rows where the
+// accumulators leave room (up to 128 wide): each fragment of K or V that comes from shared memory,
+// the narrowest pipe here, then feeds two products. Shared memory stays within 99 KiB from sm_80
+// on, so that one table serves sm_80 to sm_90, and within 64 KiB on sm_75, whose copies do not
+// overlap with arithmetic: there one stage does, and small KV tiles leave room for a second CTA.
+constexpr TileConfig attention_tile(int head_dim_qk, int head_dim_vo, int tile_q, int sm) {
+  if (head_dim_qk == 64 && head_dim_vo == 64) {
+    if (tile_q == 16) return {4, 4, 64, sm == 75 ? 1 : 3, 4, true};
+    if (tile_q == 64) return {4, 1, 64, sm == 75 ? 1 : 2, 3, true};
+    if (tile_q == 128) return {4, 1, 64, sm == 75 ? 1 : 2, 2, true};
+  }
+  if (head_dim_qk == 128 && head_dim_vo == 128) {
+    if (tile_q == 16) return {4, 4, 64, sm == 75 ? 1 : 2, 3, true};
+    if (tile_q == 64) return {4, 1, sm == 75 ? 32 : 64, sm == 75 ? 1 : 2, 2, true};
+    if (tile_q == 128) return {4, 1, sm == 75 ? 32 : 64, 1, sm == 75 ? 1 : 2, false};
+  }
+  if (head_dim_qk == 192 && head_dim_vo == 128) {
+    if (tile_q == 16) return {4, 4, 64, sm == 75 ? 1 : 2, 2, true};
+    if (tile_q == 64) return {4, 1, sm == 75 ? 32 : 64, 1, 2, false};
+    if (tile_q == 128 && sm != 75) return {4, 1, 64, 1, 2, false};
+  }
+  if (head_dim_qk == 256 && head_dim_vo == 256) {
+    if (tile_q == 16 && sm == 75) return {2, 2, 32, 1, 1, false};
+    if (tile_q == 16) return {4, 4, 64, 1, 2, false};
+    if (tile_q == 64) return {4, 1, sm == 75 ? 16 : 32, 1, sm == 75 ? 1 : 2, false};
+    if (tile_q == 128 && sm != 75) return {8, 1, 32, 1, 1, false};
+  }
+  return {};
+}
+
+constexpr int attention_block_size(int head_dim_qk, int head_dim_vo, int tile_q, int sm) {
+  return attention_tile(head_dim_qk, head_dim_vo, tile_q, sm).num_warps * 32;
+}
+
+// Bytes that a variant which rotates keeps beside the tiles: the step in phase of each pair.
+constexpr int rotation_table_bytes(int head_dim_qk) {
+  return head_dim_qk / 2 * int(sizeof(uint64));
+}
+
+// Dynamic shared memory of a launch, for elements of 16 bits.
+constexpr int attention_smem_bytes(int head_dim_qk, int head_dim_vo, int tile_q, int sm,
+                                   bool rotates) {
+  const TileConfig tile = attention_tile(head_dim_qk, head_dim_vo, tile_q, sm);
+  const int element = 2;
+  const int kv_bytes = tile.stages * tile.kv_tile * (head_dim_qk + head_dim_vo) * element;
+  return tile_q * head_dim_qk * element + kv_bytes +
+         (rotates ? rotation_table_bytes(head_dim_qk) : 0);
+}
+
+}  // namespace ridgeline

@@ -1,0 +1,143 @@
+// One query tile against a range of keys: out = softmax(scale * Q K^T + mask) V by online softmax.
+//
+// Two tiles of shared memory per stage, K and V, each arriving in a group of its own. A step n
+//     waits for K(n), starts the load of V(n + stages - 1), computes P = softmax(Q K(n)^T),
+//     waits for V(n), starts the load of K(n + stages), adds P V(n),
+// so every load has at least half a step to arrive, with one stage too, and a barrier stands between the last read of a tile
+// and the load that overwrites it.
+#pragma once
+
+#include "attention/tile_loads.cuh"
+#include "attention/tile_math.cuh"
+#include "attention/tile_output.cuh"
+
+namespace ridgeline {
+
+// Lane's share of an ldmatrix.x4: for operand A and for B from rows that are its k (values), the two 8x8 matrices further down
+// come before those to the right; for B from rows that are its columns (keys) the other way round.
+template <int kRowBytes>
+__device__ __forceinline__ uint32 down_first_lane_address(uint32 tile) {
+  const int lane = threadIdx.x % 32;
+  return tile + swizzled_offset<kRowBytes>(lane % 16, lane / 16);
+}
+template <int kRowBytes>
+__device__ __forceinline__ uint32 right_first_lane_address(uint32 tile) {
+  const int lane = threadIdx.x % 32;
+  return tile + swizzled_offset<kRowBytes>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+}
+
+template <typename Traits>
+__device__ __forceinline__ void attend_tile(const AttentionParams& params, const Request& request,
+                                            const WorkItem& work, unsigned char* smem) {
+  using Variant = typename Traits::Variant;
+  constexpr int kStages = Traits::kStages;
+  constexpr int kPending = 2 * (kStages - 1);  // groups younger than the one a step waits for
+
+  const int warp = threadIdx.x / 32;
+  const int pipeline = Traits::kSplitsKeys ? warp : 0;
+  const int loader = Traits::kSplitsKeys ? threadIdx.x % 32 : threadIdx.x;
+  const int warp_row = Traits::kSplitsKeys ? 0 : warp * Traits::kMFrags * 16;
+  const int first_key = work.kv_begin + pipeline * Traits::kKeys;
+  const int num_steps = max(0, (work.kv_end - work.kv_begin + Traits::kKvTile - 1) / Traits::kKvTile);
+  const int num_rows =
+      min(Traits::kTileQ, request.qo_len * int(params.group_size.divisor) - work.q_row_begin);
+
+  unsigned char* key_tiles = smem + Traits::kQueryBytes + pipeline * Traits::kPipelineBytes;
+  unsigned char* value_tiles = key_tiles + kStages * Traits::kKeyBytes;
+  unsigned char* scratch = smem + Traits::kScratchOffset;
+  const uint32 query_address = shared_address(smem);
+  const uint32 key_address = shared_address(key_tiles);
+  const uint32 value_address = shared_address(value_tiles);
+  const typename Traits::Kv kv(params, work);
+
+  const auto start_keys = [&](int step, int stage) {
+    if (step < num_steps) {
+      load_keys<Traits>(params, kv, key_address + stage * Traits::kKeyBytes, loader,
+                        first_key + step * Traits::kKvTile, work.kv_end);
+    }
+    cp_async_commit();
+  };
+  const auto start_values = [&](int step, int stage) {
+    if (step < num_steps) {
+      load_values<Traits>(params, kv, value_address + stage * Traits::kValueBytes, loader,
+                          first_key + step * Traits::kKvTile, work.kv_end);
+    }
+    cp_async_commit();
+  };
+
+  load_query<Traits>(params, work, num_rows, query_address);
+  cp_async_commit();
+  start_keys(0, 0);
+#pragma unroll
+  for (int stage = 1; stage < kStages; ++stage) {
+    start_values(stage - 1, stage - 1);
+    start_keys(stage, stage);
+  }
+
+  if constexpr (Variant::kTransformsKey) {
+    Variant::prepare(params, scratch, threadIdx.x, Traits::kNumThreads);
+  }
+  cp_async_wait<kPending + 1>();
+  __syncthreads();
+  if constexpr (Variant::kTransformsQuery) {
+    Variant::template query<typename Traits::T, Traits::kQk>(
+        params, request, scratch, smem, num_rows, threadIdx.x, Traits::kNumThreads,
+        [&](int row) { return int(params.group_size.quotient(work.q_row_begin + row)); });
+    __syncthreads();
+  }
+  const QueryFragments<Traits> query(
+      down_first_lane_address<Traits::kQueryRowBytes>(query_address + warp_row * Traits::kQueryRowBytes));
+  RowState<Traits> state;
+
+  // Steps within this range are seen whole by every row.
+  const KeyRange first_row_keys = row_keys<Traits>(params, request, work, 0);
+  const KeyRange last_row_keys = row_keys<Traits>(params, request, work, num_rows - 1);
+  const float scale = Variant::exponent_scale(params);
+
+  int stage = 0;
+#pragma unroll 1
+  for (int step = 0; step < num_steps; ++step) {
+    const int previous_stage = stage == 0 ? kStages - 1 : stage - 1;
+    const int step_key = first_key + step * Traits::kKvTile;
+    cp_async_wait<kPending>();
+    pipeline_barrier<Traits>();
+    start_values(step + kStages - 1, previous_stage);
+    if constexpr (Variant::kTransformsKey) {
+      Variant::template key<typename Traits::Element, Traits::kQk>(
+          params, scratch, key_tiles + stage * Traits::kKeyBytes, Traits::kKeys, loader, Traits::kLoaders,
+          step_key);
+      pipeline_barrier<Traits>();
+    }
+    Logits<Traits> logits;
+    multiply_keys<Traits>(
+        logits, query,
+        right_first_lane_address<Traits::kKeyRowBytes>(key_address + stage * Traits::kKeyBytes));
+
+    if (Variant::transforms_logits(params)) {
+      Variant::template logits<sizeof(logits) / sizeof(float)>(params, &logits[0][0][0]);
+    }
+    if (step_key < last_row_keys.begin || step_key + Traits::kKeys > first_row_keys.end) {
+      mask_logits<Traits>(logits, params, request, work, warp_row, step_key);
+    }
+    Exponentials<Traits> exponentials;
+    softmax_step<Traits>(exponentials, state, logits, scale);
+
+    cp_async_wait<kPending>();
+    pipeline_barrier<Traits>();
+    start_keys(step + kStages, stage);
+    multiply_values<Traits>(
+        state, exponentials,
+        down_first_lane_address<Traits::kValueRowBytes>(value_address + stage * Traits::kValueBytes));
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+  }
+
+  if constexpr (Traits::kSplitsKeys) {
+    merge_and_store<Traits>(params, work, state, smem, smem + Traits::kQueryBytes, num_rows);
+  } else if (work.partial_slot >= 0) {
+    store_partial<Traits>(params, work, state, warp_row, num_rows);
+  } else {
+    store_final<Traits>(params, work, state, smem, warp_row, num_rows);
+  }
+}
+
+}  // namespace ridgeline

@@ -1,0 +1,244 @@
+// The arithmetic of a step: products with keys, mask, online softmax, products with values. All of it on a warp's
+// fragments: lane l holds of each 16x8 fragment the rows g = l / 4 and g + 8, columns 2 * (l % 4) and the next.
+#pragma once
+
+#include "attention/tile_traits.cuh"
+#include "common/fast_math.cuh"
+#include "common/ldmatrix.cuh"
+#include "common/mma.cuh"
+#include "common/opaque.cuh"
+#include "common/pack.cuh"
+#include "common/swizzle.cuh"
+
+namespace ridgeline {
+
+// What a warp carries from step to step, for its rows.
+template <typename Traits>
+struct RowState {
+  float out[Traits::kMFrags][Traits::kVoFrags][4];  // sum of exponential * value
+  float maximum[Traits::kMFrags][2];                // largest logit so far, times log2 e
+  float sum[Traits::kMFrags][2];                    // this lane's share of the sum of exponentials
+
+  __device__ __forceinline__ RowState() {
+#pragma unroll
+    for (int m = 0; m < Traits::kMFrags; ++m) {
+#pragma unroll
+      for (int n = 0; n < Traits::kVoFrags; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[m][n][i] = 0.0f;
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        maximum[m][half] = -kInfinity;
+        sum[m][half] = 0.0f;
+      }
+    }
+  }
+};
+
+template <typename Traits>
+using Logits = float[Traits::kMFrags][Traits::kKeyFrags][4];
+
+// Exponentials as operand A: the accumulators of two neighbouring logit fragments have its very layout.
+template <typename Traits>
+using Exponentials = uint32[Traits::kMFrags][Traits::kKeys / 16][4];
+
+// A warp's query fragments: held in registers, or read again from shared memory at each step.
+template <typename Traits>
+struct QueryFragments {
+  static constexpr int kHeld = Traits::kQueryInRegisters ? Traits::kQk / 16 : 1;
+
+  uint32 lane_address;
+  uint32 held[kHeld][Traits::kMFrags][4];
+
+  __device__ __forceinline__ explicit QueryFragments(uint32 lane_address) : lane_address(lane_address) {
+    if constexpr (Traits::kQueryInRegisters) {
+#pragma unroll
+      for (int k = 0; k < kHeld; ++k) read(held[k], k);
+    }
+  }
+
+  __device__ __forceinline__ void get(uint32 (&fragments)[Traits::kMFrags][4], int k) const {
+    if constexpr (Traits::kQueryInRegisters) {
+#pragma unroll
+      for (int m = 0; m < Traits::kMFrags; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) fragments[m][i] = held[k][m][i];
+      }
+    } else {
+      read(fragments, k);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void read(uint32 (&fragments)[Traits::kMFrags][4], int k) const {
+#pragma unroll
+    for (int m = 0; m < Traits::kMFrags; ++m) {
+      ldmatrix_x4(fragments[m], fragment_address<Traits::kQueryRowBytes>(lane_address, m * 16, 2 * k));
+    }
+  }
+};
+
+// The step from shared memory to the operand B of two neighbouring products, by the element type of the cache. For
+// 16-bit elements it is the identity; a narrower type is widened to T here.
+template <typename T, typename Element, int kRowBytes>
+__device__ __forceinline__ void key_operand(uint32 (&operand)[4], uint32 lane_address, int key, int chunk) {
+  static_assert(sizeof(Element) == sizeof(T), "elements of another width need a conversion here");
+  ldmatrix_x4(operand, fragment_address<kRowBytes>(lane_address, key, chunk));
+}
+
+template <typename T, typename Element, int kRowBytes>
+__device__ __forceinline__ void value_operand(uint32 (&operand)[4], uint32 lane_address, int key, int chunk) {
+  static_assert(sizeof(Element) == sizeof(T), "elements of another width need a conversion here");
+  ldmatrix_x4_transposed(operand, fragment_address<kRowBytes>(lane_address, key, chunk));
+}
+
+template <typename Traits>
+__device__ __forceinline__ void multiply_keys(Logits<Traits>& logits, const QueryFragments<Traits>& query,
+                                              uint32 key_lane_address) {
+  using T = typename Traits::T;
+  constexpr bool kFp16 = Traits::Variant::kFp16Logits;
+  uint32 halves[Traits::kMFrags][Traits::kKeyFrags][2];
+#pragma unroll
+  for (int m = 0; m < Traits::kMFrags; ++m) {
+#pragma unroll
+    for (int n = 0; n < Traits::kKeyFrags; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) logits[m][n][i] = 0.0f;
+      halves[m][n][0] = halves[m][n][1] = 0;
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < Traits::kQk / 16; ++k) {
+    uint32 a[Traits::kMFrags][4];
+    query.get(a, k);
+#pragma unroll
+    for (int n = 0; n < Traits::kKeyFrags; n += 2) {
+      uint32 b[4];
+      key_operand<T, typename Traits::Element, Traits::kKeyRowBytes>(b, key_lane_address, n * 8, 2 * k);
+#pragma unroll
+      for (int m = 0; m < Traits::kMFrags; ++m) {
+        if constexpr (kFp16) {
+          mma_m16n8k16_fp16_sum(halves[m][n], a[m], b[0], b[1]);
+          mma_m16n8k16_fp16_sum(halves[m][n + 1], a[m], b[2], b[3]);
+        } else {
+          mma_m16n8k16<T>(logits[m][n], a[m], b[0], b[1]);
+          mma_m16n8k16<T>(logits[m][n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+  if constexpr (kFp16) {
+#pragma unroll
+    for (int m = 0; m < Traits::kMFrags; ++m) {
+#pragma unroll
+      for (int n = 0; n < Traits::kKeyFrags; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 pair = unpack_pair<__half>(halves[m][n][half]);
+          logits[m][n][2 * half] = pair.x;
+          logits[m][n][2 * half + 1] = pair.y;
+        }
+      }
+    }
+  }
+}
+
+// The keys that row `row` of the warp's rows sees, among those of the work item.
+template <typename Traits>
+__device__ __forceinline__ KeyRange row_keys(const AttentionParams& params, const Request& request,
+                                             const WorkItem& work, int row) {
+  const int query = params.group_size.quotient(work.q_row_begin + row);
+  const KeyRange keys = Traits::Variant::mask(params, request, query);
+  return {max(keys.begin, work.kv_begin), min(keys.end, work.kv_end)};
+}
+
+// Logits of keys that a row does not see become -inf. `first_key` is the first of this warp's step, warp_row its first row.
+// Why opaque: computed ahead of the loop, the bounds of the rows would hold registers that the accumulators need.
+template <typename Traits>
+__device__ __forceinline__ void mask_logits(Logits<Traits>& logits, const AttentionParams& params,
+                                            const Request& request, const WorkItem& work, int warp_row,
+                                            int first_key) {
+  const int lane = threadIdx.x % 32;
+  warp_row = opaque(warp_row);
+#pragma unroll
+  for (int m = 0; m < Traits::kMFrags; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const KeyRange keys =
+          row_keys<Traits>(params, request, work, warp_row + m * 16 + half * 8 + lane / 4);
+      const int lane_key = first_key + 2 * (lane % 4);
+      const int begin = keys.begin - lane_key;
+      const int end = keys.end - lane_key;
+#pragma unroll
+      for (int n = 0; n < Traits::kKeyFrags; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int key = n * 8 + i;
+          if (key < begin || key >= end) logits[m][n][2 * half + i] = -kInfinity;
+        }
+      }
+    }
+  }
+}
+
+// One step of the online softmax: from logits to exponentials, with the state rescaled to the new maximum. Until a row has seen
+// a key its maximum is -inf; 0 stands in for it, so that no difference of infinities arises.
+template <typename Traits>
+__device__ __forceinline__ void softmax_step(Exponentials<Traits>& exponentials, RowState<Traits>& state,
+                                             const Logits<Traits>& logits, float scale) {
+#pragma unroll
+  for (int m = 0; m < Traits::kMFrags; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float largest = -kInfinity;
+#pragma unroll
+      for (int n = 0; n < Traits::kKeyFrags; ++n) {
+        largest = fmaxf(largest, fmaxf(logits[m][n][2 * half], logits[m][n][2 * half + 1]));
+      }
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+
+      const float maximum = fmaxf(state.maximum[m][half], largest * scale);
+      const float origin = maximum == -kInfinity ? 0.0f : maximum;
+      const float rescale = exp2_fast(state.maximum[m][half] - origin);
+      state.maximum[m][half] = maximum;
+
+      float sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < Traits::kKeyFrags; ++n) {
+        const float first = exp2_fast(fmaf(logits[m][n][2 * half], scale, -origin));
+        const float second = exp2_fast(fmaf(logits[m][n][2 * half + 1], scale, -origin));
+        sum += first + second;
+        exponentials[m][n / 2][n % 2 * 2 + half] = pack_pair<typename Traits::T>(first, second);
+      }
+      state.sum[m][half] = state.sum[m][half] * rescale + sum;
+#pragma unroll
+      for (int n = 0; n < Traits::kVoFrags; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) state.out[m][n][2 * half + i] *= rescale;
+      }
+    }
+  }
+}
+
+template <typename Traits>
+__device__ __forceinline__ void multiply_values(RowState<Traits>& state, const Exponentials<Traits>& exponentials,
+                                                uint32 value_lane_address) {
+  using T = typename Traits::T;
+#pragma unroll
+  for (int k = 0; k < Traits::kKeys / 16; ++k) {
+#pragma unroll
+    for (int n = 0; n < Traits::kVoFrags; n += 2) {
+      uint32 b[4];
+      value_operand<T, typename Traits::Element, Traits::kValueRowBytes>(b, value_lane_address, k * 16, n);
+#pragma unroll
+      for (int m = 0; m < Traits::kMFrags; ++m) {
+        mma_m16n8k16<T>(state.out[m][n], exponentials[m][k], b[0], b[1]);
+        mma_m16n8k16<T>(state.out[m][n + 1], exponentials[m][k], b[2], b[3]);
+      }
+    }
+  }
+}
+
+}  // namespace ridgeline

@@ -1,0 +1,198 @@
+// From a warp's sums to memory: final rows and their LSE, or the partial result of a slot.
+#pragma once
+
+#include "attention/tile_math.cuh"
+
+namespace ridgeline {
+
+// Where a packed row's result goes.
+struct RowTarget {
+  int query;
+  int head;
+
+  template <typename T>
+  __device__ __forceinline__ T* out(const AttentionParams& params) const {
+    return static_cast<T*>(params.out) + query * params.out_stride_token + head * params.out_stride_head;
+  }
+  __device__ __forceinline__ void write_lse(const AttentionParams& params, float maximum, float sum) const {
+    if (params.lse == nullptr) return;
+    params.lse[int64(query) * params.num_qo_heads + head] = sum == 0.0f ? -kInfinity : maximum * kLn2 + logf(sum);
+  }
+};
+
+__device__ __forceinline__ RowTarget row_target(const AttentionParams& params, const WorkItem& work, int row) {
+  const int packed = work.q_row_begin + row;
+  const int query = params.group_size.quotient(packed);
+  const int group_size = params.group_size.divisor;
+  return {query, work.kv_head * group_size + packed - query * group_size};
+}
+
+// Rows of partial results: [slot, row of the tile].
+template <typename Traits>
+__device__ __forceinline__ int64 partial_row(const WorkItem& work, int row) {
+  return int64(work.partial_slot) * Traits::kTileQ + row;
+}
+
+// A row's sum over the four lanes that hold it.
+__device__ __forceinline__ float quad_sum(float value) {
+  value += __shfl_xor_sync(0xffffffffu, value, 1);
+  return value + __shfl_xor_sync(0xffffffffu, value, 2);
+}
+
+template <typename Traits>
+__device__ __forceinline__ void store_partial(const AttentionParams& params, const WorkItem& work,
+                                              const RowState<Traits>& state, int warp_row, int num_rows) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < Traits::kMFrags; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_row + m * 16 + half * 8 + lane / 4;
+      const float sum = quad_sum(state.sum[m][half]);
+      if (row >= num_rows) continue;
+      const int64 target = partial_row<Traits>(work, row);
+      if (lane % 4 == 0) {
+        reinterpret_cast<float2*>(params.partial_stats)[target] = make_float2(state.maximum[m][half], sum);
+      }
+      float* out = params.partial_out + target * params.head_dim_vo + 2 * (lane % 4);
+#pragma unroll
+      for (int n = 0; n < Traits::kVoFrags; ++n) {
+        if (n * 8 < params.head_dim_vo) {
+          *reinterpret_cast<float2*>(out + n * 8) =
+              make_float2(state.out[m][n][2 * half], state.out[m][n][2 * half + 1]);
+        }
+      }
+    }
+  }
+}
+
+// Rows pass through the warp's own rows of the query tile, which nobody reads any more, so that they leave as whole
+// 128-byte lines.
+template <typename Traits>
+__device__ __forceinline__ void store_final(const AttentionParams& params, const WorkItem& work,
+                                            const RowState<Traits>& state, unsigned char* query_tile,
+                                            int warp_row, int num_rows) {
+  using T = typename Traits::T;
+  constexpr int kRowBytes = Traits::kVo * int(sizeof(T));
+  static_assert(kRowBytes <= Traits::kQueryRowBytes, "output rows fit the query's");
+  unsigned char* rows = query_tile + warp_row * Traits::kQueryRowBytes;
+  const int lane = threadIdx.x % 32;
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < Traits::kMFrags; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = m * 16 + half * 8 + lane / 4;
+      const float sum = quad_sum(state.sum[m][half]);
+      const float factor = Traits::Variant::output(params, sum);
+#pragma unroll
+      for (int n = 0; n < Traits::kVoFrags; ++n) {
+        *reinterpret_cast<uint32*>(rows + swizzled_offset<kRowBytes>(row, n) + lane % 4 * 4) =
+            pack_pair<T>(state.out[m][n][2 * half] * factor, state.out[m][n][2 * half + 1] * factor);
+      }
+      if (lane % 4 == 0 && warp_row + row < num_rows) {
+        row_target(params, work, warp_row + row).write_lse(params, state.maximum[m][half], sum);
+      }
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int pass = 0; pass < Traits::kMFrags * 4; ++pass) {
+    const int row = pass * 4 + lane / 8;
+    if (warp_row + row >= num_rows) continue;
+    T* out = row_target(params, work, warp_row + row).out<T>(params);
+#pragma unroll
+    for (int line = 0; line < kRowBytes / 128; ++line) {
+      const int chunk = line * 8 + lane % 8;
+      if (chunk * 8 < params.head_dim_vo) {
+        *reinterpret_cast<uint4*>(out + chunk * 8) =
+            *reinterpret_cast<const uint4*>(rows + swizzled_offset<kRowBytes>(row, chunk));
+      }
+    }
+  }
+}
+
+// For warps that divided the keys: adds up their sums in the order of the warps and stores the tile's 16 rows. Each warp lays
+// its sums into its own pipeline's memory, statistics into the query tile.
+template <typename Traits>
+__device__ __forceinline__ void merge_and_store(const AttentionParams& params, const WorkItem& work,
+                                                const RowState<Traits>& state, unsigned char* query_tile,
+                                                unsigned char* pipelines, int num_rows) {
+  using T = typename Traits::T;
+  constexpr int kRowBytes = Traits::kVo * int(sizeof(float));
+  constexpr int kThreadsPerRow = Traits::kNumThreads / 16;
+  float2* stats = reinterpret_cast<float2*>(query_tile);
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  __syncthreads();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = half * 8 + lane / 4;
+    const float sum = quad_sum(state.sum[0][half]);
+    if (lane % 4 == 0) stats[warp * 16 + row] = make_float2(state.maximum[0][half], sum);
+#pragma unroll
+    for (int n = 0; n < Traits::kVoFrags; ++n) {
+      const uint32 offset = swizzled_offset<kRowBytes>(row, 2 * n + lane % 4 / 2) + lane % 2 * 8;
+      *reinterpret_cast<float2*>(pipelines + warp * Traits::kPipelineBytes + offset) =
+          make_float2(state.out[0][n][2 * half], state.out[0][n][2 * half + 1]);
+    }
+  }
+  __syncthreads();
+
+  const int row = threadIdx.x / kThreadsPerRow;
+  if (row >= num_rows) return;
+  float maximum = -kInfinity;
+#pragma unroll
+  for (int w = 0; w < Traits::kNumPipelines; ++w) maximum = fmaxf(maximum, stats[w * 16 + row].x);
+  const float origin = maximum == -kInfinity ? 0.0f : maximum;
+  float weights[Traits::kNumPipelines];
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < Traits::kNumPipelines; ++w) {
+    weights[w] = exp2_fast(stats[w * 16 + row].x - origin);
+    sum += weights[w] * stats[w * 16 + row].y;
+  }
+
+  const bool final = work.partial_slot < 0;
+  const RowTarget target = row_target(params, work, row);
+  if (threadIdx.x % kThreadsPerRow == 0) {
+    if (final) {
+      target.write_lse(params, maximum, sum);
+    } else {
+      reinterpret_cast<float2*>(params.partial_stats)[partial_row<Traits>(work, row)] = make_float2(maximum, sum);
+    }
+  }
+  const float factor = final ? Traits::Variant::output(params, sum) : 1.0f;
+#pragma unroll
+  for (int unit = threadIdx.x % kThreadsPerRow; unit < Traits::kVo / 8; unit += kThreadsPerRow) {
+    if (unit * 8 >= params.head_dim_vo) break;
+    float values[8] = {};
+#pragma unroll
+    for (int w = 0; w < Traits::kNumPipelines; ++w) {
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const uint32 offset = w * Traits::kPipelineBytes + swizzled_offset<kRowBytes>(row, 2 * unit + part);
+        const float4 four = *reinterpret_cast<const float4*>(pipelines + offset);
+        values[4 * part] += weights[w] * four.x;
+        values[4 * part + 1] += weights[w] * four.y;
+        values[4 * part + 2] += weights[w] * four.z;
+        values[4 * part + 3] += weights[w] * four.w;
+      }
+    }
+    if (final) {
+      uint4 packed;
+      packed.x = pack_pair<T>(values[0] * factor, values[1] * factor);
+      packed.y = pack_pair<T>(values[2] * factor, values[3] * factor);
+      packed.z = pack_pair<T>(values[4] * factor, values[5] * factor);
+      packed.w = pack_pair<T>(values[6] * factor, values[7] * factor);
+      *reinterpret_cast<uint4*>(target.out<T>(params) + unit * 8) = packed;
+    } else {
+      float4* out = reinterpret_cast<float4*>(
+          params.partial_out + partial_row<Traits>(work, row) * params.head_dim_vo + unit * 8);
+      out[0] = make_float4(values[0], values[1], values[2], values[3]);
+      out[1] = make_float4(values[4], values[5], values[6], values[7]);
+    }
+  }
+}
+
+}  // namespace ridgeline

@@ -1,0 +1,109 @@
+// What an attention variant may change, as hooks of a type:
+//   mask      the range of keys that a query sees
+//   logits    products q * k to logits, when transforms_logits() says so
+//   query, key  the tile in shared memory, before the products read it (kTransformsQuery,
+//   kTransformsKey) output    the factor on a row's result beside 1 / sum (kTransformsOutput)
+// A hook whose flag is off leaves no instruction. `scratch` is kScratchBytes of shared memory that
+// prepare() fills.
+#pragma once
+
+#include "attention/params.h"
+#include "attention/rotation.cuh"
+#include "attention/work_item.cuh"
+#include "common/fast_math.cuh"
+
+namespace ridgeline {
+
+// Softmax attention with the causal mask, the sliding window and the soft cap as values known at
+// run time.
+struct StandardVariant {
+  static constexpr bool kTransformsQuery = false;
+  static constexpr bool kTransformsKey = false;
+  static constexpr bool kFp16Logits = false;
+
+  static constexpr int scratch_bytes(int /*head_dim_qk*/) { return 0; }
+
+  // Query i stands at key i + kv_len - qo_len; causal queries see no key after it, windowed ones
+  // none further back than window_left. The range may be empty.
+  static __device__ __forceinline__ KeyRange mask(const AttentionParams& params,
+                                                  const Request& request, int query) {
+    const int diagonal = query + request.kv_len - request.qo_len;
+    const int end = params.causal ? min(request.kv_len, diagonal + 1) : request.kv_len;
+    const int begin = params.window_left >= 0 ? max(0, diagonal - params.window_left) : 0;
+    return {begin, end};
+  }
+
+  // Only where the exponent's factor cannot stand in: a soft cap, or a scale that is negative or next to 0 (the largest
+  // logit is searched for among products, and a masked one is -inf, which times 0 is no number).
+  static __device__ __forceinline__ bool transforms_logits(const AttentionParams& params) {
+    return params.logits_soft_cap > 0.0f || !(params.sm_scale > 1e-30f);
+  }
+
+  // From products q * k to logits.
+  template <int kCount>
+  static __device__ __forceinline__ void logits(const AttentionParams& params, float* products) {
+    const float cap = params.logits_soft_cap;
+    if (cap > 0.0f) {
+      const float factor = params.sm_scale / cap;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) products[i] = cap * tanh_fast(products[i] * factor);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) products[i] *= params.sm_scale;
+    }
+  }
+
+  // What turns products, or what logits() made of them, to powers of two.
+  static __device__ __forceinline__ float exponent_scale(const AttentionParams& params) {
+    return (transforms_logits(params) ? 1.0f : params.sm_scale) * kLog2E;
+  }
+
+  // The factor from a row's sums to its result; 0 for a row without a visible key.
+  static __device__ __forceinline__ float output(const AttentionParams& /*params*/, float sum) {
+    return sum == 0.0f ? 0.0f : 1.0f / sum;
+  }
+};
+
+// Rotary embedding as Llama has it, applied here to queries and keys that were stored without it.
+struct RopeLlamaVariant : StandardVariant {
+  static constexpr bool kTransformsQuery = true;
+  static constexpr bool kTransformsKey = true;
+
+  static constexpr int scratch_bytes(int head_dim_qk) { return rotation_table_bytes(head_dim_qk); }
+
+  static __device__ __forceinline__ void prepare(const AttentionParams& params,
+                                                 unsigned char* scratch, int thread,
+                                                 int num_threads) {
+    fill_rotation_table(reinterpret_cast<uint64*>(scratch), params.head_dim_qk / 2,
+                        params.rope_turns, params.rope_ratio, thread, num_threads);
+  }
+
+  template <typename T, int kDim, typename QueryOfRow>
+  static __device__ __forceinline__ void query(const AttentionParams& params,
+                                               const Request& request, const unsigned char* scratch,
+                                               unsigned char* tile, int num_rows, int thread,
+                                               int num_threads, QueryOfRow query_of_row) {
+    const int offset = request.kv_len - request.qo_len;
+    rotate_rows<T, kDim>(tile, num_rows, params.head_dim_qk,
+                         reinterpret_cast<const uint64*>(scratch), thread, num_threads,
+                         [&](int row) { return query_of_row(row) + offset; });
+  }
+
+  template <typename T, int kDim>
+  static __device__ __forceinline__ void key(const AttentionParams& params,
+                                             const unsigned char* scratch, unsigned char* tile,
+                                             int num_rows, int thread, int num_threads,
+                                             int first_token) {
+    rotate_rows<T, kDim>(tile, num_rows, params.head_dim_qk,
+                         reinterpret_cast<const uint64*>(scratch), thread, num_threads,
+                         [&](int row) { return first_token + row; });
+  }
+};
+
+// Any variant with the products q * k summed in fp16, for fp16 inputs.
+template <typename Variant>
+struct Fp16Logits : Variant {
+  static constexpr bool kFp16Logits = true;
+};
+
+}  // namespace ridgeline

@@ -1,0 +1,65 @@
+// What a CTA is told to do: one query tile of one KV head against a range of keys.
+#pragma once
+
+#include "attention/params.h"
+
+namespace ridgeline {
+
+struct Request {
+  int qo_len;
+  int kv_len;
+};
+
+struct KeyRange {
+  int begin, end;
+};
+
+struct WorkItem {
+  int segment;  // which problem of the launch
+  int request;  // which sequence of the segment
+  int kv_head;
+  int q_row_begin;  // first packed row (query * group_size + query head within the group)
+  int kv_begin;     // keys to visit; kv_begin is a multiple of the KV tile
+  int kv_end;
+  int partial_slot;  // where the partial result goes, or -1: the result is final
+};
+
+// Keys that any of the packed rows [row_begin, row_end) sees. Bounds grow with the query, so its
+// ends decide.
+template <typename Variant>
+__device__ __forceinline__ KeyRange visible_keys(const AttentionParams& params,
+                                                 const Request& request, int row_begin,
+                                                 int row_end) {
+  const int first_query = params.group_size.quotient(row_begin);
+  const int last_query = params.group_size.quotient(row_end - 1);
+  return {Variant::mask(params, request, first_query).begin,
+          Variant::mask(params, request, last_query).end};
+}
+
+// The item of a grid over one request: KV heads fastest, so that CTAs which start together read
+// different heads at the same depth; then splits; query tiles last first, since under a causal mask
+// the last are the longest.
+template <typename Variant, int kTileQ, int kKvTile>
+__device__ __forceinline__ WorkItem single_request_item(const AttentionParams& params, int index) {
+  const int kv_head = index % params.num_kv_heads;
+  const int rest = index / params.num_kv_heads;
+  const int split = rest % params.num_splits;
+  const int q_tile = params.num_q_tiles - 1 - rest / params.num_splits;
+
+  const Request request = {params.qo_len, params.kv_len};
+  const int num_rows = params.qo_len * int(params.group_size.divisor);
+  const int row_begin = q_tile * kTileQ;
+  const KeyRange keys =
+      visible_keys<Variant>(params, request, row_begin, min(row_begin + kTileQ, num_rows));
+
+  const int first_tile = keys.begin / kKvTile;
+  const int num_tiles = max(0, (keys.end + kKvTile - 1) / kKvTile - first_tile);
+  const int tiles_per_split = (num_tiles + params.num_splits - 1) / params.num_splits;
+  const int kv_begin = (first_tile + min(num_tiles, split * tiles_per_split)) * kKvTile;
+  const int kv_end = min(keys.end, kv_begin + tiles_per_split * kKvTile);
+
+  const int slot = (q_tile * params.num_kv_heads + kv_head) * params.num_splits + split;
+  return {0, 0, kv_head, row_begin, kv_begin, kv_end, params.num_splits > 1 ? slot : -1};
+}
+
+}  // namespace ridgeline
