@@ -59,7 +59,7 @@ class BuildLibrary(build_ext):
         objects_dir.mkdir(parents=True, exist_ok=True)
         include = torch_dir / "include"
         flags = [*COMPILE_FLAGS, f"-I{ROOT / 'torch_ops' / 'csrc'}", f"-I{ROOT / 'kernels'}"]
-        flags += ["-isystem", str(include)]
+        flags += ["-isystem", str(include), "-include", "runtime/glibc.h"]
 
         def compile_one(source: str) -> Path:
             path = Path(source)
@@ -85,8 +85,9 @@ class BuildLibrary(build_ext):
             "-Wl,--no-as-needed",
             "-ltorch",
             "-ltorch_cpu",
-            "-Wl,--as-needed",
+            # Why: before glibc 2.34 dlopen is in a library of its own.
             "-ldl",
+            "-Wl,--as-needed",
             "-pthread",
             "-Wl,-s",
         ]

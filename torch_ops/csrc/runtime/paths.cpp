@@ -1,7 +1,7 @@
 #include "runtime/paths.h"
 
 #include <dlfcn.h>
-#include <sys/stat.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <fstream>
@@ -18,8 +18,7 @@ std::string library_dir() {
 }
 
 bool is_directory(const std::string& path) {
-  struct stat status{};
-  return stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode);
+  return access((path + "/.").c_str(), F_OK) == 0;
 }
 
 std::string find_kernels() {

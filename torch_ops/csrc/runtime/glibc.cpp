@@ -1,0 +1,14 @@
+// Parts of newer C++ and C libraries that the compiled code refers to and a manylinux_2_28 system
+// has not: they are defined here, hidden, so that the reference ends inside this library.
+
+#include <sstream>
+
+// Why: constructors and str() of string streams became symbols of libstdc++ after its version 8.
+template class std::basic_stringbuf<char>;
+template class std::basic_ostringstream<char>;
+template class std::basic_stringstream<char>;
+
+// Why: glibc 2.32 added this flag; false means that shared_ptr always counts atomically.
+extern "C" {
+__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+}
