@@ -9,8 +9,8 @@ last place of the dtype that P is rounded to, n for the number of visible keys.
 
 1. Logits. Products of 16-bit numbers are exact in float32; each tensor-core step over 8 terms adds
    a truncation of the running sum, each float32 step after that (scale, exponent) a rounding; exp2
-   errs by 2^-22. With E the sum of these, every probability is off by a factor within exp(+-2E), and
-   the output by at most expm1(2E) * sum p |v - out| <= expm1(2E) * sqrt(sum p v^2 - out^2).
+   errs by 2^-22. With E the sum of these, every probability is off by a factor of exp(2E) at most,
+   and the output by at most expm1(2E) * sum p |v - out| <= expm1(2E) * sqrt(sum p v^2 - out^2).
 2. P is rounded to the MMA's dtype: u * sum p |v|; in float16 a P below 2^-14 of the row's largest
    loses up to 2^-25 absolute: 2^-25 * sum |v| / sum exp(logit - max).
 3. P @ V sums over n keys in steps of 8 with truncation: (n / 8 + 8) * 2^-23 * sum p |v|; the sum of
@@ -104,7 +104,7 @@ def attention(
     rope: tuple[float, float] | None = None,
     fp16_qk: bool = False,
 ) -> Reference:
-    """Attention of ``q [qo_len, heads, dim]`` (or ``[heads, dim]``) in float64; `rope` = (scale, theta)."""
+    """Attention of ``q [qo_len, heads, dim]`` (or ``[heads, dim]``); `rope` is (scale, theta)."""
     if q.dim() == 2:
         one = attention(
             q.unsqueeze(0), k, v, kv_layout=kv_layout, causal=causal, window_left=window_left,
@@ -255,8 +255,8 @@ def check(reference: Reference, out: Tensor, lse: Tensor | None = None) -> None:
         relative = (error / bound.clamp_min(1e-300)).nan_to_num(0.0)
         place = torch.unravel_index(relative.argmax(), got.shape)
         raise AssertionError(
-            f"{name}{[int(i) for i in place]}: got {got[place].item()}, exact {exact[place].item()}, "
-            f"error {error[place].item():.3g} is {ratio:.3g} times the bound "
+            f"{name}{[int(i) for i in place]}: got {got[place].item()}, "
+            f"exact {exact[place].item()}, error {error[place].item():.3g} is {ratio:.3g} times the bound "
             f"{bound[place].item():.3g}; largest error {error.max().item():.3g}, "
             f"{(error > bound).sum().item()} of {error.numel()} elements are beyond their bound"
         )

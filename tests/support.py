@@ -13,7 +13,7 @@ import torch
 from torch.utils import deterministic
 
 Result = TypeVar("Result")
-POISON_SIZES = tuple(512 << shift for shift in range(0, 16))
+POISON_SIZES = tuple(512 << shift for shift in range(16))
 
 
 def sm_under_test(device: torch.device) -> int:

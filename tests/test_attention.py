@@ -6,12 +6,11 @@ import math
 
 import oracle
 import pytest
+import ridgeline
 import torch
 import torch.nn.functional as F
 from problem import Problem
 from support import normal, poisoned_call, supports_bf16_attention
-
-import ridgeline
 
 HALVES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = [(d, d) for d in (8, 32, 40, 64, 80, 96, 128, 192, 256)] + [(192, 128), (64, 128)]
@@ -184,7 +183,8 @@ def test_logits_at_the_extremes(
         out, lse = poisoned_call(
             device, ridgeline.single_prefill_with_kv_cache, queries, keys, values, return_lse=True
         )
-    assert torch.equal(out[0], values[winner]) and torch.equal(out[2], values[winner])
+    assert torch.equal(out[0], values[winner])
+    assert torch.equal(out[2], values[winner])
     others = torch.cat((values[:winner], values[winner + 1 :])).double().mean(0)
     spread = values.double().abs().mean(0)
     unit = torch.finfo(dtype).eps
@@ -242,9 +242,10 @@ def test_lse_bases_and_layouts(device: torch.device, rng: torch.Generator) -> No
         q, k, v, causal=True, return_lse=True, lse_base="log2", lse_layout="HN"
     )
     assert torch.equal(out, same)
-    assert binary.shape == (4, 33) and binary.is_contiguous()
+    assert binary.shape == (4, 33)
+    assert binary.is_contiguous()
     torch.testing.assert_close(binary.t() * math.log(2.0), natural, rtol=1e-6, atol=1e-6)
-    one_out, one = ridgeline.single_decode_with_kv_cache(q[0], k, v, return_lse=True)
+    _, one = ridgeline.single_decode_with_kv_cache(q[0], k, v, return_lse=True)
     _, one_binary = ridgeline.single_decode_with_kv_cache(
         q[0], k, v, return_lse=True, lse_base="log2", lse_layout="HN"
     )

@@ -234,10 +234,12 @@ def _attend_one(
     logits = torch.bmm(rows, k.float().transpose(1, 2))
     if logits_soft_cap > 0.0:
         logits = logits.div_(logits_soft_cap).tanh_().mul_(logits_soft_cap)
-    lse = torch.logsumexp(logits, -1, keepdim=True)
-    out = torch.bmm(logits.sub_(lse).exp_(), v.float())
+    top = logits.amax(-1, keepdim=True)
+    weights = logits.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = torch.bmm(weights, v.float()).div_(total)
     shape = q.shape[:-1]
-    return out.to(q.dtype).view(*shape, head_dim_vo), lse.view(shape)
+    return out.to(q.dtype).view(*shape, head_dim_vo), total.log_().add_(top).view(shape)
 
 
 def _visible_keys(
@@ -266,8 +268,9 @@ def _attend_rows(
     """
     num_kv_heads, num_rows, group, _ = rows.shape
     flat = rows.reshape(num_kv_heads, num_rows * group, -1)
-    total: Tensor | None = None
-    lse = rows.new_empty(0)
+    # Of the keys so far: largest logit, sum of e^(logit - top), and the same sum of their values.
+    top = flat.new_full((num_kv_heads, num_rows * group, 1), -math.inf)
+    total, out = torch.zeros_like(top), flat.new_zeros(())
     for begin in range(visible[0], visible[1], kv_block):
         end = min(begin + kv_block, visible[1])
         keys = k[:, begin:end].float()
@@ -283,20 +286,16 @@ def _attend_rows(
             logits.view(num_kv_heads, num_rows, group, -1).masked_fill_(
                 hidden.unsqueeze(1), -math.inf
             )
-        block_lse = torch.logsumexp(logits, -1, keepdim=True)
-        # Why: rows that this block hides entirely have an LSE of -inf, and -inf - -inf is NaN.
-        shift = block_lse.clamp_min(torch.finfo(torch.float32).min)
-        partial = torch.bmm(logits.sub_(shift).exp_(), v[:, begin:end].float())
-        if total is None:
-            total, lse = partial, block_lse
-        else:
-            merged = torch.logaddexp(lse, block_lse)
-            scale = merged.clamp_min(torch.finfo(torch.float32).min)
-            total = total * (lse - scale).exp() + partial * (block_lse - scale).exp()
-            lse = merged
-    assert total is not None
+        new_top = torch.maximum(top, logits.amax(-1, keepdim=True))
+        # Why: a row that has seen no key yet has the top -inf, and -inf - -inf is NaN.
+        shift = new_top.clamp_min(torch.finfo(torch.float32).min)
+        weights = logits.sub_(shift).exp_()
+        decay = (top - shift).exp()
+        total = total * decay + weights.sum(-1, keepdim=True)
+        out = out * decay + torch.bmm(weights, v[:, begin:end].float())
+        top = new_top
     shape = (num_kv_heads, num_rows, group)
-    return total.view(*shape, -1), lse.view(shape)
+    return (out / total).view(*shape, -1), (top + total.log()).view(shape)
 
 
 def _hidden(

@@ -205,21 +205,24 @@ def _merge_states_fake(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     return v.new_empty((seq_len, num_heads, head_dim)), s.new_empty((seq_len, num_heads))
 
 
-def _merge(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge in float32; states without keys have weight 0, whatever they hold."""
-    s = torch.logaddexp(s_a, s_b)
-    shift = s.clamp_min(torch.finfo(torch.float32).min)
-    weight_a, weight_b = (s_a - shift).exp().unsqueeze(-1), (s_b - shift).exp().unsqueeze(-1)
-    part_a = (v_a.float() * weight_a).masked_fill(weight_a == 0.0, 0.0)
-    part_b = (v_b.float() * weight_b).masked_fill(weight_b == 0.0, 0.0)
-    return (part_a + part_b).to(v_a.dtype), s
+def _merge(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge over dimension 1 in float32; states without keys have weight 0, whatever they hold."""
+    if s.shape[1] == 0:
+        empty = v.new_zeros((s.shape[0], s.shape[2], v.shape[3]))
+        return empty, s.new_full(empty.shape[:2], -math.inf)
+    # Why: shifting by the largest LSE keeps the weights exact where the LSE itself is huge.
+    shift = s.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    powers = (s - shift).exp()
+    total = powers.sum(1)
+    weights = (powers / total.masked_fill(total == 0.0, 1.0).unsqueeze(1)).unsqueeze(-1)
+    merged = (v.float() * weights).masked_fill(weights == 0.0, 0.0).sum(1)
+    return merged.to(v.dtype), total.log() + shift.squeeze(1)
 
 
 @cpu_impl("merge_state")
 def _merge_state_cpu(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
     _check_pair("merge_state", ("v_a", "s_a", "v_b", "s_b"), v_a, s_a, v_b, s_b)
-    v, s = _merge(v_a, s_a, v_b, s_b)
-    return v.contiguous(), s.contiguous()
+    return _merge(torch.stack((v_a, v_b), 1), torch.stack((s_a, s_b), 1))
 
 
 @cpu_impl("merge_state_in_place")
@@ -229,7 +232,7 @@ def _merge_state_in_place_cpu(
     op = "merge_state_in_place"
     _check_pair(op, ("v", "s", "v_other", "s_other"), v, s, v_other, s_other)
     _check_mask(op, mask, v)
-    merged_v, merged_s = _merge(v, s, v_other, s_other)
+    merged_v, merged_s = _merge(torch.stack((v, v_other), 1), torch.stack((s, s_other), 1))
     if mask is not None:
         merged_v = torch.where(mask[:, None, None], merged_v, v)
         merged_s = torch.where(mask[:, None], merged_s, s)
@@ -240,9 +243,4 @@ def _merge_state_in_place_cpu(
 @cpu_impl("merge_states")
 def _merge_states_cpu(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     _check_states(v, s)
-    merged_s = torch.logsumexp(s, dim=1)
-    shift = merged_s.clamp_min(torch.finfo(torch.float32).min)
-    weights = (s - shift.unsqueeze(1)).exp()
-    values = v.float().masked_fill((weights == 0.0).unsqueeze(-1), 0.0)
-    merged_v = torch.einsum("nkh,nkhd->nhd", weights, values)
-    return merged_v.to(v.dtype).contiguous(), merged_s.contiguous()
+    return _merge(v, s)
