@@ -46,7 +46,7 @@ class Cache:
         try:
             data = path.read_bytes()
             found = entry.unpack(data)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, entry.EntryError) as error:
             _LOG.info("ridgeline: %s is compiled anew: %s", path, error)
@@ -108,8 +108,8 @@ def warn_once(folder: Path | None, error: OSError) -> None:
     _warned = True
     where = f"in {folder} " if folder else ""
     _LOG.warning(
-        "ridgeline: compiled kernels cannot be kept %s(%s): they are used from memory and compiled "
-        "again by the next process. Set RIDGELINE_CACHE_DIR to a writable folder with free space, "
+        "ridgeline: kernels compiled here cannot be kept %s(%s): they are used from memory and "
+        "compiled again by the next process. Set RIDGELINE_CACHE_DIR to a writable folder with free space, "
         'or to "" for no cache and no warning.',
         where,
         error.strerror or type(error).__name__,
