@@ -51,6 +51,8 @@ def _reference(folder: ModelFolder, model: Llama, dtype: torch.dtype) -> Any:
     reference = transformers.LlamaForCausalLM.from_pretrained(
         folder.path, dtype=dtype, local_files_only=True
     )
+    # A byte that ends a text has no meaning here, whatever the config says.
+    reference.generation_config.eos_token_id = None
     return reference.eval().to(model.device)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 TRAIN = "train one with `python examples/train_demo.py --out DIR` and pass --model DIR"
+RESTORE = "get the file again, for example with `git checkout`"
 
 
 class DemoError(Exception):
@@ -131,8 +132,7 @@ class ModelFolder:
             tensors: dict[str, Tensor] = load_file(self.path / "model.safetensors")
         except SafetensorError as error:
             raise DemoError(
-                f"{self.path / 'model.safetensors'} cannot be read ({error}); "
-                "get the file again, for example with `git checkout`"
+                f"{self.path / 'model.safetensors'} cannot be read ({error}); {RESTORE}"
             ) from None
         return tensors
 
@@ -141,7 +141,10 @@ class ModelFolder:
         path = self.path / "words.txt.gz"
         if not path.is_file():
             return None
-        return frozenset(gzip.decompress(path.read_bytes()).decode("utf-8").split())
+        try:
+            return frozenset(gzip.decompress(path.read_bytes()).decode("utf-8").split())
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise DemoError(f"{path} cannot be read ({error}); {RESTORE}") from None
 
     def held_out_sample(self) -> Tensor | None:
         """Return the first bytes of the held-out text, int64, or None when there are none."""
