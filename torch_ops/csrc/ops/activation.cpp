@@ -2,10 +2,13 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <array>
 #include <vector>
 
 #include "activation/params.h"
+#include "runtime/alloc.h"
+#include "runtime/access.h"
 #include "runtime/alloc.h"
 #include "runtime/catalog.h"
 #include "runtime/check.h"
@@ -19,7 +22,6 @@ namespace ridgeline {
 namespace {
 
 constexpr int64_t kMaxCount = (int64_t{1} << 31) - 1;  // rows, and elements of one row
-constexpr int64_t kVectorBytes = 16;
 constexpr const char* kGated = "activation/gated.cuh:gated";
 
 // An op is an activation type of kernels/activation/functions.cuh.
@@ -29,61 +31,21 @@ struct GatedOp {
 };
 constexpr std::array kGatedOps = {GatedOp{"silu_and_mul", "Silu"}};
 
-// The core table's rows of each op: 16-byte accesses, then single elements.
-struct GatedRow {
-  Dtype dtype;
-  int vec_size;
-};
-constexpr std::array kGatedRows = {
-    GatedRow{Dtype::Half, 8}, GatedRow{Dtype::BFloat16, 8}, GatedRow{Dtype::Float, 4},
-    GatedRow{Dtype::Half, 1}, GatedRow{Dtype::BFloat16, 1}, GatedRow{Dtype::Float, 1},
-};
-
-std::string row_kernel(const GatedOp& op, const GatedRow& row) {
-  return kernel_name(kGated, device_type(row.dtype), row.vec_size, op.activation);
+auto gated_name(const GatedOp& op) {
+  return [activation = op.activation](const Access& access) {
+    return kernel_name(kGated, device_type(access.dtype), access.vec_size, activation);
+  };
 }
-
-class GatedKernels {
- public:
-  explicit GatedKernels(const GatedOp& op) {
-    for (size_t i = 0; i < kGatedRows.size(); ++i) {
-      kernels_[i] = &kernel(row_kernel(op, kGatedRows[i]));
-    }
-  }
-  Kernel& of(Dtype dtype, bool vectors) const {
-    size_t i = vectors ? 0 : kGatedRows.size() / 2;
-    while (kGatedRows[i].dtype != dtype) ++i;
-    return *kernels_[i];
-  }
-
- private:
-  std::array<Kernel*, kGatedRows.size()> kernels_;
-};
 
 std::vector<Row> gated_rows() {
   std::vector<Row> rows;
-  for (const GatedOp& op : kGatedOps) {
-    for (const GatedRow& row : kGatedRows) {
-      rows.push_back({.op = op.op,
-                      .kernel = row_kernel(op, row),
-                      .block = static_cast<int>(kGatedThreads),
-                      .why = row.vec_size == 1 ? "views or sizes that are not multiples of 16 bytes"
-                                               : "16-byte accesses"});
-    }
-  }
+  for (const GatedOp& op : kGatedOps) add_access_rows(rows, op.op, gated_name(op), kGatedThreads);
   return rows;
 }
 
 Choice gated_choose(const std::string& op, const Config& config, int) {
-  const std::string dtype = config.get("dtype", "float16");
-  for (const GatedOp& gated : kGatedOps) {
-    for (const GatedRow& row : kGatedRows) {
-      if (op == gated.op && dtype_name(row.dtype) == "torch." + dtype) {
-        return {{row_kernel(gated, row)}, {}};
-      }
-    }
-  }
-  return {{}, {"dtype " + dtype + ": expected float16, bfloat16 or float32"}};
+  const auto gated = std::ranges::find(kGatedOps, op, &GatedOp::op);
+  return choose_access(config, gated_name(*gated));
 }
 
 const RegisterFamily family({{"silu_and_mul"}, gated_rows, gated_choose});
@@ -117,7 +79,7 @@ void check_counts(const char* op, const Rows& rows) {
   }
 }
 
-void run_gated(const GatedKernels& kernels, const Arg& input, const Arg& out, bool enable_pdl) {
+void run_gated(const AccessKernels& kernels, const Arg& input, const Arg& out, bool enable_pdl) {
   const Device& gpu = device(input.tensor.get_device_index());
   const bool pdl = checked_pdl(input.op, gpu, enable_pdl);
   const auto [rows, out_rows] = matching_rows(input, out);
@@ -125,10 +87,7 @@ void run_gated(const GatedKernels& kernels, const Arg& input, const Arg& out, bo
   if (rows.num_rows == 0 || hidden == 0) return;
   check_counts(input.op, rows);
 
-  const int64_t elements = kVectorBytes / static_cast<int64_t>(input.tensor.element_size());
-  const bool vectors =
-      hidden % elements == 0 && is_aligned16(input.tensor) && is_aligned16(out.tensor);
-  const int vec_size = vectors ? static_cast<int>(elements) : 1;
+  const int vec_size = access_width({&input.tensor, &out.tensor}, {hidden});
   const GatedPlan plan = gated_plan(rows.num_rows, hidden, vec_size);
   const GatedParams params{.input = input.tensor.const_data_ptr(),
                            .output = out.tensor.mutable_data_ptr(),
@@ -140,13 +99,13 @@ void run_gated(const GatedKernels& kernels, const Arg& input, const Arg& out, bo
                            .vecs_per_range = plan.vecs_per_range,
                            .vecs_per_row = make_divider(static_cast<uint32>(hidden / vec_size)),
                            .num_inner = make_divider(static_cast<uint32>(rows.num_inner))};
-  launch(kernels.of(input.tensor.scalar_type(), vectors), gpu,
+  launch(kernels.of(input.tensor.scalar_type(), vec_size), gpu,
          {.grid_x = plan.grid_x, .grid_y = plan.grid_y, .block = kGatedThreads, .pdl = pdl},
          &params);
 }
 
-const GatedKernels& silu_kernels() {
-  static const GatedKernels kernels(kGatedOps[0]);
+const AccessKernels& silu_kernels() {
+  static const AccessKernels kernels(gated_name(kGatedOps[0]));
   return kernels;
 }
 

@@ -1,12 +1,13 @@
 // merge_state, merge_state_in_place, merge_states: schemas, checks, choice of kernel, launch.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <array>
 #include <optional>
 
 #include "attention/merge_params.h"
+#include "runtime/access.h"
+#include "runtime/alloc.h"
 #include "runtime/catalog.h"
 #include "runtime/check.h"
 #include "runtime/kernel.h"
@@ -17,16 +18,6 @@ namespace {
 
 constexpr int64_t kMaxRows = (int64_t{1} << 31) - 1;
 
-// The core table's rows: every type of v, and 16-byte or single-element accesses.
-struct MergeKind {
-  Dtype dtype;
-  int vec_size;
-};
-constexpr std::array kMergeKinds = {
-    MergeKind{Dtype::Half, 8},     MergeKind{Dtype::Half, 1},  MergeKind{Dtype::BFloat16, 8},
-    MergeKind{Dtype::BFloat16, 1}, MergeKind{Dtype::Float, 4}, MergeKind{Dtype::Float, 1},
-};
-
 constexpr const char* kMergeState = "attention/merge_state.cuh:merge_state";
 constexpr const char* kMergeStates = "attention/merge_states.cuh:merge_states";
 
@@ -34,49 +25,22 @@ const char* entry_of(const std::string& op) {
   return op == "merge_states" ? kMergeStates : kMergeState;
 }
 
-std::string kind_kernel(const char* entry, const MergeKind& kind) {
-  return kernel_name(entry, device_type(kind.dtype), kind.vec_size);
+auto merge_name(const char* entry) {
+  return [=](const Access& access) {
+    return kernel_name(entry, device_type(access.dtype), access.vec_size);
+  };
 }
-
-// The kernels of one entry, in the order of kMergeKinds.
-class MergeKernels {
- public:
-  explicit MergeKernels(const char* entry) {
-    for (size_t i = 0; i < kMergeKinds.size(); ++i) {
-      kernels_[i] = &kernel(kind_kernel(entry, kMergeKinds[i]));
-    }
-  }
-  Kernel& of(Dtype dtype, int vec_size) const {
-    size_t i = vec_size == 1 ? 1 : 0;
-    while (kMergeKinds[i].dtype != dtype) i += 2;
-    return *kernels_[i];
-  }
-
- private:
-  std::array<Kernel*, kMergeKinds.size()> kernels_;
-};
 
 std::vector<Row> merge_rows() {
   std::vector<Row> rows;
   for (const char* op : {"merge_state", "merge_state_in_place", "merge_states"}) {
-    for (const MergeKind& kind : kMergeKinds) {
-      rows.push_back({.op = op,
-                      .kernel = kind_kernel(entry_of(op), kind),
-                      .block = static_cast<int>(kMergeThreads),
-                      .why = kind.vec_size == 1
-                                 ? "views or sizes that are not multiples of 16 bytes"
-                                 : "16-byte accesses"});
-    }
+    add_access_rows(rows, op, merge_name(entry_of(op)), kMergeThreads);
   }
   return rows;
 }
 
 Choice merge_choose(const std::string& op, const Config& config, int) {
-  const std::string dtype = config.get("dtype", "float16");
-  for (const MergeKind& kind : kMergeKinds) {
-    if (dtype_name(kind.dtype) == "torch." + dtype) return {{kind_kernel(entry_of(op), kind)}, {}};
-  }
-  return {{}, {"dtype " + dtype + ": expected float16, bfloat16 or float32"}};
+  return choose_access(config, merge_name(entry_of(op)));
 }
 
 const RegisterFamily family({{"merge_state", "merge_state_in_place", "merge_states"},
@@ -109,14 +73,6 @@ void check_pair(const Arg& v, const Arg& s, const Arg& v_other, const Arg& s_oth
   check_lse(s_other, v, "[seq_len, num_heads]");
 }
 
-// Elements an access moves: 16 bytes of them when every pointer, stride and head_dim allow.
-int vector_size(const Tensor& a, const Tensor& b, const Tensor& c) {
-  const int elements = 16 / static_cast<int>(a.element_size());
-  const bool aligned =
-      a.size(a.dim() - 1) % elements == 0 && is_aligned16(a) && is_aligned16(b) && is_aligned16(c);
-  return aligned ? elements : 1;
-}
-
 MergeShape merge_shape(const Arg& v, int64_t num_heads, int vec_size) {
   const Tensor& tensor = v.tensor;
   const int64_t num_rows = tensor.size(0) * num_heads;
@@ -133,7 +89,7 @@ MergeStrides strides_of(const Tensor& tensor, int64_t head_dim_idx) {
   return {tensor.stride(0), tensor.stride(head_dim_idx)};
 }
 
-void launch_merge(const MergeKernels& kernels, const Tensor& v, int vec_size,
+void launch_merge(const AccessKernels& kernels, const Tensor& v, int vec_size,
                   const MergeShape& shape, const void* params) {
   launch(kernels.of(v.scalar_type(), vec_size), device(v.get_device_index()),
          {.grid_x = merge_blocks(shape), .block = kMergeThreads}, params);
@@ -141,10 +97,10 @@ void launch_merge(const MergeKernels& kernels, const Tensor& v, int vec_size,
 
 void run_merge_state(const Arg& v_a, const Tensor& s_a, const Tensor& v_b, const Tensor& s_b,
                      const Tensor& v, const Tensor& s, const Tensor* mask) {
-  static const MergeKernels kernels(kMergeState);
+  static const AccessKernels kernels(merge_name(kMergeState));
   const int64_t num_heads = v.size(1);
   if (v.size(0) == 0 || num_heads == 0) return;
-  const int vec_size = vector_size(v_a.tensor, v_b, v);
+  const int vec_size = access_width({&v, &v_a.tensor, &v_b}, {v.size(2)});
   const MergeStateParams params{
       .v_a = v_a.tensor.const_data_ptr(),
       .s_a = static_cast<const float*>(s_a.const_data_ptr()),
@@ -169,8 +125,8 @@ std::tuple<Tensor, Tensor> merge_state(const Tensor& v_a, const Tensor& s_a, con
   constexpr const char* kOp = "merge_state";
   const Arg first{kOp, "v_a", v_a};
   check_pair(first, {kOp, "s_a", s_a}, {kOp, "v_b", v_b}, {kOp, "s_b", s_b});
-  const Tensor v = torch::stable::new_empty(v_a, v_a.sizes());
-  const Tensor s = torch::stable::new_empty(s_a, s_a.sizes());
+  const Tensor v = empty_like(v_a);
+  const Tensor s = empty_like(s_a);
   run_merge_state(first, s_a, v_b, s_b, v, s, nullptr);
   return {v, s};
 }
@@ -190,16 +146,16 @@ void merge_state_in_place(const Tensor& v, const Tensor& s, const Tensor& v_othe
 }
 
 std::tuple<Tensor, Tensor> merge_states(const Tensor& v, const Tensor& s) {
-  static const MergeKernels kernels(kMergeStates);
+  static const AccessKernels kernels(merge_name(kMergeStates));
   constexpr const char* kOp = "merge_states";
   const Arg states{kOp, "v", v};
   check_values(states, 4);
   check_lse({kOp, "s", s}, states, "[seq_len, num_states, num_heads]");
   const std::array shape{v.size(0), v.size(2), v.size(3)};
-  const Tensor merged_v = torch::stable::new_empty(v, {shape.data(), 3});
-  const Tensor merged_s = torch::stable::new_empty(s, {shape.data(), 2});
+  const Tensor merged_v = empty(v, shape, v.scalar_type());
+  const Tensor merged_s = empty(s, std::span(shape).first(2), Dtype::Float);
   if (shape[0] == 0 || shape[1] == 0) return {merged_v, merged_s};
-  const int vec_size = vector_size(v, merged_v, merged_v);
+  const int vec_size = access_width({&v, &merged_v}, {shape[2]});
   const MergeStatesParams params{.v_states = v.const_data_ptr(),
                                  .s_states = static_cast<const float*>(s.const_data_ptr()),
                                  .v = merged_v.mutable_data_ptr(),

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "norm/params.h"
+#include "runtime/access.h"
 #include "runtime/alloc.h"
 #include "runtime/catalog.h"
 #include "runtime/check.h"
@@ -19,59 +20,36 @@ namespace ridgeline {
 namespace {
 
 constexpr int64_t kMaxRows = (int64_t{1} << 31) - 1;
-constexpr int kVectorBytes = 16;
-
-// The core table's rows: every type of input, weight of the same type or float32, and 16-byte or
-// single-element accesses.
-struct NormRow {
-  Dtype dtype;
-  Dtype weight;
-  int vec_size;
-};
-constexpr std::array kNormRows = {
-    NormRow{Dtype::Half, Dtype::Half, 8},         NormRow{Dtype::Half, Dtype::Half, 1},
-    NormRow{Dtype::Half, Dtype::Float, 8},        NormRow{Dtype::Half, Dtype::Float, 1},
-    NormRow{Dtype::BFloat16, Dtype::BFloat16, 8}, NormRow{Dtype::BFloat16, Dtype::BFloat16, 1},
-    NormRow{Dtype::BFloat16, Dtype::Float, 8},    NormRow{Dtype::BFloat16, Dtype::Float, 1},
-    NormRow{Dtype::Float, Dtype::Float, 4},       NormRow{Dtype::Float, Dtype::Float, 1},
-};
 
 constexpr const char* kRmsnorm = "norm/rmsnorm.cuh:rmsnorm";
 constexpr const char* kFusedAdd = "norm/fused_add_rmsnorm.cuh:fused_add_rmsnorm";
 
-std::string row_kernel(const char* entry, const NormRow& row) {
-  return kernel_name(entry, device_type(row.dtype), device_type(row.weight), row.vec_size);
+// The weight is of the input's dtype or float32.
+auto norm_name(const char* entry, bool float_weight) {
+  return [=](const Access& access) {
+    const char* type = device_type(access.dtype);
+    return kernel_name(entry, type, float_weight ? "float" : type, access.vec_size);
+  };
 }
 
-// The kernels of one entry, in the order of kNormRows.
 class NormKernels {
  public:
-  explicit NormKernels(const char* entry) {
-    for (size_t i = 0; i < kNormRows.size(); ++i) {
-      kernels_[i] = &kernel(row_kernel(entry, kNormRows[i]));
-    }
-  }
-  Kernel& of(Dtype dtype, Dtype weight, bool aligned) const {
-    size_t i = aligned ? 0 : 1;
-    while (kNormRows[i].dtype != dtype || kNormRows[i].weight != weight) i += 2;
-    return *kernels_[i];
+  explicit NormKernels(const char* entry)
+      : same_weight_(norm_name(entry, false)), float_weight_(norm_name(entry, true)) {}
+  Kernel& of(Dtype dtype, Dtype weight, int vec_size) const {
+    return (weight == dtype ? same_weight_ : float_weight_).of(dtype, vec_size);
   }
 
  private:
-  std::array<Kernel*, kNormRows.size()> kernels_;
+  AccessKernels same_weight_, float_weight_;
 };
 
 std::vector<Row> norm_rows() {
   std::vector<Row> rows;
   for (const auto& [op, entry] :
        {std::pair{"rmsnorm", kRmsnorm}, {"fused_add_rmsnorm", kFusedAdd}}) {
-    for (const NormRow& row : kNormRows) {
-      rows.push_back({.op = op,
-                      .kernel = row_kernel(entry, row),
-                      .block = static_cast<int>(kNormMaxThreads),
-                      .why = row.vec_size == 1 ? "views or sizes that are not multiples of 16 bytes"
-                                               : "16-byte accesses"});
-    }
+    add_access_rows(rows, op, norm_name(entry, false), kNormMaxThreads);
+    add_access_rows(rows, op, norm_name(entry, true), kNormMaxThreads);
   }
   return rows;
 }
@@ -79,14 +57,10 @@ std::vector<Row> norm_rows() {
 Choice norm_choose(const std::string& op, const Config& config, int) {
   const std::string dtype = config.get("dtype", "float16");
   const std::string weight = config.get("weight_dtype", dtype);
-  for (const NormRow& row : kNormRows) {
-    if (dtype_name(row.dtype) == "torch." + dtype && dtype_name(row.weight) == "torch." + weight) {
-      return {{row_kernel(op == "rmsnorm" ? kRmsnorm : kFusedAdd, row)}, {}};
-    }
+  if (weight != dtype && weight != "float32") {
+    return {{}, {"weight_dtype " + weight + ": expected " + dtype + " or float32"}};
   }
-  return {{},
-          {"dtype " + dtype + " with weight_dtype " + weight +
-           ": expected float16, bfloat16 or float32, and a weight of the same or float32"}};
+  return choose_access(config, norm_name(op == "rmsnorm" ? kRmsnorm : kFusedAdd, weight != dtype));
 }
 
 const RegisterFamily family({{"rmsnorm", "fused_add_rmsnorm"}, norm_rows, norm_choose});
@@ -140,7 +114,7 @@ void launch_norm(const NormKernels& kernels, const Arg& input, const Arg& weight
   const NormPlan plan = norm_plan(hidden, vec_size);
   const unsigned blocks = (params.shape.num_rows + plan.rows_per_block - 1) / plan.rows_per_block;
   const Device& gpu = device(input.tensor.get_device_index());
-  launch(kernels.of(input.tensor.scalar_type(), weight.tensor.scalar_type(), vec_size != 1), gpu,
+  launch(kernels.of(input.tensor.scalar_type(), weight.tensor.scalar_type(), vec_size), gpu,
          {.grid_x = blocks, .block = plan.block, .pdl = checked_pdl(input.op, gpu, pdl)}, &params);
 }
 
@@ -148,12 +122,8 @@ RowStrides strides_of(const Rows& rows) {
   return {rows.outer_stride, rows.inner_stride};
 }
 
-// Elements an access moves: 16 bytes of them when every pointer, stride and the row length allow.
-int vector_size(const Tensor& input, const Tensor& other, const Tensor& weight) {
-  const int64_t elements = kVectorBytes / static_cast<int64_t>(input.element_size());
-  const bool aligned = input.size(input.dim() - 1) % elements == 0 && is_aligned16(input) &&
-                       is_aligned16(other) && is_aligned16(weight);
-  return aligned ? static_cast<int>(elements) : 1;
+int norm_width(const Tensor& input, const Tensor& other, const Tensor& weight) {
+  return access_width({&input, &other, &weight}, {input.size(input.dim() - 1)});
 }
 
 void run_rmsnorm(const char* op, const Tensor& out, const Tensor& input, const Tensor& weight,
@@ -162,7 +132,7 @@ void run_rmsnorm(const char* op, const Tensor& out, const Tensor& input, const T
   const Arg input_arg{op, "input", input};
   const auto [rows, out_rows] = matching_rows(input_arg, {op, "out", out});
   if (rows.num_rows == 0 || rows.hidden == 0) return;
-  const int vec_size = vector_size(input, out, weight);
+  const int vec_size = norm_width(input, out, weight);
   const RmsnormParams params{input.const_data_ptr(), weight.const_data_ptr(),
                              out.mutable_data_ptr(), strides_of(rows),
                              strides_of(out_rows),   norm_shape(op, rows, vec_size, eps)};
@@ -211,7 +181,7 @@ void fused_add_rmsnorm(const Tensor& input, const Tensor& residual, const Tensor
   check_eps(kOp, eps);
   const auto [rows, residual_rows] = matching_rows(input_arg, residual_arg);
   if (rows.num_rows == 0 || rows.hidden == 0) return;
-  const int vec_size = vector_size(input, residual, weight);
+  const int vec_size = norm_width(input, residual, weight);
   const FusedAddRmsnormParams params{
       input.mutable_data_ptr(), residual.mutable_data_ptr(), weight.const_data_ptr(),
       strides_of(rows),         strides_of(residual_rows),   norm_shape(kOp, rows, vec_size, eps)};

@@ -11,6 +11,8 @@
 
 #include "rope/params.h"
 #include "runtime/alloc.h"
+#include "runtime/access.h"
+#include "runtime/alloc.h"
 #include "runtime/catalog.h"
 #include "runtime/check.h"
 #include "runtime/kernel.h"
@@ -22,58 +24,31 @@ namespace {
 
 constexpr int64_t kMaxTokens = (int64_t{1} << 31) - 1;
 constexpr int64_t kMaxRotaryDim = 2 * kRopeMaxPairs;
-constexpr int64_t kVectorBytes = 16;
 constexpr const char* kPosIds = "rope/apply_rope_pos_ids.cuh:apply_rope_pos_ids";
 constexpr std::array kPairings = {"HalfSplit", "Interleaved"};
 
-// The core table's rows of each pairing: 16-byte accesses, then single elements.
-struct RopeRow {
-  Dtype dtype;
-  int vec_size;
-};
-constexpr std::array kRopeRows = {
-    RopeRow{Dtype::Half, 8}, RopeRow{Dtype::BFloat16, 8}, RopeRow{Dtype::Float, 4},
-    RopeRow{Dtype::Half, 1}, RopeRow{Dtype::BFloat16, 1}, RopeRow{Dtype::Float, 1},
-};
-
-std::string row_kernel(const RopeRow& row, bool interleave) {
-  return kernel_name(kPosIds, device_type(row.dtype), row.vec_size, kPairings[interleave]);
+auto pos_ids_name(bool interleave) {
+  return [=](const Access& access) {
+    return kernel_name(kPosIds, device_type(access.dtype), access.vec_size, kPairings[interleave]);
+  };
 }
 
-Kernel& pos_ids_kernel(Dtype dtype, bool vectors, bool interleave) {
-  static const auto kernels = [] {
-    std::array<std::array<Kernel*, 2>, kRopeRows.size()> all;
-    for (size_t i = 0; i < all.size(); ++i) {
-      all[i] = {&kernel(row_kernel(kRopeRows[i], false)), &kernel(row_kernel(kRopeRows[i], true))};
-    }
-    return all;
-  }();
-  size_t i = vectors ? 0 : kRopeRows.size() / 2;
-  while (kRopeRows[i].dtype != dtype) ++i;
-  return *kernels[i][interleave];
+Kernel& pos_ids_kernel(Dtype dtype, int vec_size, bool interleave) {
+  static const std::array kernels = {AccessKernels(pos_ids_name(false)),
+                                     AccessKernels(pos_ids_name(true))};
+  return kernels[interleave].of(dtype, vec_size);
 }
 
 std::vector<Row> rope_rows() {
   std::vector<Row> rows;
   for (const bool interleave : {false, true}) {
-    for (const RopeRow& row : kRopeRows) {
-      rows.push_back({.op = "apply_rope_pos_ids",
-                      .kernel = row_kernel(row, interleave),
-                      .block = static_cast<int>(kRopeMaxThreads),
-                      .why = row.vec_size == 1 ? "views or sizes that are not multiples of 16 bytes"
-                                               : "16-byte accesses"});
-    }
+    add_access_rows(rows, "apply_rope_pos_ids", pos_ids_name(interleave), kRopeMaxThreads);
   }
   return rows;
 }
 
 Choice rope_choose(const std::string&, const Config& config, int) {
-  const std::string dtype = config.get("dtype", "float16");
-  const bool interleave = config.get_int("interleave", 0) != 0;
-  for (const RopeRow& row : kRopeRows) {
-    if (dtype_name(row.dtype) == "torch." + dtype) return {{row_kernel(row, interleave)}, {}};
-  }
-  return {{}, {"dtype " + dtype + ": expected float16, bfloat16 or float32"}};
+  return choose_access(config, pos_ids_name(config.get_int("interleave", 0) != 0));
 }
 
 const RegisterFamily family({{"apply_rope_pos_ids", "apply_rope_pos_ids_inplace"},
@@ -154,21 +129,11 @@ RopeTensor rope_tensor(const Tensor& input, const Tensor& output) {
           .output_head_stride = output.stride(1)};
 }
 
-// Elements an access moves: 16 bytes of them when pointers, strides and the number of pairs allow.
-int vector_size(std::initializer_list<const Tensor*> tensors, const RopeOptions& options) {
-  const Tensor& q = **tensors.begin();
-  const int64_t elements = kVectorBytes / static_cast<int64_t>(q.element_size());
-  const bool whole = options.rotary_dim / 2 % elements == 0 && q.size(2) % elements == 0;
-  const bool aligned = std::all_of(tensors.begin(), tensors.end(),
-                                   [](const Tensor* tensor) { return is_aligned16(*tensor); });
-  return whole && aligned ? static_cast<int>(elements) : 1;
-}
-
 void run_pos_ids(const Tensor& q, const Tensor& k, const Tensor& q_out, const Tensor& k_out,
                  const Tensor& pos_ids, const RopeOptions& options, bool in_place) {
   const int64_t nnz = q.size(0), num_heads = q.size(1) + k.size(1);
   if (nnz == 0 || num_heads == 0) return;
-  const int vec_size = vector_size({&q, &k, &q_out, &k_out}, options);
+  const int vec_size = access_width({&q, &k, &q_out, &k_out}, {options.rotary_dim / 2, q.size(2)});
   const int64_t num_copied = in_place ? 0 : q.size(2) - options.rotary_dim;
   const auto num_pairs = static_cast<uint32>(options.rotary_dim / 2);
   const RopePlan plan = rope_plan(static_cast<uint32>(num_heads), num_pairs, vec_size);
@@ -190,7 +155,7 @@ void run_pos_ids(const Tensor& q, const Tensor& k, const Tensor& q_out, const Te
   std::ranges::copy(turns_per_position(options), params.turns);
   const auto blocks =
       static_cast<unsigned>((nnz + plan.tokens_per_block - 1) / plan.tokens_per_block);
-  launch(pos_ids_kernel(q.scalar_type(), vec_size != 1, options.interleave),
+  launch(pos_ids_kernel(q.scalar_type(), vec_size, options.interleave),
          device(q.get_device_index()), {.grid_x = blocks, .block = plan.block}, &params);
 }
 

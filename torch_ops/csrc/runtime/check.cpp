@@ -6,8 +6,6 @@
 namespace ridgeline {
 namespace {
 
-constexpr int64_t kVectorBytes = 16;
-
 std::string join(std::span<const std::string> words) {
   std::string out;
   for (size_t i = 0; i < words.size(); ++i) {
@@ -127,7 +125,7 @@ void check_last_stride(const Arg& arg) {
 bool is_aligned16(const Tensor& tensor) {
   if (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kVectorBytes != 0) return false;
   for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
-    if (tensor.size(dim) > 1 && tensor.stride(dim) * element_bytes(tensor) % kVectorBytes != 0) {
+    if (tensor.size(dim) > 1 && tensor.stride(dim) * element_bytes(tensor) % int64_t{kVectorBytes} != 0) {
       return false;
     }
   }

@@ -9,6 +9,8 @@
 
 namespace ridgeline {
 
+inline constexpr size_t kVectorBytes = 16;  // the widest load or store of a thread
+
 [[noreturn]] void fail(const char* op, const char* arg, const std::string& expected,
                        const std::string& got, const std::string& way_out);
 
