@@ -30,7 +30,7 @@ COMPILE_FLAGS = [
     "-Wall",
     "-Wextra",
     "-Werror",
-    # Why: the LibTorch stable ABI as torch 2.10 has it, so that one binary serves every later torch.
+    # Why: LibTorch's stable ABI as torch 2.10 has it, so that one binary serves every later torch.
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
 
@@ -98,7 +98,10 @@ class BuildLibrary(build_ext):
     def build_packs(self, package_dir: Path) -> None:
         root = package_dir.parent
         if self.editable_mode:
-            sys.exit("RIDGELINE_BUILD_PACK=1 is for wheels; in a checkout run: python -m ridgeline.aot build")
+            sys.exit(
+                "RIDGELINE_BUILD_PACK=1 is for wheels; in a checkout run: "
+                "python -m ridgeline.aot build"
+            )
         env = {**os.environ, "PYTHONPATH": str(root)}
         out = package_dir / "packs"
         subprocess.run(

@@ -1,4 +1,4 @@
-"""The installed package as a whole: where it is imported from, what an import costs, its examples."""
+"""The installed package as a whole: where it comes from, what an import costs, its examples."""
 
 from __future__ import annotations
 
