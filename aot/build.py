@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def _compile(
     outcomes = pool.compile_all(
         missing, native.compile_options(), str(native.kernels_dir()), num_workers=num_workers
     )
-    with Progress(len(missing)) as progress:
+    with contextlib.closing(outcomes), Progress(len(missing)) as progress:
         for outcome in outcomes:
             if outcome.entry is None:
                 errors.append(outcome.error)

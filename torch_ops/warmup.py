@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -179,7 +180,7 @@ def _compile(library: Native, names: Sequence[str], arch: str, progress: bool) -
     jobs = [pool.Job(name, arch, library.entry_key(name, arch)) for name in names]
     errors = []
     outcomes = pool.compile_all(jobs, library.compile_options(), str(library.kernels_dir()))
-    with Progress(len(jobs), shown=progress) as shown:
+    with contextlib.closing(outcomes), Progress(len(jobs), shown=progress) as shown:
         for outcome in outcomes:
             if outcome.entry is None:
                 errors.append(outcome.error)

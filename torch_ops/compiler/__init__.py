@@ -6,6 +6,7 @@ it asks of the callback that `install` registers. Everything slow is imported by
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,14 @@ def install(handle: ctypes.CDLL) -> None:
     # Why kept: the library holds only the addresses.
     _callbacks = (COMPILE_CALLBACK(_compile), TAG_CALLBACK(_tag_address))
     _native.set_compiler(*_callbacks)
+    atexit.register(_uninstall)
+
+
+def _uninstall() -> None:
+    """Take the callbacks back before the interpreter frees what they run."""
+    from .native import COMPILE_CALLBACK, TAG_CALLBACK
+
+    library().set_compiler(COMPILE_CALLBACK(), TAG_CALLBACK())
 
 
 def library() -> Native:

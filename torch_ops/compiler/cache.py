@@ -109,8 +109,8 @@ def warn_once(folder: Path | None, error: OSError) -> None:
     where = f"in {folder} " if folder else ""
     _LOG.warning(
         "ridgeline: kernels compiled here cannot be kept %s(%s): they are used from memory and "
-        "compiled again by the next process. Set RIDGELINE_CACHE_DIR to a writable folder with free space, "
-        'or to "" for no cache and no warning.',
+        "compiled again by the next process. Set RIDGELINE_CACHE_DIR to a writable folder with "
+        'free space, or to "" for no cache and no warning.',
         where,
         error.strerror or type(error).__name__,
     )

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Outcome:
 
 def compile_all(
     jobs: Sequence[Job], options: str, kernels_dir: str, *, num_workers: int | None = None
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Compile `jobs` and yield each outcome as it comes.
 
     Closing the iterator, or an exception such as Ctrl-C, ends the workers.

@@ -1,0 +1,170 @@
+"""`ridgeline.warmup`: from a described model to compiled kernels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ridgeline
+import torch
+from ridgeline import _model, compiler
+from support import run_python
+
+RMSNORM = "norm/rmsnorm.cuh:rmsnorm<__half, __half, 8>"
+SMALL = {"num_qo_heads": 8, "num_kv_heads": 2, "head_dim": 64, "dtype": "float16"}
+
+
+def asked_for(model: dict[str, Any], op: str) -> dict[str, object]:
+    """Return the first question about `op`."""
+    return next(config for name, config in _model.questions(model) if name == op)
+
+
+def test_mapping_gets_its_defaults() -> None:
+    model = _model.from_mapping({"num_qo_heads": 32, "head_dim": 128})
+    assert model["num_kv_heads"] == 32
+    assert model["head_dim_vo"] == 128
+    assert model["hidden_size"] == 4096
+    assert model["dtype"] == model["weight_dtype"] == "bfloat16"
+
+
+def test_mapping_of_two_head_sizes() -> None:
+    model = _model.from_mapping({"num_qo_heads": 16, "head_dim_qk": 192, "head_dim_vo": 128})
+    config = asked_for(model, "single_attention")
+    assert (config["head_dim_qk"], config["head_dim_vo"]) == (192, 128)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"num_qo_heads": 32, "head_dims": 128}, "unknown field 'head_dims'"),
+        ({"num_qo_heads": 32}, "Add head_dim"),
+        ({"head_dim": 128}, "Add num_qo_heads"),
+    ],
+)
+def test_mapping_with_a_mistake(config: dict[str, int], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        ridgeline.warmup(config, arch="sm_80")
+
+
+def test_transformers_config() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=256,
+        intermediate_size=688,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        dtype="float16",
+    )
+    model = _model.from_transformers(config)
+    expected = {"num_qo_heads": 8, "num_kv_heads": 2, "head_dim_qk": 32, "dtype": "float16"}
+    assert {name: model[name] for name in expected} == expected
+    assert asked_for(model, "silu_and_mul")["hidden_size"] == 688
+
+
+def test_config_of_windows_and_partial_rope() -> None:
+    model = _model.from_transformers(
+        SimpleNamespace(
+            hidden_size=512,
+            num_attention_heads=4,
+            sliding_window=1024,
+            partial_rotary_factor=0.5,
+            attn_logit_softcapping=50.0,
+            torch_dtype=torch.bfloat16,
+        )
+    )
+    assert model["window_left"] == 1023
+    assert model["rotary_dim"] == 64
+    assert model["logits_soft_cap"] == 50.0
+    assert model["dtype"] == "bfloat16"
+
+
+def test_object_that_describes_no_model() -> None:
+    with pytest.raises(TypeError, match=r"expected a transformers config .* got int"):
+        ridgeline.warmup(3, arch="sm_80")
+
+
+def test_architecture_that_is_none() -> None:
+    with pytest.raises(ValueError, match="argument 'arch': expected a name such as 'sm_90a'"):
+        ridgeline.warmup([RMSNORM], arch="hopper")
+
+
+def test_device_and_architecture_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="got both"):
+        ridgeline.warmup([RMSNORM], device="cuda", arch="sm_80")
+
+
+def test_cpu_device() -> None:
+    with pytest.raises(ValueError, match="The CPU needs no kernels"):
+        ridgeline.warmup([RMSNORM], device="cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_way_out_is_named() -> None:
+    with pytest.raises(RuntimeError, match="arch="):
+        ridgeline.warmup(SMALL)
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90a"])
+def test_core_model_needs_core_kernels_only(arch: str) -> None:
+    """What the dispatcher chooses for a core configuration is in that SM's pack."""
+    library = compiler.library()
+    core = {row.kernel for row in library.core_table if row.core and row.serves(arch)}
+    sm = compiler.native.arch_number(arch)
+    dtypes = ["float16"] if arch == "sm_75" else ["float16", "bfloat16"]
+    sizes = [(64, 64), (128, 128), (256, 256), (192, 128)]
+    for dtype in dtypes:
+        for qk, vo in sizes:
+            model = _model.from_mapping(
+                {
+                    "num_qo_heads": 8,
+                    "num_kv_heads": 2,
+                    "head_dim_qk": qk,
+                    "head_dim_vo": vo,
+                    "intermediate_size": 1024,
+                    "dtype": dtype,
+                }
+            )
+            for op, config in _model.questions(model):
+                answer = library.explain(op, sm, config)
+                assert answer["ok"], (op, config, answer["reasons"])
+                assert set(answer["kernels"]) <= core, (op, config)
+
+
+def test_bf16_attention_on_turing_is_refused_with_the_reason() -> None:
+    with pytest.raises(RuntimeError, match="no kernel of single_attention serves this model"):
+        ridgeline.warmup({**SMALL, "dtype": "bfloat16"}, arch="sm_75")
+
+
+WARMUP = f"""
+import json, ridgeline
+report = ridgeline.warmup([{RMSNORM!r}], arch="sm_80", progress=False)
+print(json.dumps([report.num_packed, report.num_cached, report.num_compiled]))
+"""
+
+
+def test_second_warmup_finds_everything_in_the_cache(tmp_path: Path) -> None:
+    env = {"RIDGELINE_CACHE_DIR": str(tmp_path), "RIDGELINE_PACK_DIR": ""}
+    first, second = run_python(WARMUP, env), run_python(WARMUP, env)
+    assert first.returncode == 0, first.stderr
+    assert json.loads(first.stdout) == [0, 0, 1]
+    assert json.loads(second.stdout) == [0, 1, 0]
+
+
+def test_forbidden_jit_is_refused(tmp_path: Path) -> None:
+    env = {
+        "RIDGELINE_CACHE_DIR": str(tmp_path),
+        "RIDGELINE_PACK_DIR": "",
+        "RIDGELINE_JIT": "0",
+    }
+    result = run_python(WARMUP, env)
+    assert result.returncode == 1
+    assert "RIDGELINE_JIT=0 forbids" in result.stderr
+    assert RMSNORM in result.stderr
+
+
+def test_kernel_that_does_not_exist() -> None:
+    with pytest.raises(RuntimeError, match=r"norm/none\.cuh"):
+        ridgeline.warmup(["norm/none.cuh:none<1>"], arch="sm_80", progress=False)
