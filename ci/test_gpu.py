@@ -70,7 +70,8 @@ def start(name: str, command: list[str], env: dict[str, str]) -> Job:
 
 def pytest_job(arch: str, env: dict[str, str]) -> Job:
     command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml")]
-    command += ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "-m", "gpu", "--arch", arch]
+    command += ["--rootdir", str(ROOT), "-o", f"cache_dir={LOGS / arch}", "-m", "gpu"]
+    command += ["--arch", arch]
     command += ["--durations", "10", *shlex.split(os.environ.get("ARGS", "")), str(ROOT / "tests")]
     return start(f"sm_{arch}", command, env)
 
