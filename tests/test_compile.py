@@ -1,0 +1,231 @@
+"""The ops inside torch: opcheck, torch.compile with dynamic lengths, torch.export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import ridgeline
+import torch
+from support import normal, supports_bf16_attention
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+OPS = torch.ops.ridgeline
+
+
+def half(*shape: int, device: torch.device, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def norm_cases(device: torch.device) -> dict[str, list[Arguments]]:
+    x, weight = half(3, 5, 64, device=device), half(64, device=device)
+    view = half(6, 128, device=device)[::2, :64]
+    return {
+        "rmsnorm": [((x, weight, 1e-6), {}), ((view, weight.float(), 1e-5), {})],
+        "rmsnorm_out": [((torch.empty_like(x), x, weight, 1e-6), {})],
+        "fused_add_rmsnorm": [((x, half(3, 5, 64, device=device), weight, 1e-6), {})],
+        "silu_and_mul": [((half(3, 5, 128, device=device),), {})],
+        "silu_and_mul_out": [((x, half(3, 5, 128, device=device)), {})],
+    }
+
+
+def rope_cases(device: torch.device) -> dict[str, list[Arguments]]:
+    q, k = half(7, 4, 64, device=device), half(7, 2, 64, device=device)
+    positions = torch.arange(7, device=device, dtype=torch.int32)
+    cases: list[Arguments] = [
+        ((q, k, positions, 64, False, 1.0, 1e4), {}),
+        ((q, k, positions.long(), 32, True, 2.0, 5e5), {}),
+    ]
+    return {"apply_rope_pos_ids": cases, "apply_rope_pos_ids_inplace": cases}
+
+
+def attention_cases(device: torch.device) -> dict[str, list[Arguments]]:
+    q, k = half(5, 4, 64, device=device), half(9, 2, 64, device=device)
+    v = half(9, 2, 40, device=device)
+    hnd = [t.transpose(0, 1).contiguous() for t in (k, v)]
+    narrow: list[Arguments] = [
+        ((q, k, v, 0, True, -1, 0.0, 0.125), {}),
+        ((q[0], *hnd, 1, False, 3, 30.0, 0.125), {}),
+        ((q, k[:0], v[:0], 0, False, -1, 0.0, 0.125), {}),
+    ]
+    if supports_bf16_attention(device):
+        bf16 = [t.bfloat16() for t in (q, k, v)]
+        narrow.append(((*bf16, 0, False, -1, 0.0, 0.125), {}))
+    full: list[Arguments] = [
+        ((*arguments, 0, 1.0, 1e4, False), options) for arguments, options in narrow
+    ]
+    full.append(((q, k, v, 0, True, -1, 0.0, 0.125, 1, 8.0, 5e5, False), {}))
+    full.append(((q, k, v, 0, True, -1, 0.0, 0.125, 0, 1.0, 1e4, True), {"sinks": None}))
+    return {"single_attention": narrow, "single_attention_full": full}
+
+
+def merge_cases(device: torch.device) -> dict[str, list[Arguments]]:
+    v_a, v_b = half(6, 4, 64, device=device), half(6, 4, 64, device=device)
+    s_a, s_b = torch.randn(2, 6, 4, device=device)
+    mask = torch.arange(6, device=device) % 2 == 0
+    pair = (v_a, s_a.clone(), v_b, s_b.clone())
+    states = half(6, 3, 4, 40, device=device), torch.randn(6, 3, 4, device=device)
+    return {
+        "merge_state": [(pair, {})],
+        "merge_state_in_place": [(pair, {}), ((*pair, mask), {})],
+        "merge_states": [(states, {})],
+    }
+
+
+CASES: list[Callable[[torch.device], dict[str, list[Arguments]]]] = [
+    norm_cases,
+    rope_cases,
+    attention_cases,
+    merge_cases,
+]
+
+
+def registered_ops() -> list[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(n.removeprefix("ridgeline::") for n in names if n.startswith("ridgeline::"))
+
+
+def test_every_op_has_an_opcheck_case() -> None:
+    covered = {name for cases in CASES for name in cases(torch.device("cpu"))}
+    assert covered == set(registered_ops())
+
+
+@pytest.mark.parametrize("name", registered_ops())
+def test_opcheck(name: str, device: torch.device) -> None:
+    torch.manual_seed(0)
+    for cases in CASES:
+        for arguments, options in cases(device).get(name, []):
+            torch.library.opcheck(getattr(OPS, name).default, arguments, options)
+
+
+def block(x: Tensor, residual: Tensor, k: Tensor, v: Tensor, weight: Tensor, pos: Tensor) -> Tensor:
+    """Every family in one function: what a layer of a model does, less its matrix products."""
+    ridgeline.fused_add_rmsnorm(x, residual, weight)
+    q = ridgeline.rmsnorm(x, weight).view(x.shape[0], 4, 32)
+    q, rotated = ridgeline.apply_rope_pos_ids(q, k[-x.shape[0] :], pos)
+    out, lse = ridgeline.single_prefill_with_kv_cache_return_lse(q, k, v, causal=True)
+    plain = ridgeline.single_prefill_with_kv_cache(q, k, v, window_left=3, kv_layout="NHD")
+    step = ridgeline.single_decode_with_kv_cache(q[-1], k, v)
+    merged, _ = ridgeline.merge_state(out, lse, plain, lse)
+    merged = merged + step + ridgeline.merge_states(merged.unsqueeze(1), lse.unsqueeze(1))[0]
+    return ridgeline.silu_and_mul(merged.flatten(1)) + rotated.sum()
+
+
+def block_inputs(
+    qo_len: int, kv_len: int, device: torch.device, rng: torch.Generator
+) -> tuple[Tensor, ...]:
+    def draw(*shape: int) -> Tensor:
+        return normal(shape, torch.float16, device, rng)
+
+    positions = torch.arange(kv_len - qo_len, kv_len, device=device, dtype=torch.int32)
+    kv = draw(kv_len, 2, 32), draw(kv_len, 2, 32)
+    return draw(qo_len, 128), draw(qo_len, 128), *kv, draw(128), positions
+
+
+LENGTHS = [(5, 21), (6, 22), (11, 40), (2, 300), (33, 33)]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_with_dynamic_lengths(
+    backend: str, device: torch.device, rng: torch.Generator
+) -> None:
+    """One graph, whole, serves every length; results are those of eager calls."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
+    compiled_so_far = 0
+    with torch.inference_mode():
+        for qo_len, kv_len in LENGTHS:
+            inputs = block_inputs(qo_len, kv_len, device, rng)
+            expected = block(*(t.clone() for t in inputs))
+            torch.testing.assert_close(compiled(*inputs), expected, rtol=1e-2, atol=1e-2)
+            # The first call may compile twice: dynamic=True tries default floats as symbols first.
+            compiled_so_far = compiled_so_far or counter.frame_count
+            assert counter.frame_count == compiled_so_far, f"recompiled for {qo_len}, {kv_len}"
+
+
+def test_compile_marks_lengths_dynamic_by_itself(
+    device: torch.device, rng: torch.Generator
+) -> None:
+    """Without dynamic=True torch compiles twice, as it does for its own ops, and then no more."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v: ridgeline.single_decode_with_kv_cache(q, k, v, return_lse=True),
+        fullgraph=True,
+        backend=counter,
+    )
+    with torch.inference_mode():
+        for kv_len in (20, 21, 22, 100, 1000):
+            q = normal((4, 64), torch.float16, device, rng)
+            k, v = (normal((kv_len, 2, 64), torch.float16, device, rng) for _ in range(2))
+            out, lse = compiled(q, k, v)
+            expected = ridgeline.single_decode_with_kv_cache(q, k, v, return_lse=True)
+            assert torch.equal(out, expected[0])
+            assert torch.equal(lse, expected[1])
+    assert counter.frame_count == 2
+
+
+def test_compile_window_as_dynamic_integer(device: torch.device, rng: torch.Generator) -> None:
+    """window_left is a SymInt: a growing one does not recompile at every value."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v, window: ridgeline.single_decode_with_kv_cache(q, k, v, window_left=window),
+        fullgraph=True,
+        backend=counter,
+    )
+    q = normal((4, 64), torch.float16, device, rng)
+    k, v = (normal((50, 2, 64), torch.float16, device, rng) for _ in range(2))
+    with torch.inference_mode():
+        for window in (5, 6, 7, 20, 40):
+            expected = ridgeline.single_decode_with_kv_cache(q, k, v, window_left=window)
+            assert torch.equal(compiled(q, k, v, window), expected)
+    assert counter.frame_count == 2
+
+
+class Attention(torch.nn.Module):
+    """What the export tests export."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = ridgeline.single_prefill_with_kv_cache(q, k, v, causal=True, return_lse=True)
+        return out * 2, ridgeline.merge_state(out, lse, out, lse)[1]
+
+
+def test_export(device: torch.device, rng: torch.Generator, tmp_path: Any) -> None:
+    """Exported with dynamic lengths, saved, loaded and run at other lengths."""
+
+    def inputs(qo_len: int, kv_len: int) -> tuple[Tensor, Tensor, Tensor]:
+        q = normal((qo_len, 4, 64), torch.float16, device, rng)
+        k, v = (normal((kv_len, 2, 64), torch.float16, device, rng) for _ in range(2))
+        return q, k, v
+
+    qo_len, kv_len = torch.export.Dim("qo_len"), torch.export.Dim("kv_len")
+    with torch.no_grad():
+        program = torch.export.export(
+            Attention(),
+            inputs(6, 20),
+            dynamic_shapes={"q": {0: qo_len}, "k": {0: kv_len}, "v": {0: kv_len}},
+        )
+        called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        assert {
+            "ridgeline.single_attention_full.default",
+            "ridgeline.merge_state.default",
+        } <= called
+        torch.export.save(program, tmp_path / "attention.pt2")
+        loaded = torch.export.load(tmp_path / "attention.pt2").module()
+        for lengths in ((6, 20), (1, 1), (17, 100)):
+            arguments = inputs(*lengths)
+            for got, expected in zip(loaded(*arguments), Attention()(*arguments), strict=True):
+                assert torch.equal(got, expected)
+
+
+def test_vmap_and_grad_transforms_say_no(device: torch.device) -> None:
+    """A transform that the ops do not support raises instead of returning something."""
+    q = torch.randn(3, 4, 64, device=device).half()
+    k = torch.randn(9, 2, 64, device=device).half()
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda x: ridgeline.single_decode_with_kv_cache(x, k, k).sum())(q[0])
