@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +12,8 @@ from .table import Row
 from .timer import Call, Timer
 
 MAX_DIFFERENCE = 2e-2
+# Why: the launch of a graph is nothing beside a long call, and sixteen copies of it are slow.
+MAX_NET_US = 500.0
 
 
 @dataclass
@@ -22,7 +24,6 @@ class Session:
     quick: bool = False
     dry_run: bool = False
     ceilings: Ceilings = NOTHING_MEASURED
-    unavailable: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.timer = Timer(self.device, budget_ms=20.0 if self.quick else 60.0)
@@ -55,11 +56,12 @@ class Session:
         limit = self.ceilings.memory_us(num_read, num_written)
         if num_flops:
             limit = max(limit, self.ceilings.math_us(num_flops))
+        us = self.timer.time(call)
         row = Row(
             op=op,
             case=case,
-            us=self.timer.time(call),
-            net_us=self.timer.net(call),
+            us=us,
+            net_us=self.timer.net(call) if us < MAX_NET_US else None,
             num_bytes=num_read + num_written,
             num_flops=num_flops,
             limit_us=None if self.dry_run else limit,
@@ -70,9 +72,6 @@ class Session:
         return row
 
     def _measure_peer(self, row: Row, name: str, prepare: Callable[[], Call], ours: Call) -> None:
-        if name in self.unavailable:
-            row.notes.append(f"{name} did not run: {self.unavailable[name]}")
-            return
         try:
             peer = prepare()
             difference = relative_difference(ours(), peer())
@@ -80,7 +79,7 @@ class Session:
         except Exception as error:
             reason = str(error).strip().splitlines()
             text = f"{type(error).__name__}: {reason[0] if reason else ''}"[:160]
-            row.notes.append(f"{name} did not run: {row.op} {row.case}: {text}")
+            row.notes.append(f"{name} did not run ({row.op}): {text}")
             return
         row.peers[name] = us
         if difference is not None:
