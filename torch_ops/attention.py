@@ -159,7 +159,7 @@ def single_decode_with_kv_cache(
         and (use_tensor_cores is False or use_tensor_cores is True)
     ):
         refuse_grad("single_attention", q, k, v)
-        scale = q.size(-1) ** -0.5 if sm_scale is None else sm_scale
+        scale = (q.size(-1) or 1) ** -0.5 if sm_scale is None else sm_scale
         result: Tensor = call(
             _SINGLE, q, k, v, _KV_LAYOUTS[kv_layout], False, window_left, cap, scale
         )
@@ -336,7 +336,7 @@ def single_prefill_with_kv_cache(
         and backend in ("auto", "fa2")
     ):
         refuse_grad("single_attention", q, k, v)
-        scale = q.size(-1) ** -0.5 if sm_scale is None else sm_scale
+        scale = (q.size(-1) or 1) ** -0.5 if sm_scale is None else sm_scale
         result: Tensor = call(
             _SINGLE, q, k, v, _KV_LAYOUTS[kv_layout], causal, window_left, cap, scale
         )
@@ -437,7 +437,7 @@ def _full(
         if value is not None and pos_encoding_mode == "NONE":
             way_out = 'Pass pos_encoding_mode="ROPE_LLAMA", or leave it out.'
             _check.fail(op, name, "None with pos_encoding_mode NONE", value, way_out)
-    scale = q.size(-1) ** -0.5 if sm_scale is None else sm_scale
+    scale = (q.size(-1) or 1) ** -0.5 if sm_scale is None else sm_scale
     options = (
         causal,
         window_left,
