@@ -76,7 +76,7 @@ def create(folder: Path) -> None:
 
 
 def pip_install(python: Path, arguments: list[str], *, hint: str = "") -> None:
-    quiet = ["--quiet", "--disable-pip-version-check", "--no-warn-script-location"]
+    quiet = ["--quiet", "--quiet", "--disable-pip-version-check"]
     command = [str(python), "-m", "pip", "install", *quiet, *arguments]
     if run(command, check=False):
         stop(f"pip could not install: {shlex.join(arguments)}. {hint}")
