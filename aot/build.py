@@ -64,14 +64,20 @@ def build(
     if errors:
         raise BuildError("\n".join(errors))
 
-    files = []
+    files, compiler = [], ""
     for arch in archs:
         packed = pack.write([data for job, data in entries.items() if job.arch == arch])
         described = manifest.describe(arch, native.compile_options(), packed, needs[arch])
         cache.write_atomically(manifest.pack_file(out, arch), packed)
         cache.write_atomically(manifest.manifest_file(out, arch), manifest.to_bytes(described))
         files.append(manifest.pack_file(out, arch))
-        say(f"{files[-1]}: {len(needs[arch])} kernels, {len(packed) / 1e6:.2f} MB")
+        compiler = described["compiler"]
+        say(f"{files[-1]}: {len(needs[arch])} kernels, {len(packed) / 1e6:.2f} MB, {compiler}")
+    if not compiler.startswith("nvrtc 12."):
+        say(
+            f"note: what {compiler} compiled needs the driver of its CUDA version; that of "
+            f"nvidia-cuda-nvrtc-cu12 loads on every driver from 525 on"
+        )
     return Built(tuple(files), len(jobs), len(missing))
 
 

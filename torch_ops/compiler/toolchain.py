@@ -5,8 +5,11 @@ Nothing here imports torch: the workers of the pool run this file too.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +37,9 @@ def compiler_tag() -> str:
 
     The tag is part of the names in the disk cache, so that another NVRTC compiles anew.
     """
-    from importlib import metadata
-
-    try:
-        major = int(metadata.version("cuda-bindings").split(".")[0])
-        return f"nvrtc_{metadata.version(_package('nvidia-cuda-nvrtc', major))}"
-    except (metadata.PackageNotFoundError, ValueError):
-        return UNKNOWN_TAG
+    for version in _packaged_versions():
+        return f"nvrtc_{version}"
+    return UNKNOWN_TAG
 
 
 @functools.lru_cache(maxsize=1)
@@ -58,40 +57,58 @@ def load() -> Toolchain:
     except ImportError as error:
         raise CompilerMissingError(
             f"compiling a kernel needs the Python package cuda-bindings, which is not usable here "
-            f"({error}). {_install_hint(_torch_cuda_major())}"
+            f"({error}). {_install_hint()}"
         ) from None
-    major = _bindings_major()
+    _prefer_cuda_12()
     try:
         library = Path(pathfinder.load_nvidia_dynamic_lib("nvrtc").abs_path or "")
     except Exception as error:
         raise CompilerMissingError(
-            f"the NVRTC library of CUDA {major} is not found ({_first_line(error)}). "
-            f"{_install_hint(major)}"
+            f"the NVRTC library is not found ({_first_line(error)}). {_install_hint()}"
         ) from None
     _preload_builtins(library)
-    result, *version = nvrtc.nvrtcVersion()
+    result, major, minor = nvrtc.nvrtcVersion()
     if int(result) != 0:
-        raise CompilerMissingError(f"{library} does not answer: {result}. {_install_hint(major)}")
-    result, arch_numbers = _supported_archs(nvrtc)
-    number = (int(version[0]), int(version[1]))
+        raise CompilerMissingError(f"{library} does not answer: {result}. {_install_hint()}")
+    version = (int(major), int(minor))
     return Toolchain(
         nvrtc=nvrtc,
-        version=number,
-        compiler=_compiler_name(number),
-        include=_find_headers(pathfinder, library, major),
-        arch_numbers=arch_numbers if result == 0 else (),
+        version=version,
+        compiler=_compiler_name(version),
+        include=_find_headers(pathfinder, library, version[0]),
+        arch_numbers=_arch_numbers(nvrtc),
     )
+
+
+def _packaged_versions() -> list[str]:
+    """Return the versions of the installed NVRTC packages, the one that is preferred first."""
+    from importlib import metadata
+
+    versions = []
+    for major in (12, 13):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append(metadata.version(_package("nvidia-cuda-nvrtc", major)))
+    return versions
+
+
+def _prefer_cuda_12() -> None:
+    """Load the NVRTC of CUDA 12 where its package is installed, also beside that of CUDA 13.
+
+    Why: what it compiles loads on drivers from R525 on, CUDA 13's from R580 on; and the finder,
+    which takes the newest, keeps to one that is loaded already.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        library = Path(folder) / "cuda_nvrtc" / "lib" / "libnvrtc.so.12"
+        if library.is_file():
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(library))
+            return
 
 
 def _package(stem: str, major: int) -> str:
     """Return the package of a CUDA component; the suffix -cuXX was dropped with CUDA 13."""
     return stem if major >= 13 else f"{stem}-cu{major}"
-
-
-def _bindings_major() -> int:
-    import cuda.bindings
-
-    return int(str(cuda.bindings.__version__).split(".")[0])
 
 
 def _torch_cuda_major() -> int:
@@ -105,10 +122,11 @@ def _torch_cuda_major() -> int:
         return 12
 
 
-def _install_hint(major: int) -> str:
-    packages = [_package(f"nvidia-cuda-{part}", major) for part in ("nvrtc", "runtime")]
+def _install_hint(major: int | None = None) -> str:
+    chosen = _torch_cuda_major() if major is None else major
+    packages = [_package(f"nvidia-cuda-{part}", chosen) for part in ("nvrtc", "runtime")]
     return (
-        f'Install what torch\'s CUDA builds bring: pip install "cuda-bindings=={major}.*" '
+        f'Install what torch\'s CUDA builds bring: pip install "cuda-bindings=={chosen}.*" '
         f"cuda-pathfinder {' '.join(packages)}"
     )
 
@@ -129,19 +147,20 @@ def _preload_builtins(library: Path) -> None:
             continue
 
 
-def _supported_archs(nvrtc: Any) -> tuple[int, tuple[int, ...]]:
-    result, numbers = nvrtc.nvrtcGetNumSupportedArchs()
+def _arch_numbers(nvrtc: Any) -> tuple[int, ...]:
+    """Return the architectures that NVRTC knows, such as 75 and 90; empty where it cannot say."""
+    result, count = nvrtc.nvrtcGetNumSupportedArchs()
     if int(result) != 0:
-        return int(result), ()
+        return ()
     result, archs = nvrtc.nvrtcGetSupportedArchs()
-    return int(result), tuple(int(arch) for arch in archs[:numbers])
+    return tuple(int(arch) for arch in archs[:count]) if int(result) == 0 else ()
 
 
 def _compiler_name(version: tuple[int, int]) -> str:
     """Return "nvrtc 12.9.86": the package's version where it is the library that was loaded."""
     loaded = f"{version[0]}.{version[1]}"
-    packaged = compiler_tag().removeprefix("nvrtc_")
-    return f"nvrtc {packaged}" if packaged.startswith(f"{loaded}.") else f"nvrtc {loaded}"
+    packaged = [text for text in _packaged_versions() if text.startswith(f"{loaded}.")]
+    return f"nvrtc {packaged[0] if packaged else loaded}"
 
 
 def _find_headers(pathfinder: Any, library: Path, major: int) -> Path:
@@ -156,8 +175,19 @@ def _find_headers(pathfinder: Any, library: Path, major: int) -> Path:
     if found:
         candidates.append(Path(found))
     for folder in candidates:
-        if (folder / "cuda_fp16.h").is_file():
+        if (folder / "cuda_fp16.h").is_file() and _cuda_major(folder) == major:
             return folder
     raise CompilerMissingError(
-        f"the CUDA headers (cuda_fp16.h) are not found beside {library}. {_install_hint(major)}"
+        f"the headers of CUDA {major} (cuda_fp16.h) are not found beside {library}. "
+        f"{_install_hint(major)}"
     )
+
+
+def _cuda_major(include: Path) -> int:
+    """Return the CUDA version that a header folder says it is of, 0 when it says nothing."""
+    try:
+        text = (include / "cuda_runtime_api.h").read_text(errors="replace")
+    except OSError:
+        return 0
+    match = re.search(r"^#define CUDART_VERSION\s+(\d+)", text, re.MULTILINE)
+    return int(match[1]) // 1000 if match else 0
