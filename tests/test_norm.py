@@ -351,27 +351,29 @@ def ones(*shape: int, dtype: torch.dtype = torch.float16) -> Any:
 
 
 WRONG_INPUT = (
-    Wrong("dtype", {"input": ones(4, 64, dtype=torch.float64)}, "'input'.*float16.*float64"),
-    Wrong("integers", {"input": ones(4, 64, dtype=torch.int32)}, "'input'.*float16.*int32"),
-    Wrong("scalar", {"input": ones()}, "'input'.*at least 1 dimension"),
-    Wrong("last stride", {"input": lambda d: ones(64, 4)(d).t()}, "'input'.*stride 4.*contiguous"),
-    Wrong("mixed dtypes", {"weight": ones(64, dtype=torch.bfloat16)}, "'weight'.*bfloat16"),
+    Wrong("dtype", {"input": ones(4, 64, dtype=torch.float64)}, r"'input'.*float16.*float64"),
+    Wrong("integers", {"input": ones(4, 64, dtype=torch.int32)}, r"'input'.*float16.*int32"),
+    Wrong("scalar", {"input": ones()}, r"'input'.*at least 1 dimension"),
+    Wrong("last stride", {"input": lambda d: ones(64, 4)(d).t()}, r"'input'.*stride 4.*contiguous"),
+    Wrong("mixed dtypes", {"weight": ones(64, dtype=torch.bfloat16)}, r"'weight'.*bfloat16"),
     Wrong("weight's shape", {"weight": ones(63)}, r"'weight'.*\[64\].*\[63\]"),
-    Wrong("weight's rank", {"weight": ones(1, 64)}, "'weight'.*1 dimension"),
-    Wrong("weight's stride", {"weight": lambda d: ones(128)(d)[::2]}, "'weight'.*stride 2"),
-    Wrong("negative eps", {"eps": -1e-6}, "'eps'.*>= 0"),
-    Wrong("nan eps", {"eps": float("nan")}, "'eps'.*finite"),
+    Wrong("weight's rank", {"weight": ones(1, 64)}, r"'weight'.*1 dimension"),
+    Wrong("weight's stride", {"weight": lambda d: ones(128)(d)[::2]}, r"'weight'.*stride 2"),
+    Wrong("negative eps", {"eps": -1e-6}, r"'eps'.*>= 0"),
+    Wrong("nan eps", {"eps": float("nan")}, r"'eps'.*finite"),
 )
 WRONG_OUT = (
     Wrong("out's shape", {"out": ones(4, 32)}, r"'out'.*\[4, 64\].*\[4, 32\]"),
-    Wrong("out's dtype", {"out": ones(4, 64, dtype=torch.float32)}, "'out'.*float16.*float32"),
-    Wrong("out's last stride", {"out": lambda d: ones(64, 4)(d).t()}, "'out'.*stride 4"),
-    Wrong("expanded out", {"out": lambda d: ones(1, 64)(d).expand(4, 64)}, "'out'.*distinct"),
+    Wrong("out's dtype", {"out": ones(4, 64, dtype=torch.float32)}, r"'out'.*float16.*float32"),
+    Wrong("out's last stride", {"out": lambda d: ones(64, 4)(d).t()}, r"'out'.*stride 4"),
+    Wrong("expanded out", {"out": lambda d: ones(1, 64)(d).expand(4, 64)}, r"'out'.*distinct"),
 )
 WRONG_RESIDUAL = (
     Wrong("residual's shape", {"residual": ones(3, 64)}, r"'residual'.*\[4, 64\].*\[3, 64\]"),
-    Wrong("residual's dtype", {"residual": ones(4, 64, dtype=torch.float32)}, "'residual'.*float"),
-    Wrong("expanded", {"residual": lambda d: ones(1, 64)(d).expand(4, 64)}, "'residual'.*distinct"),
+    Wrong("residual's dtype", {"residual": ones(4, 64, dtype=torch.float32)}, r"'residual'.*float"),
+    Wrong(
+        "expanded", {"residual": lambda d: ones(1, 64)(d).expand(4, 64)}, r"'residual'.*distinct"
+    ),
 )
 
 
@@ -419,8 +421,8 @@ def test_mixed_devices(layer: Any) -> None:
     good = good_rmsnorm(device)
     on_cpu = {name: value.cpu() for name, value in good.items() if isinstance(value, Tensor)}
     mixed = (
-        Wrong("weight", {"weight": on_cpu["weight"]}, "'weight'.*cuda:0.*cpu"),
-        Wrong("input", {"input": on_cpu["input"]}, "'input'.*CUDA.*cpu"),
+        Wrong("weight", {"weight": on_cpu["weight"]}, r"'weight'.*cuda:0.*cpu"),
+        Wrong("input", {"input": on_cpu["input"]}, r"'input'.*CUDA.*cpu"),
     )
     for wrong in mixed:
         assert_raises(wrong, layer.rmsnorm, good, device)
