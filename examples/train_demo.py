@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from corpus import PACKAGES, CorpusError
 from network import Network, Shape
-from text_data import Data, as_bytes, bits_per_byte
+from text_data import Data, as_bytes, bits_per_byte, with_noise
 from torch import Tensor
 
 MAX_WEIGHT_BYTES = 8_000_000
@@ -124,7 +124,7 @@ class Trainer:
         tokens, targets = self.data.crops(self.arguments.batch, self.network.shape.context)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            logits = forward(tokens)
+            logits = forward(with_noise(tokens, self.arguments.noise))
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -175,7 +175,7 @@ class Trainer:
     def _record(self, bits: float) -> dict[str, object]:
         """Return what `training.json` says."""
         sample = as_bytes(self.data.sample, self.device)
-        options = ("batch", "rate", "dropout", "weight_decay", "seed", "minutes")
+        options = ("batch", "rate", "dropout", "noise", "weight_decay", "seed", "minutes")
         return {
             "heldout_bits_per_byte": round(bits, 4),
             "sample_bits_per_byte": round(bits_per_byte(self.average.network, sample), 4),
@@ -245,6 +245,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=64 if on_gpu else 8, help="windows a step")
     add("--rate", type=float, default=2e-3)
     add("--dropout", type=float, default=0.15)
+    add("--noise", type=float, default=0.01, help="share of input bytes replaced by random ones")
     add("--weight-decay", type=float, default=0.1)
     add("--seed", type=int, default=0)
     add("--evaluate-every", type=float, default=10.0 if on_gpu else 60.0, metavar="SECONDS")
