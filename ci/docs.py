@@ -84,7 +84,7 @@ def modules() -> list[ModuleType]:
     import ridgeline
 
     found = pkgutil.walk_packages(ridgeline.__path__, "ridgeline.")
-    skipped = ("__main__", ".kernels", ".demo")
+    skipped = ("__main__", "libridgeline", ".kernels", ".demo")
     names = [m.name for m in found if not any(word in m.name for word in skipped)]
     return [ridgeline, *(importlib.import_module(name) for name in names)]
 

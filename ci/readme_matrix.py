@@ -6,6 +6,7 @@ markdown between the two markers of README.md. `--check` (in `make lint`) compar
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,18 +21,38 @@ END = "<!-- matrix: end -->"
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a")
 
 
+DTYPES = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32"}
+
+
+def dtype_of(kernel: str) -> str:
+    """The first template argument is the type that a kernel works on."""
+    found = re.search(r"<(\w+)", kernel)
+    return DTYPES.get(found[1], found[1]) if found else "any"
+
+
+def head_dims_of(kernel: str) -> str:
+    found = re.search(r"HeadDims<(\d+), (\d+)>", kernel)
+    if not found:
+        return ""
+    return found[1] if found[1] == found[2] else f"({found[1]}, {found[2]})"
+
+
+def in_pack(rows: Sequence[CoreRow], arch: str) -> str:
+    """What an architecture's pack holds of an op; JIT: nothing, but it can be compiled."""
+    packed = [row.kernel for row in rows if row.core and row.serves(arch)]
+    if not packed:
+        return "JIT" if any(row.serves(arch) for row in rows) else "no"
+    dtypes = " ".join(sorted({dtype_of(k) for k in packed}, key=list(DTYPES.values()).index))
+    dims = dict.fromkeys(head_dims_of(kernel) for kernel in packed)
+    return dtypes + (f": {', '.join(dims)}" if any(dims) else "")
+
+
 def matrix(table: Sequence[CoreRow]) -> str:
-    """One line an op: the kernels that the wheel carries for each architecture."""
-    lines = [
-        "| op | " + " | ".join(ARCHS) + " | CPU |",
-        "|---" * (len(ARCHS) + 2) + "|",
-    ]
+    """One line an op: the types, and head dims of attention, in each architecture's pack."""
+    lines = [f"| op | {' | '.join(ARCHS)} |", "|---" * (len(ARCHS) + 1) + "|"]
     for op in dict.fromkeys(row.op for row in table):
         rows = [row for row in table if row.op == op]
-        counts = [len({row.kernel for row in rows if row.core and row.serves(a)}) for a in ARCHS]
-        jit = [any(row.serves(arch) for row in rows) for arch in ARCHS]
-        texts = [str(n) if n else "JIT" if j else "no" for n, j in zip(counts, jit, strict=True)]
-        lines.append(f"| `{op}` | {' | '.join(texts)} | yes |")
+        lines.append(f"| `{op}` | {' | '.join(in_pack(rows, arch) for arch in ARCHS)} |")
     return "\n".join(lines)
 
 
@@ -43,7 +64,7 @@ def main() -> int:
     _, _, tail = rest.partition(END)
     if not tail:
         sys.exit(f"error: {README.name} has not both markers, {BEGIN} and {END}")
-    wanted = f"{head}{BEGIN}\n{matrix(compiler.library().core_table())}\n{END}{tail}"
+    wanted = f"{head}{BEGIN}\n{matrix(compiler.library().core_table)}\n{END}{tail}"
     if text == wanted:
         print("README matrix: as the core table says")
         return 0

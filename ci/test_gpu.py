@@ -51,7 +51,7 @@ class Job:
         for line in reversed(lines):
             if re.search(r"\d+ (passed|failed|error)|ERROR SUMMARY|RACECHECK SUMMARY", line):
                 return line.strip("= ")
-        return lines[-1] if lines else "no output"
+        return lines[-1].strip("= ") if lines else "no output"
 
 
 def start(name: str, command: list[str], env: dict[str, str]) -> Job:
