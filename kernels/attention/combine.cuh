@@ -1,7 +1,8 @@
-// Adds up the parts that attention() left of each row when the keys were split, in the order of the parts:
+// Adds up the parts that attention() left of each row when the keys were split, in a fixed order:
 //   out = sum_s 2^(max_s - max) sums_s / sum_s 2^(max_s - max) sum_s
-// A CTA takes one row of one query head. Its threads form groups of head_dim_vo / 4 (four columns a thread); group g adds up
-// the parts g, g + num_groups, ..., then the groups are added up in order. All SMs; any head_dim_vo up to 256.
+// A CTA takes one row of one query head. Its threads form groups of head_dim_vo / 4 (four columns a
+// thread); group g adds up the parts g, g + num_groups, ..., then the groups are added up in order.
+// All SMs; any head_dim_vo that is a multiple of 8 up to 256.
 #pragma once
 
 #include "attention/params.h"
@@ -11,16 +12,24 @@
 
 namespace ridgeline {
 
+// A part as (maximum, sum), or several of them as one.
+__device__ __forceinline__ float2 merge_stats(float2 a, float2 b) {
+  const float maximum = fmaxf(a.x, b.x);
+  const float origin = maximum == -kInfinity ? 0.0f : maximum;
+  return make_float2(maximum, exp2_fast(a.x - origin) * a.y + exp2_fast(b.x - origin) * b.y);
+}
+
 template <typename T>
-__global__ void __launch_bounds__(kCombineThreads) combine(const __grid_constant__ CombineParams params) {
+__global__ void __launch_bounds__(kCombineThreads)
+    combine(const __grid_constant__ CombineParams params) {
   __shared__ float4 group_sums[kCombineThreads];
   const int query = blockIdx.x / params.num_qo_heads;
   const int head = blockIdx.x % params.num_qo_heads;
   const int group_size = params.num_qo_heads / params.num_kv_heads;
   const int packed = query * group_size + head % group_size;
-  const int first_slot =
-      (packed / params.tile_q * params.num_kv_heads + head / group_size) * params.num_splits;
-  const auto row_of = [&](int split) { return int64(first_slot + split) * params.tile_q + packed % params.tile_q; };
+  const int q_tile = packed / params.tile_q;
+  const int first_slot = (q_tile * params.num_kv_heads + head / group_size) * params.num_splits;
+  const int64 first_row = int64(first_slot) * params.tile_q + packed % params.tile_q;
   const float2* stats = reinterpret_cast<const float2*>(params.partial_stats);
   const int columns = params.head_dim_vo / 4;
   const int num_groups = kCombineThreads / columns;
@@ -28,29 +37,34 @@ __global__ void __launch_bounds__(kCombineThreads) combine(const __grid_constant
   const int column = threadIdx.x % columns;
   pdl_wait();
 
-  float maximum = -kInfinity;
-  for (int split = 0; split < params.num_splits; ++split) maximum = fmaxf(maximum, stats[row_of(split)].x);
-  const float origin = maximum == -kInfinity ? 0.0f : maximum;
-
-  // A part without visible keys has sum 0 and did not write its row.
-  float sum = 0.0f;
-  for (int split = 0; split < params.num_splits; ++split) {
-    const float2 part = stats[row_of(split)];
-    sum += exp2_fast(part.x - origin) * part.y;
+  // Every warp finds the row's maximum and sum for itself: a lane merges every 32nd part.
+  float2 total = make_float2(-kInfinity, 0.0f);
+  for (int split = threadIdx.x % 32; split < params.num_splits; split += 32) {
+    total = merge_stats(total, stats[first_row + int64(split) * params.tile_q]);
   }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const float2 other = make_float2(__shfl_xor_sync(0xffffffffu, total.x, distance),
+                                     __shfl_xor_sync(0xffffffffu, total.y, distance));
+    total = merge_stats(total, other);
+  }
+  const float origin = total.x == -kInfinity ? 0.0f : total.x;
+
+  // A part without visible keys has sum 0; its row holds nothing yet.
   float4 values = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   if (group < num_groups) {
 #pragma unroll 4
     for (int split = group; split < params.num_splits; split += num_groups) {
-      const int64 row = row_of(split);
+      const int64 row = first_row + int64(split) * params.tile_q;
       const float2 part = stats[row];
-      if (part.y == 0.0f) continue;
+      const float4* rows = reinterpret_cast<const float4*>(params.partial_out);
+      const float4 sums = rows[row * columns + column];
       const float weight = exp2_fast(part.x - origin);
-      const float4 sums = reinterpret_cast<const float4*>(params.partial_out + row * params.head_dim_vo)[column];
-      values.x += weight * sums.x;
-      values.y += weight * sums.y;
-      values.z += weight * sums.z;
-      values.w += weight * sums.w;
+      const bool empty = part.y == 0.0f;
+      values.x += empty ? 0.0f : weight * sums.x;
+      values.y += empty ? 0.0f : weight * sums.y;
+      values.z += empty ? 0.0f : weight * sums.z;
+      values.w += empty ? 0.0f : weight * sums.w;
     }
   }
   group_sums[threadIdx.x] = values;
@@ -64,13 +78,15 @@ __global__ void __launch_bounds__(kCombineThreads) combine(const __grid_constant
     values.z += sums.z;
     values.w += sums.w;
   }
-  const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-  T* out = static_cast<T*>(params.out) + query * params.out_stride_token + head * params.out_stride_head;
-  reinterpret_cast<uint2*>(out)[column] = make_uint2(pack_pair<T>(values.x * factor, values.y * factor),
-                                                     pack_pair<T>(values.z * factor, values.w * factor));
+  const float factor = total.y == 0.0f ? 0.0f : 1.0f / total.y;
+  T* out =
+      static_cast<T*>(params.out) + query * params.out_stride_token + head * params.out_stride_head;
+  reinterpret_cast<uint2*>(out)[column] =
+      make_uint2(pack_pair<T>(values.x * factor, values.y * factor),
+                 pack_pair<T>(values.z * factor, values.w * factor));
   if (column == 0 && params.lse != nullptr) {
     params.lse[int64(query) * params.num_qo_heads + head] =
-        sum == 0.0f ? -kInfinity : maximum * kLn2 + logf(sum);
+        total.y == 0.0f ? -kInfinity : total.x * kLn2 + logf(total.y);
   }
 }
 

@@ -34,13 +34,14 @@ struct AttentionParams {
   int64 v_stride_token, v_stride_head;
   int64 out_stride_token, out_stride_head;
   int qo_len, kv_len;
-  int num_qo_heads, num_kv_heads;
+  int num_qo_heads;
   int head_dim_qk, head_dim_vo;  // multiples of 8, at most HeadDims
   int num_q_tiles;               // ceil(qo_len * group_size / kTileQ)
-  int num_splits;                // parts that the keys of a query tile are cut into
   int window_left;               // keys to the left of the diagonal that a query sees; -1: all
   int causal;                    // 0 or 1, the diagonal ends at the bottom right corner
-  Divider group_size;            // num_qo_heads / num_kv_heads; qo_len * group_size < 2^31
+  Divider num_kv_heads;
+  Divider num_splits;  // parts that the keys of a query tile are cut into
+  Divider group_size;  // num_qo_heads / num_kv_heads; qo_len * group_size < 2^31
   float sm_scale;
   float logits_soft_cap;  // 0: off
   // Rotation of the pair (d, d + head_dim_qk / 2) at position p, in turns: p * rope_turns *
@@ -61,7 +62,7 @@ struct CombineParams {
   int num_splits;
 };
 
-inline constexpr int kCombineThreads = 128;
+inline constexpr int kCombineThreads = 256;
 
 // How a CTA works on one query tile.
 struct TileConfig {
@@ -83,11 +84,11 @@ constexpr TileConfig attention_tile(int head_dim_qk, int head_dim_vo, int tile_q
   if (head_dim_qk == 64 && head_dim_vo == 64) {
     if (tile_q == 16) return {4, 4, 64, sm == 75 ? 1 : 3, 4, true};
     if (tile_q == 64) return {4, 1, 64, sm == 75 ? 1 : 2, 3, true};
-    if (tile_q == 128) return {4, 1, 64, sm == 75 ? 1 : 2, 2, true};
+    if (tile_q == 128) return {4, 1, sm == 75 ? 64 : 96, 1, 2, true};
   }
   if (head_dim_qk == 128 && head_dim_vo == 128) {
     if (tile_q == 16) return {4, 4, 64, sm == 75 ? 1 : 2, 3, true};
-    if (tile_q == 64) return {4, 1, sm == 75 ? 32 : 64, sm == 75 ? 1 : 2, 2, true};
+    if (tile_q == 64) return {4, 1, sm == 75 ? 32 : 64, 1, 2, true};
     if (tile_q == 128) return {4, 1, sm == 75 ? 32 : 64, 1, sm == 75 ? 1 : 2, false};
   }
   if (head_dim_qk == 192 && head_dim_vo == 128) {
@@ -98,8 +99,7 @@ constexpr TileConfig attention_tile(int head_dim_qk, int head_dim_vo, int tile_q
   if (head_dim_qk == 256 && head_dim_vo == 256) {
     if (tile_q == 16 && sm == 75) return {2, 2, 32, 1, 1, false};
     if (tile_q == 16) return {4, 4, 64, 1, 2, false};
-    if (tile_q == 64) return {4, 1, sm == 75 ? 16 : 32, 1, sm == 75 ? 1 : 2, false};
-    if (tile_q == 128 && sm != 75) return {8, 1, 32, 1, 1, false};
+    if (tile_q == 64) return {4, 1, sm == 75 ? 16 : 64, 1, sm == 75 ? 1 : 2, false};
   }
   return {};
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/fast_math.cuh"
+#include "common/opaque.cuh"
 #include "common/pack.cuh"
 #include "common/swizzle.cuh"
 #include "common/types.h"
@@ -33,7 +34,7 @@ template <typename T, int kDim, typename PositionOf>
 __device__ __forceinline__ void rotate_rows(unsigned char* tile, int num_rows, int head_dim,
                                             const uint64* table, int thread, int num_threads,
                                             PositionOf position_of) {
-  const int half = head_dim / 2;
+  const int half = opaque(head_dim) / 2;
   const int units_per_row = half / 4;
 #pragma unroll 1
   for (int unit = thread; unit < num_rows * units_per_row; unit += num_threads) {

@@ -3,18 +3,21 @@
 // Two tiles of shared memory per stage, K and V, each arriving in a group of its own. A step n
 //     waits for K(n), starts the load of V(n + stages - 1), computes P = softmax(Q K(n)^T),
 //     waits for V(n), starts the load of K(n + stages), adds P V(n),
-// so every load has at least half a step to arrive, with one stage too, and a barrier stands between the last read of a tile
-// and the load that overwrites it.
+// so every load has at least half a step to arrive, with one stage too, and a barrier stands
+// between the last read of a tile and the load that overwrites it.
 #pragma once
 
 #include "attention/tile_loads.cuh"
 #include "attention/tile_math.cuh"
 #include "attention/tile_output.cuh"
+#include "common/opaque.cuh"
+#include "common/pdl.cuh"
 
 namespace ridgeline {
 
-// Lane's share of an ldmatrix.x4: for operand A and for B from rows that are its k (values), the two 8x8 matrices further down
-// come before those to the right; for B from rows that are its columns (keys) the other way round.
+// Lane's share of an ldmatrix.x4: for operand A and for B from rows that are its k (values), the
+// two 8x8 matrices further down come before those to the right; for B from rows that are its
+// columns (keys) the other way round.
 template <int kRowBytes>
 __device__ __forceinline__ uint32 down_first_lane_address(uint32 tile) {
   const int lane = threadIdx.x % 32;
@@ -26,21 +29,32 @@ __device__ __forceinline__ uint32 right_first_lane_address(uint32 tile) {
   return tile + swizzled_offset<kRowBytes>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
 
+// Rows of the tile that exist.
 template <typename Traits>
+__device__ __forceinline__ int tile_rows(const AttentionParams& params, const Request& request,
+                                         const WorkItem& work) {
+  const int num_rows = request.qo_len * int(params.group_size.divisor);
+  return min(Traits::kTileQ, num_rows - work.q_row_begin);
+}
+
+// `get_work(index)` is the work item. Why not the item itself: it is made again after the loop, so
+// that what only the output needs holds no register that the accumulators want.
+template <typename Traits, typename GetWork>
 __device__ __forceinline__ void attend_tile(const AttentionParams& params, const Request& request,
-                                            const WorkItem& work, unsigned char* smem) {
+                                            int index, GetWork get_work, unsigned char* smem) {
   using Variant = typename Traits::Variant;
   constexpr int kStages = Traits::kStages;
   constexpr int kPending = 2 * (kStages - 1);  // groups younger than the one a step waits for
 
+  const WorkItem work = get_work(index);
   const int warp = threadIdx.x / 32;
   const int pipeline = Traits::kSplitsKeys ? warp : 0;
   const int loader = Traits::kSplitsKeys ? threadIdx.x % 32 : threadIdx.x;
   const int warp_row = Traits::kSplitsKeys ? 0 : warp * Traits::kMFrags * 16;
   const int first_key = work.kv_begin + pipeline * Traits::kKeys;
-  const int num_steps = max(0, (work.kv_end - work.kv_begin + Traits::kKvTile - 1) / Traits::kKvTile);
-  const int num_rows =
-      min(Traits::kTileQ, request.qo_len * int(params.group_size.divisor) - work.q_row_begin);
+  const int num_steps =
+      max(0, (work.kv_end - work.kv_begin + Traits::kKvTile - 1) / Traits::kKvTile);
+  const int num_rows = tile_rows<Traits>(params, request, work);
 
   unsigned char* key_tiles = smem + Traits::kQueryBytes + pipeline * Traits::kPipelineBytes;
   unsigned char* value_tiles = key_tiles + kStages * Traits::kKeyBytes;
@@ -85,8 +99,8 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
         [&](int row) { return int(params.group_size.quotient(work.q_row_begin + row)); });
     __syncthreads();
   }
-  const QueryFragments<Traits> query(
-      down_first_lane_address<Traits::kQueryRowBytes>(query_address + warp_row * Traits::kQueryRowBytes));
+  const QueryFragments<Traits> query(down_first_lane_address<Traits::kQueryRowBytes>(
+      query_address + warp_row * Traits::kQueryRowBytes));
   RowState<Traits> state;
 
   // Steps within this range are seen whole by every row.
@@ -104,8 +118,8 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     start_values(step + kStages - 1, previous_stage);
     if constexpr (Variant::kTransformsKey) {
       Variant::template key<typename Traits::Element, Traits::kQk>(
-          params, scratch, key_tiles + stage * Traits::kKeyBytes, Traits::kKeys, loader, Traits::kLoaders,
-          step_key);
+          params, scratch, key_tiles + stage * Traits::kKeyBytes, Traits::kKeys, loader,
+          Traits::kLoaders, step_key);
       pipeline_barrier<Traits>();
     }
     Logits<Traits> logits;
@@ -125,18 +139,21 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     cp_async_wait<kPending>();
     pipeline_barrier<Traits>();
     start_keys(step + kStages, stage);
-    multiply_values<Traits>(
-        state, exponentials,
-        down_first_lane_address<Traits::kValueRowBytes>(value_address + stage * Traits::kValueBytes));
+    multiply_values<Traits>(state, exponentials,
+                            down_first_lane_address<Traits::kValueRowBytes>(
+                                value_address + stage * Traits::kValueBytes));
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }
 
+  pdl_launch_dependents();
+  const WorkItem target = get_work(opaque(index));
+  const int target_rows = tile_rows<Traits>(params, request, target);
   if constexpr (Traits::kSplitsKeys) {
-    merge_and_store<Traits>(params, work, state, smem, smem + Traits::kQueryBytes, num_rows);
-  } else if (work.partial_slot >= 0) {
-    store_partial<Traits>(params, work, state, warp_row, num_rows);
+    merge_and_store<Traits>(params, target, state, smem, smem + Traits::kQueryBytes, target_rows);
+  } else if (target.partial_slot >= 0) {
+    store_partial<Traits>(params, target, state, warp_row, target_rows);
   } else {
-    store_final<Traits>(params, work, state, smem, warp_row, num_rows);
+    store_final<Traits>(params, target, state, smem, warp_row, target_rows);
   }
 }
 

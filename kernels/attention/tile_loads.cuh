@@ -7,54 +7,63 @@
 
 namespace ridgeline {
 
-// Copies rows of kDim elements, of which `dim` exist; missing elements and the rows from num_valid on become zeros. Eight
-// neighbouring threads take 128 bytes of a row at a time. In place of a missing row, `row_pointer` is asked for row
-// num_valid - 1, which must exist even where num_valid is not positive.
+// Copies rows of kDim elements, of which `dim` exist; missing elements and the rows from num_valid
+// on become zeros. Eight neighbouring threads take 128 bytes of a row at a time. In place of a
+// missing row, `row_pointer` is asked for row num_valid - 1, which must exist even where num_valid
+// is not positive.
 template <int kRows, int kDim, int kThreads, typename Element, typename RowPointer>
-__device__ __forceinline__ void load_rows(uint32 tile, int thread, int dim, int num_valid, RowPointer row_pointer) {
+__device__ __forceinline__ void load_rows(uint32 tile, int thread, int dim, int num_valid,
+                                          RowPointer row_pointer) {
   constexpr int kRowBytes = kDim * int(sizeof(Element));
   constexpr int kChunk = 16 / int(sizeof(Element));
   constexpr int kRowsPerPass = kThreads / 8;
-  const int lane = thread % 8;
+  const int first_row = thread / 8;
+  const int last_row = num_valid - 1 - first_row;  // from first_row on
+  const int lane_element = thread % 8 * kChunk;
 #pragma unroll
   for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
-    const int row = thread / 8 + pass * kRowsPerPass;
-    const bool valid = row < num_valid;
-    const Element* source = row_pointer(min(row, num_valid - 1)) + lane * kChunk;
-    const uint32 destination = tile + swizzled_offset<kRowBytes>(row, lane);
+    const int row = pass * kRowsPerPass;
+    const bool valid = row <= last_row;
+    const Element* source = row_pointer(first_row + min(row, last_row)) + lane_element;
+    const uint32 destination = tile + swizzled_offset<kRowBytes>(first_row + row, thread % 8);
 #pragma unroll
     for (int line = 0; line < kRowBytes / 128; ++line) {
       const int element = line * 8 * kChunk;
-      cp_async_16(destination + line * 128, source + element, valid && lane * kChunk + element < dim);
+      cp_async_16(destination + line * 128, source + element,
+                  valid && lane_element < dim - element);
     }
   }
 }
 
 template <typename Traits>
-__device__ __forceinline__ void load_query(const AttentionParams& params, const WorkItem& work, int num_rows,
-                                           uint32 tile) {
+__device__ __forceinline__ void load_query(const AttentionParams& params, const WorkItem& work,
+                                           int num_rows, uint32 tile) {
   using T = typename Traits::T;
   const int group_size = params.group_size.divisor;
-  const T* base = static_cast<const T*>(params.q) + work.kv_head * group_size * params.q_stride_head;
+  const T* base =
+      static_cast<const T*>(params.q) + work.kv_head * group_size * params.q_stride_head;
   load_rows<Traits::kTileQ, Traits::kQk, Traits::kNumThreads, T>(
       tile, threadIdx.x, params.head_dim_qk, num_rows, [&](int row) {
         const int packed = work.q_row_begin + row;
         const int query = params.group_size.quotient(packed);
-        return base + query * params.q_stride_token + (packed - query * group_size) * params.q_stride_head;
+        return base + query * params.q_stride_token +
+               (packed - query * group_size) * params.q_stride_head;
       });
 }
 
 template <typename Traits>
-__device__ __forceinline__ void load_keys(const AttentionParams& params, const typename Traits::Kv& kv, uint32 tile,
-                                          int thread, int first_token, int end) {
+__device__ __forceinline__ void load_keys(const AttentionParams& params,
+                                          const typename Traits::Kv& kv, uint32 tile, int thread,
+                                          int first_token, int end) {
   load_rows<Traits::kKeys, Traits::kQk, Traits::kLoaders, typename Traits::Element>(
       tile, thread, params.head_dim_qk, end - first_token,
       [&](int row) { return kv.key(first_token + row); });
 }
 
 template <typename Traits>
-__device__ __forceinline__ void load_values(const AttentionParams& params, const typename Traits::Kv& kv, uint32 tile,
-                                            int thread, int first_token, int end) {
+__device__ __forceinline__ void load_values(const AttentionParams& params,
+                                            const typename Traits::Kv& kv, uint32 tile, int thread,
+                                            int first_token, int end) {
   load_rows<Traits::kKeys, Traits::kVo, Traits::kLoaders, typename Traits::Element>(
       tile, thread, params.head_dim_vo, end - first_token,
       [&](int row) { return kv.value(first_token + row); });

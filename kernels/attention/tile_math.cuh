@@ -1,5 +1,6 @@
-// The arithmetic of a step: products with keys, mask, online softmax, products with values. All of it on a warp's
-// fragments: lane l holds of each 16x8 fragment the rows g = l / 4 and g + 8, columns 2 * (l % 4) and the next.
+// The arithmetic of a step: products with keys, mask, online softmax, products with values. All of
+// it on a warp's fragments: lane l holds of each 16x8 fragment the rows g = l / 4 and g + 8,
+// columns 2 * (l % 4) and the next.
 #pragma once
 
 #include "attention/tile_traits.cuh"
@@ -39,7 +40,8 @@ struct RowState {
 template <typename Traits>
 using Logits = float[Traits::kMFrags][Traits::kKeyFrags][4];
 
-// Exponentials as operand A: the accumulators of two neighbouring logit fragments have its very layout.
+// Exponentials as operand A: the accumulators of two neighbouring logit fragments have its very
+// layout.
 template <typename Traits>
 using Exponentials = uint32[Traits::kMFrags][Traits::kKeys / 16][4];
 
@@ -51,7 +53,8 @@ struct QueryFragments {
   uint32 lane_address;
   uint32 held[kHeld][Traits::kMFrags][4];
 
-  __device__ __forceinline__ explicit QueryFragments(uint32 lane_address) : lane_address(lane_address) {
+  __device__ __forceinline__ explicit QueryFragments(uint32 lane_address)
+      : lane_address(lane_address) {
     if constexpr (Traits::kQueryInRegisters) {
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) read(held[k], k);
@@ -74,27 +77,31 @@ struct QueryFragments {
   __device__ __forceinline__ void read(uint32 (&fragments)[Traits::kMFrags][4], int k) const {
 #pragma unroll
     for (int m = 0; m < Traits::kMFrags; ++m) {
-      ldmatrix_x4(fragments[m], fragment_address<Traits::kQueryRowBytes>(lane_address, m * 16, 2 * k));
+      ldmatrix_x4(fragments[m],
+                  fragment_address<Traits::kQueryRowBytes>(lane_address, m * 16, 2 * k));
     }
   }
 };
 
-// The step from shared memory to the operand B of two neighbouring products, by the element type of the cache. For
-// 16-bit elements it is the identity; a narrower type is widened to T here.
+// The step from shared memory to the operand B of two neighbouring products, by the element type of
+// the cache. For 16-bit elements it is the identity; a narrower type is widened to T here.
 template <typename T, typename Element, int kRowBytes>
-__device__ __forceinline__ void key_operand(uint32 (&operand)[4], uint32 lane_address, int key, int chunk) {
+__device__ __forceinline__ void key_operand(uint32 (&operand)[4], uint32 lane_address, int key,
+                                            int chunk) {
   static_assert(sizeof(Element) == sizeof(T), "elements of another width need a conversion here");
   ldmatrix_x4(operand, fragment_address<kRowBytes>(lane_address, key, chunk));
 }
 
 template <typename T, typename Element, int kRowBytes>
-__device__ __forceinline__ void value_operand(uint32 (&operand)[4], uint32 lane_address, int key, int chunk) {
+__device__ __forceinline__ void value_operand(uint32 (&operand)[4], uint32 lane_address, int key,
+                                              int chunk) {
   static_assert(sizeof(Element) == sizeof(T), "elements of another width need a conversion here");
   ldmatrix_x4_transposed(operand, fragment_address<kRowBytes>(lane_address, key, chunk));
 }
 
 template <typename Traits>
-__device__ __forceinline__ void multiply_keys(Logits<Traits>& logits, const QueryFragments<Traits>& query,
+__device__ __forceinline__ void multiply_keys(Logits<Traits>& logits,
+                                              const QueryFragments<Traits>& query,
                                               uint32 key_lane_address) {
   using T = typename Traits::T;
   constexpr bool kFp16 = Traits::Variant::kFp16Logits;
@@ -108,14 +115,18 @@ __device__ __forceinline__ void multiply_keys(Logits<Traits>& logits, const Quer
       halves[m][n][0] = halves[m][n][1] = 0;
     }
   }
-#pragma unroll
+  // Why not all: across the whole row the compiler starts so many reads ahead that accumulators
+  // spill.
+  constexpr int kUnroll = Traits::kQueryInRegisters ? Traits::kQk / 16 : 4;
+#pragma unroll kUnroll
   for (int k = 0; k < Traits::kQk / 16; ++k) {
     uint32 a[Traits::kMFrags][4];
     query.get(a, k);
 #pragma unroll
     for (int n = 0; n < Traits::kKeyFrags; n += 2) {
       uint32 b[4];
-      key_operand<T, typename Traits::Element, Traits::kKeyRowBytes>(b, key_lane_address, n * 8, 2 * k);
+      key_operand<T, typename Traits::Element, Traits::kKeyRowBytes>(b, key_lane_address, n * 8,
+                                                                     2 * k);
 #pragma unroll
       for (int m = 0; m < Traits::kMFrags; ++m) {
         if constexpr (kFp16) {
@@ -153,12 +164,13 @@ __device__ __forceinline__ KeyRange row_keys(const AttentionParams& params, cons
   return {max(keys.begin, work.kv_begin), min(keys.end, work.kv_end)};
 }
 
-// Logits of keys that a row does not see become -inf. `first_key` is the first of this warp's step, warp_row its first row.
-// Why opaque: computed ahead of the loop, the bounds of the rows would hold registers that the accumulators need.
+// Logits of keys that a row does not see become -inf. `first_key` is the first of this warp's step,
+// warp_row its first row. Why opaque: computed ahead of the loop, the bounds of the rows would hold
+// registers that the accumulators need.
 template <typename Traits>
 __device__ __forceinline__ void mask_logits(Logits<Traits>& logits, const AttentionParams& params,
-                                            const Request& request, const WorkItem& work, int warp_row,
-                                            int first_key) {
+                                            const Request& request, const WorkItem& work,
+                                            int warp_row, int first_key) {
   const int lane = threadIdx.x % 32;
   warp_row = opaque(warp_row);
 #pragma unroll
@@ -182,11 +194,13 @@ __device__ __forceinline__ void mask_logits(Logits<Traits>& logits, const Attent
   }
 }
 
-// One step of the online softmax: from logits to exponentials, with the state rescaled to the new maximum. Until a row has seen
-// a key its maximum is -inf; 0 stands in for it, so that no difference of infinities arises.
+// One step of the online softmax: from logits to exponentials, with the state rescaled to the new
+// maximum. Until a row has seen a key its maximum is -inf; 0 stands in for it, so that no
+// difference of infinities arises.
 template <typename Traits>
-__device__ __forceinline__ void softmax_step(Exponentials<Traits>& exponentials, RowState<Traits>& state,
-                                             const Logits<Traits>& logits, float scale) {
+__device__ __forceinline__ void softmax_step(Exponentials<Traits>& exponentials,
+                                             RowState<Traits>& state, const Logits<Traits>& logits,
+                                             float scale) {
 #pragma unroll
   for (int m = 0; m < Traits::kMFrags; ++m) {
 #pragma unroll
@@ -223,7 +237,8 @@ __device__ __forceinline__ void softmax_step(Exponentials<Traits>& exponentials,
 }
 
 template <typename Traits>
-__device__ __forceinline__ void multiply_values(RowState<Traits>& state, const Exponentials<Traits>& exponentials,
+__device__ __forceinline__ void multiply_values(RowState<Traits>& state,
+                                                const Exponentials<Traits>& exponentials,
                                                 uint32 value_lane_address) {
   using T = typename Traits::T;
 #pragma unroll
@@ -231,7 +246,8 @@ __device__ __forceinline__ void multiply_values(RowState<Traits>& state, const E
 #pragma unroll
     for (int n = 0; n < Traits::kVoFrags; n += 2) {
       uint32 b[4];
-      value_operand<T, typename Traits::Element, Traits::kValueRowBytes>(b, value_lane_address, k * 16, n);
+      value_operand<T, typename Traits::Element, Traits::kValueRowBytes>(b, value_lane_address,
+                                                                         k * 16, n);
 #pragma unroll
       for (int m = 0; m < Traits::kMFrags; ++m) {
         mma_m16n8k16<T>(state.out[m][n], exponentials[m][k], b[0], b[1]);

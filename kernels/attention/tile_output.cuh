@@ -12,15 +12,19 @@ struct RowTarget {
 
   template <typename T>
   __device__ __forceinline__ T* out(const AttentionParams& params) const {
-    return static_cast<T*>(params.out) + query * params.out_stride_token + head * params.out_stride_head;
+    return static_cast<T*>(params.out) + query * params.out_stride_token +
+           head * params.out_stride_head;
   }
-  __device__ __forceinline__ void write_lse(const AttentionParams& params, float maximum, float sum) const {
+  __device__ __forceinline__ void write_lse(const AttentionParams& params, float maximum,
+                                            float sum) const {
     if (params.lse == nullptr) return;
-    params.lse[int64(query) * params.num_qo_heads + head] = sum == 0.0f ? -kInfinity : maximum * kLn2 + logf(sum);
+    params.lse[int64(query) * params.num_qo_heads + head] =
+        sum == 0.0f ? -kInfinity : maximum * kLn2 + logf(sum);
   }
 };
 
-__device__ __forceinline__ RowTarget row_target(const AttentionParams& params, const WorkItem& work, int row) {
+__device__ __forceinline__ RowTarget row_target(const AttentionParams& params, const WorkItem& work,
+                                                int row) {
   const int packed = work.q_row_begin + row;
   const int query = params.group_size.quotient(packed);
   const int group_size = params.group_size.divisor;
@@ -41,7 +45,8 @@ __device__ __forceinline__ float quad_sum(float value) {
 
 template <typename Traits>
 __device__ __forceinline__ void store_partial(const AttentionParams& params, const WorkItem& work,
-                                              const RowState<Traits>& state, int warp_row, int num_rows) {
+                                              const RowState<Traits>& state, int warp_row,
+                                              int num_rows) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < Traits::kMFrags; ++m) {
@@ -52,7 +57,8 @@ __device__ __forceinline__ void store_partial(const AttentionParams& params, con
       if (row >= num_rows) continue;
       const int64 target = partial_row<Traits>(work, row);
       if (lane % 4 == 0) {
-        reinterpret_cast<float2*>(params.partial_stats)[target] = make_float2(state.maximum[m][half], sum);
+        reinterpret_cast<float2*>(params.partial_stats)[target] =
+            make_float2(state.maximum[m][half], sum);
       }
       float* out = params.partial_out + target * params.head_dim_vo + 2 * (lane % 4);
 #pragma unroll
@@ -66,12 +72,12 @@ __device__ __forceinline__ void store_partial(const AttentionParams& params, con
   }
 }
 
-// Rows pass through the warp's own rows of the query tile, which nobody reads any more, so that they leave as whole
-// 128-byte lines.
+// Rows pass through the warp's own rows of the query tile, which nobody reads any more, so that
+// they leave as whole 128-byte lines.
 template <typename Traits>
 __device__ __forceinline__ void store_final(const AttentionParams& params, const WorkItem& work,
-                                            const RowState<Traits>& state, unsigned char* query_tile,
-                                            int warp_row, int num_rows) {
+                                            const RowState<Traits>& state,
+                                            unsigned char* query_tile, int warp_row, int num_rows) {
   using T = typename Traits::T;
   constexpr int kRowBytes = Traits::kVo * int(sizeof(T));
   static_assert(kRowBytes <= Traits::kQueryRowBytes, "output rows fit the query's");
@@ -88,7 +94,8 @@ __device__ __forceinline__ void store_final(const AttentionParams& params, const
 #pragma unroll
       for (int n = 0; n < Traits::kVoFrags; ++n) {
         *reinterpret_cast<uint32*>(rows + swizzled_offset<kRowBytes>(row, n) + lane % 4 * 4) =
-            pack_pair<T>(state.out[m][n][2 * half] * factor, state.out[m][n][2 * half + 1] * factor);
+            pack_pair<T>(state.out[m][n][2 * half] * factor,
+                         state.out[m][n][2 * half + 1] * factor);
       }
       if (lane % 4 == 0 && warp_row + row < num_rows) {
         row_target(params, work, warp_row + row).write_lse(params, state.maximum[m][half], sum);
@@ -112,12 +119,14 @@ __device__ __forceinline__ void store_final(const AttentionParams& params, const
   }
 }
 
-// For warps that divided the keys: adds up their sums in the order of the warps and stores the tile's 16 rows. Each warp lays
-// its sums into its own pipeline's memory, statistics into the query tile.
+// For warps that divided the keys: adds up their sums in the order of the warps and stores the
+// tile's 16 rows. Each warp lays its sums into its own pipeline's memory, statistics into the query
+// tile.
 template <typename Traits>
 __device__ __forceinline__ void merge_and_store(const AttentionParams& params, const WorkItem& work,
-                                                const RowState<Traits>& state, unsigned char* query_tile,
-                                                unsigned char* pipelines, int num_rows) {
+                                                const RowState<Traits>& state,
+                                                unsigned char* query_tile, unsigned char* pipelines,
+                                                int num_rows) {
   using T = typename Traits::T;
   constexpr int kRowBytes = Traits::kVo * int(sizeof(float));
   constexpr int kThreadsPerRow = Traits::kNumThreads / 16;
@@ -159,7 +168,8 @@ __device__ __forceinline__ void merge_and_store(const AttentionParams& params, c
     if (final) {
       target.write_lse(params, maximum, sum);
     } else {
-      reinterpret_cast<float2*>(params.partial_stats)[partial_row<Traits>(work, row)] = make_float2(maximum, sum);
+      reinterpret_cast<float2*>(params.partial_stats)[partial_row<Traits>(work, row)] =
+          make_float2(maximum, sum);
     }
   }
   const float factor = final ? Traits::Variant::output(params, sum) : 1.0f;
@@ -171,7 +181,8 @@ __device__ __forceinline__ void merge_and_store(const AttentionParams& params, c
     for (int w = 0; w < Traits::kNumPipelines; ++w) {
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
-        const uint32 offset = w * Traits::kPipelineBytes + swizzled_offset<kRowBytes>(row, 2 * unit + part);
+        const uint32 offset =
+            w * Traits::kPipelineBytes + swizzled_offset<kRowBytes>(row, 2 * unit + part);
         const float4 four = *reinterpret_cast<const float4*>(pipelines + offset);
         values[4 * part] += weights[w] * four.x;
         values[4 * part + 1] += weights[w] * four.y;

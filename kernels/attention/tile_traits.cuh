@@ -9,8 +9,8 @@ namespace ridgeline {
 
 template <typename T_, typename Dims, int kTileQ_, typename Kv_, typename Variant_>
 struct TileTraits {
-  using T = T_;              // queries, outputs and the operands of the products
-  using Kv = Kv_;            // addressing
+  using T = T_;    // queries, outputs and the operands of the products
+  using Kv = Kv_;  // addressing
   using Element = typename Kv::Element;
   using Variant = Variant_;
 
@@ -22,19 +22,20 @@ struct TileTraits {
   static constexpr int kStages = kConfig.stages;
   static constexpr bool kQueryInRegisters = kConfig.query_in_registers;
 
-  // Warps either share the keys and divide the rows, or share the rows and divide the keys; in the latter case each has a
-  // pipeline of its own.
+  // Warps either share the keys and divide the rows, or share the rows and divide the keys; in the
+  // latter case each has a pipeline of its own.
   static constexpr bool kSplitsKeys = kConfig.warps_kv > 1;
   static constexpr int kWarpsQ = kConfig.num_warps / kConfig.warps_kv;
   static constexpr int kKvTile = kConfig.kv_tile;
-  static constexpr int kKeys = kKvTile / kConfig.warps_kv;             // of a step, in one pipeline
-  static constexpr int kLoaders = kSplitsKeys ? 32 : kNumThreads;      // threads of a pipeline
+  static constexpr int kKeys = kKvTile / kConfig.warps_kv;         // of a step, in one pipeline
+  static constexpr int kLoaders = kSplitsKeys ? 32 : kNumThreads;  // threads of a pipeline
   static constexpr int kNumPipelines = kSplitsKeys ? kConfig.warps_kv : 1;
-  static constexpr int kMFrags = kTileQ / kWarpsQ / 16;                // fragments of 16 rows a warp
+  static constexpr int kMFrags = kTileQ / kWarpsQ / 16;  // fragments of 16 rows a warp
   static constexpr int kKeyFrags = kKeys / 8;
   static constexpr int kVoFrags = kVo / 8;
 
-  // Shared memory: query tile, then of each pipeline the K stages and the V stages, then the variant's scratch.
+  // Shared memory: query tile, then of each pipeline the K stages and the V stages, then the
+  // variant's scratch.
   static constexpr int kQueryRowBytes = kQk * int(sizeof(T));
   static constexpr int kKeyRowBytes = kQk * int(sizeof(Element));
   static constexpr int kValueRowBytes = kVo * int(sizeof(Element));
@@ -45,9 +46,12 @@ struct TileTraits {
   static constexpr int kScratchOffset = kQueryBytes + kNumPipelines * kPipelineBytes;
 
   static_assert(kConfig.num_warps > 0, "the table in attention/params.h has no such tile");
-  static_assert(!kSplitsKeys || (kWarpsQ == 1 && kTileQ == 16), "warps that divide the keys share 16 rows");
-  static_assert(kKeys % 16 == 0 && kQk % 64 == 0 && kVo % 64 == 0, "whole fragments and whole lines");
-  static_assert(!kSplitsKeys || kPipelineBytes >= kTileQ * kVo * int(sizeof(float)), "room for the merge");
+  static_assert(!kSplitsKeys || (kWarpsQ == 1 && kTileQ == 16),
+                "warps that divide the keys share 16 rows");
+  static_assert(kKeys % 16 == 0 && kQk % 64 == 0 && kVo % 64 == 0,
+                "whole fragments and whole lines");
+  static_assert(!kSplitsKeys || kPipelineBytes >= kTileQ * kVo * int(sizeof(float)),
+                "room for the merge");
 };
 
 // Waits for the threads that share a pipeline.

@@ -33,8 +33,9 @@ struct StandardVariant {
     return {begin, end};
   }
 
-  // Only where the exponent's factor cannot stand in: a soft cap, or a scale that is negative or next to 0 (the largest
-  // logit is searched for among products, and a masked one is -inf, which times 0 is no number).
+  // Only where the exponent's factor cannot stand in: a soft cap, or a scale that is negative or
+  // next to 0 (the largest logit is searched for among products, and a masked one is -inf, which
+  // times 0 is no number).
   static __device__ __forceinline__ bool transforms_logits(const AttentionParams& params) {
     return params.logits_soft_cap > 0.0f || !(params.sm_scale > 1e-30f);
   }

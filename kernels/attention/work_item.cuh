@@ -41,10 +41,13 @@ __device__ __forceinline__ KeyRange visible_keys(const AttentionParams& params,
 // the last are the longest.
 template <typename Variant, int kTileQ, int kKvTile>
 __device__ __forceinline__ WorkItem single_request_item(const AttentionParams& params, int index) {
-  const int kv_head = index % params.num_kv_heads;
-  const int rest = index / params.num_kv_heads;
-  const int split = rest % params.num_splits;
-  const int q_tile = params.num_q_tiles - 1 - rest / params.num_splits;
+  const int num_kv_heads = params.num_kv_heads.divisor;
+  const int num_splits = params.num_splits.divisor;
+  const int rest = params.num_kv_heads.quotient(index);
+  const int kv_head = index - rest * num_kv_heads;
+  const int tiles_left = params.num_splits.quotient(rest);
+  const int split = rest - tiles_left * num_splits;
+  const int q_tile = params.num_q_tiles - 1 - tiles_left;
 
   const Request request = {params.qo_len, params.kv_len};
   const int num_rows = params.qo_len * int(params.group_size.divisor);
@@ -54,12 +57,15 @@ __device__ __forceinline__ WorkItem single_request_item(const AttentionParams& p
 
   const int first_tile = keys.begin / kKvTile;
   const int num_tiles = max(0, (keys.end + kKvTile - 1) / kKvTile - first_tile);
-  const int tiles_per_split = (num_tiles + params.num_splits - 1) / params.num_splits;
-  const int kv_begin = (first_tile + min(num_tiles, split * tiles_per_split)) * kKvTile;
-  const int kv_end = min(keys.end, kv_begin + tiles_per_split * kKvTile);
+  const int share = params.num_splits.quotient(num_tiles);
+  const int longer_shares = num_tiles - share * num_splits;
+  const int begin_tile = first_tile + split * share + min(split, longer_shares);
+  const int end_tile = begin_tile + share + (split < longer_shares ? 1 : 0);
+  const int kv_begin = begin_tile * kKvTile;
+  const int kv_end = min(keys.end, end_tile * kKvTile);
 
-  const int slot = (q_tile * params.num_kv_heads + kv_head) * params.num_splits + split;
-  return {0, 0, kv_head, row_begin, kv_begin, kv_end, params.num_splits > 1 ? slot : -1};
+  const int slot = (q_tile * num_kv_heads + kv_head) * num_splits + split;
+  return {0, 0, kv_head, row_begin, kv_begin, kv_end, num_splits > 1 ? slot : -1};
 }
 
 }  // namespace ridgeline

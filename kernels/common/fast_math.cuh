@@ -16,6 +16,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return result;
 }
 
+// 1 / x with a relative error of 2^-23; wants a normal x whose inverse is normal.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // tanh(x) with an absolute error of about 2e-7, from 1 - 2 / (1 + e^2x). (The hardware's tanh errs
 // by 5e-4.)
 __device__ __forceinline__ float tanh_fast(float x) {

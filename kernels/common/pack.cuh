@@ -29,7 +29,8 @@ struct Pair<__nv_bfloat16> {
     return __float22bfloat162_rn(value);
   }
   static __device__ __forceinline__ float2 to_floats(__nv_bfloat162 value) {
-    return __bfloat1622float2(value);
+    const uint32 bits = reinterpret_cast<const uint32&>(value);
+    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
   }
 };
 
