@@ -46,11 +46,13 @@ __global__ void __launch_bounds__(kGatedThreads) gated(const __grid_constant__ G
 #pragma unroll
   for (uint32 i = 0; i < kGatedItems; ++i) {
     if (!valid[i]) continue;
-    Vec<T, kVec> result;
+    float gates[kVec], values[kVec];
+    gate[i].to_floats(gates);
+    value[i].to_floats(values);
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-      result.set(j, Activation::template apply<kExact>(gate[i].get(j)) * value[i].get(j));
-    }
+    for (int j = 0; j < kVec; ++j) values[j] *= Activation::template apply<kExact>(gates[j]);
+    Vec<T, kVec> result;
+    result.from_floats(values);
     // Why not a streaming store: the down projection reads the output next, from L2 when it fits.
     store(output + output_offset[i], result);
   }

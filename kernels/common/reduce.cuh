@@ -9,13 +9,14 @@ namespace ridgeline {
 constexpr uint32 kWarpSize = 32;
 constexpr uint32 kFullWarp = 0xffffffffu;
 
-// Sum over each aligned group of `width` lanes (a power of two, 32 at most); every lane of the
-// group gets the same bits. All 32 lanes of the warp must call it.
-__device__ __forceinline__ float group_sum(float x, uint32 width = kWarpSize) {
+// kCount sums at once over each aligned group of `width` lanes (a power of two, 32 at most); every
+// lane of the group gets the same bits. All 32 lanes of the warp must call it.
+template <int kCount>
+__device__ __forceinline__ void group_sum(float (&x)[kCount], uint32 width) {
   for (uint32 offset = width / 2; offset > 0; offset /= 2) {
-    x += __shfl_xor_sync(kFullWarp, x, offset);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] += __shfl_xor_sync(kFullWarp, x[i], offset);
   }
-  return x;
 }
 
 __device__ __forceinline__ float warp_sum(float x) {

@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "common/pack.cuh"
 #include "common/types.h"
 
 namespace ridgeline {
@@ -69,8 +70,34 @@ struct alignas(sizeof(T) * kVec) Vec {
   };
 
   __device__ __forceinline__ Vec() {}
-  __device__ __forceinline__ float get(int i) const { return to_float(elements[i]); }
-  __device__ __forceinline__ void set(int i, float x) { elements[i] = from_float<T>(x); }
+
+  __device__ __forceinline__ void to_floats(float (&values)[kVec]) const {
+    if constexpr (sizeof(T) == 2 && kVec % 2 == 0) {
+#pragma unroll
+      for (int i = 0; i < kVec / 2; ++i) {
+        const float2 pair = unpack_pair<T>(reinterpret_cast<const uint32*>(words)[i]);
+        values[2 * i] = pair.x;
+        values[2 * i + 1] = pair.y;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) values[i] = to_float(elements[i]);
+    }
+  }
+
+  // Rounds to nearest even, two elements an instruction where there are two.
+  __device__ __forceinline__ void from_floats(const float (&values)[kVec]) {
+    if constexpr (sizeof(T) == 2 && kVec % 2 == 0) {
+#pragma unroll
+      for (int i = 0; i < kVec / 2; ++i) {
+        reinterpret_cast<uint32*>(words)[i] = pack_pair<T>(values[2 * i], values[2 * i + 1]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) elements[i] = from_float<T>(values[i]);
+    }
+  }
+
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = Word{};

@@ -20,6 +20,7 @@ struct FusedAddRmsnormRow {
   T* input;
   T* residual;
 
+  __device__ __forceinline__ FusedAddRmsnormRow() {}
   __device__ __forceinline__ FusedAddRmsnormRow(const FusedAddRmsnormParams& params, uint32 row)
       : input(static_cast<T*>(params.input) +
               row_offset(params.shape.num_inner, params.input_strides, row)),
@@ -32,9 +33,13 @@ struct FusedAddRmsnormRow {
     return fetched;
   }
   __device__ __forceinline__ Vector take(const Fetched& fetched, uint32 vec_idx) const {
-    Vector sum;
+    float sums[kVec], inputs[kVec];
+    fetched.residual.to_floats(sums);
+    fetched.input.to_floats(inputs);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) sum.set(i, fetched.input.get(i) + fetched.residual.get(i));
+    for (int i = 0; i < kVec; ++i) sums[i] += inputs[i];
+    Vector sum;
+    sum.from_floats(sums);
     ridgeline::store(residual + vec_idx * kVec, sum);
     return sum;
   }

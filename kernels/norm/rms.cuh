@@ -21,23 +21,29 @@ namespace ridgeline {
 
 template <class T, int kVec>
 __device__ __forceinline__ float sum_of_squares(const Vec<T, kVec>& x) {
+  float values[kVec];
+  x.to_floats(values);
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) sum = fmaf(x.get(i), x.get(i), sum);
+  for (int i = 0; i < kVec; ++i) sum = fmaf(values[i], values[i], sum);
   return sum;
 }
 
 template <class T, class W, int kVec>
 __device__ __forceinline__ Vec<T, kVec> scaled(const Vec<T, kVec>& x, float scale,
                                                const Vec<W, kVec>& weight) {
-  Vec<T, kVec> y;
+  float values[kVec], weights[kVec];
+  x.to_floats(values);
+  weight.to_floats(weights);
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) y.set(i, x.get(i) * scale * weight.get(i));
+  for (int i = 0; i < kVec; ++i) values[i] *= scale * weights[i];
+  Vec<T, kVec> y;
+  y.from_floats(values);
   return y;
 }
 
 __device__ __forceinline__ float rms_scale(const NormShape& shape, float sum) {
-  return rsqrtf(sum / shape.hidden + shape.eps);
+  return rsqrtf(__fdividef(sum, shape.hidden) + shape.eps);
 }
 
 // Rows of at most 32 vectors: each team takes kNormSlots rows, one vector a thread and row, so that
@@ -46,31 +52,39 @@ template <class Row, class W, int kVec, class Params>
 __device__ __forceinline__ void normalize_short_rows(const Params& params, const W* weight) {
   const NormShape& shape = params.shape;
   const uint32 team_size = shape.threads_per_row;
+  const uint32 log2_team_size = 31 - __clz(team_size);
   const uint32 vec_idx = threadIdx.x & (team_size - 1);
-  const uint32 num_teams = blockDim.x >> (31 - __clz(team_size));
-  const uint32 team = threadIdx.x >> (31 - __clz(team_size));
-  const uint32 first_row = blockIdx.x * num_teams * kNormSlots + team;
+  const uint32 num_teams = blockDim.x >> log2_team_size;
+  const uint32 first_row = blockIdx.x * num_teams * kNormSlots + (threadIdx.x >> log2_team_size);
   const bool has_vec = vec_idx < shape.num_vecs;
 
+  Row rows[kNormSlots];
+  bool valid[kNormSlots];
   typename Row::Fetched fetched[kNormSlots];
 #pragma unroll
   for (int i = 0; i < kNormSlots; ++i) {
-    const uint32 row = first_row + i * num_teams;
-    if (has_vec && row < shape.num_rows) fetched[i] = Row(params, row).fetch(vec_idx);
+    const uint32 row_idx = first_row + i * num_teams;
+    valid[i] = has_vec && row_idx < shape.num_rows;
+    rows[i] = Row(params, row_idx < shape.num_rows ? row_idx : 0);
+    if (valid[i]) fetched[i] = rows[i].fetch(vec_idx);
   }
   Vec<W, kVec> w;
   if (has_vec) w = load<kVec>(weight + vec_idx * kVec);
   pdl_launch_dependents();
 
+  typename Row::Vector x[kNormSlots];
+  float sums[kNormSlots];
 #pragma unroll
   for (int i = 0; i < kNormSlots; ++i) {
-    const uint32 row = first_row + i * num_teams;
-    const bool valid = has_vec && row < shape.num_rows;
-    typename Row::Vector x;
-    x.clear();
-    if (valid) x = Row(params, row).take(fetched[i], vec_idx);
-    const float scale = rms_scale(shape, group_sum(sum_of_squares(x), team_size));
-    if (valid) Row(params, row).store(vec_idx, scaled(x, scale, w));
+    sums[i] = 0.0f;
+    if (!valid[i]) continue;
+    x[i] = rows[i].take(fetched[i], vec_idx);
+    sums[i] = sum_of_squares(x[i]);
+  }
+  group_sum(sums, team_size);
+#pragma unroll
+  for (int i = 0; i < kNormSlots; ++i) {
+    if (valid[i]) rows[i].store(vec_idx, scaled(x[i], rms_scale(shape, sums[i]), w));
   }
 }
 

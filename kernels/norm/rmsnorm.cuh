@@ -19,6 +19,7 @@ struct RmsnormRow {
   const T* input;
   T* output;
 
+  __device__ __forceinline__ RmsnormRow() {}
   __device__ __forceinline__ RmsnormRow(const RmsnormParams& params, uint32 row)
       : input(static_cast<const T*>(params.input) +
               row_offset(params.shape.num_inner, params.input_strides, row)),

@@ -13,16 +13,24 @@
 
 namespace ridgeline {
 
+struct PosIdsAngles {
+  const RopePosIdsParams& params;
+  int64 position;
+
+  __device__ __forceinline__ void load(uint32 token) {
+    position = params.pos_ids_are_int64 ? static_cast<const int64*>(params.pos_ids)[token]
+                                        : static_cast<const int32*>(params.pos_ids)[token];
+  }
+  __device__ __forceinline__ float2 cos_sin(uint32 pair) const {
+    return ridgeline::cos_sin(position, params.turns[pair]);
+  }
+};
+
 template <class T, int kVec, class Pairing>
 __global__ void __launch_bounds__(kRopeMaxThreads)
     apply_rope_pos_ids(const __grid_constant__ RopePosIdsParams params) {
   pdl_wait();
-  rotate_heads<T, kVec, Pairing>(params.q, params.k, params.shape, [&](uint32 token, uint32 pair) {
-    const int64 position = params.pos_ids_are_int64
-                               ? static_cast<const int64*>(params.pos_ids)[token]
-                               : static_cast<const int32*>(params.pos_ids)[token];
-    return cos_sin(position, params.turns[pair]);
-  });
+  rotate_heads<T, kVec, Pairing>(params.q, params.k, params.shape, PosIdsAngles{params, 0});
 }
 
 }  // namespace ridgeline

@@ -29,13 +29,13 @@ struct HalfSplitLanes {
   template <class T>
   static __device__ __forceinline__ void rotate(Vec<T, kVec>& a, Vec<T, kVec>& b,
                                                 const float2 (&angles)[kVec]) {
+    float x[kVec], y[kVec];
+    a.to_floats(x);
+    b.to_floats(y);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      float x = a.get(i), y = b.get(i);
-      rotate_pair(x, y, angles[i]);
-      a.set(i, x);
-      b.set(i, y);
-    }
+    for (int i = 0; i < kVec; ++i) rotate_pair(x[i], y[i], angles[i]);
+    a.from_floats(x);
+    b.from_floats(y);
   }
 };
 
@@ -61,13 +61,11 @@ struct InterleavedLanes {
   static __device__ __forceinline__ void rotate_neighbours(Vec<T, kVec>& a,
                                                            const float2 (&angles)[kVec],
                                                            int first_slot) {
+    float x[kVec];
+    a.to_floats(x);
 #pragma unroll
-    for (int i = 0; i < kVec; i += 2) {
-      float x = a.get(i), y = a.get(i + 1);
-      rotate_pair(x, y, angles[first_slot + i / 2]);
-      a.set(i, x);
-      a.set(i + 1, y);
-    }
+    for (int i = 0; i < kVec; i += 2) rotate_pair(x[i], x[i + 1], angles[first_slot + i / 2]);
+    a.from_floats(x);
   }
 };
 

@@ -8,6 +8,7 @@ namespace ridgeline {
 
 constexpr int kRopeMaxPairs = 256;  // rotary_dim is at most 512
 constexpr uint32 kRopeMaxThreads = 256;
+constexpr uint32 kRopeBlockThreads = 192;  // filled with tokens; small blocks share an SM better
 constexpr uint32 kRopeHeadsPerThread = 4;  // heads whose loads a thread has in flight at once
 constexpr uint32 kRopeTableSize = 1024;    // (cos, sin) of a block's tokens in shared memory
 
@@ -59,7 +60,7 @@ constexpr RopePlan rope_plan(uint32 num_heads, uint32 num_pairs, int vec_size) {
   const uint32 most = kRopeMaxThreads / lanes;
   const uint32 head_step = wanted < most ? wanted : most;
   const uint32 threads = lanes * head_step;
-  const uint32 by_threads = kRopeMaxThreads / threads;
+  const uint32 by_threads = threads < kRopeBlockThreads ? kRopeBlockThreads / threads : 1;
   const uint32 by_table = kRopeTableSize / num_pairs;
   const uint32 tokens = by_threads < by_table ? by_threads : by_table;
   return {lanes, head_step, threads, tokens, tokens * threads};

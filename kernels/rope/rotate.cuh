@@ -3,8 +3,9 @@
 // Thread t of a token owns lane t % lanes_per_head of heads t / lanes_per_head + i * head_step (q's
 // heads first, then k's). The block makes each token's cosines and sines once, in shared memory,
 // while the first loads of q and k are in flight; a thread then keeps its own in registers for all
-// of its heads. `Angles` is a function (token, pair) -> (cos, sin): position ids, and later lengths
-// and offsets or a cache of cosines.
+// of its heads. `Angles` says where angles come from:
+// - load(token): issues the loads of what the token's angles depend on;
+// - cos_sin(pair): the cosine and sine of a pair of that token.
 #pragma once
 
 #include "common/pdl.cuh"
@@ -14,26 +15,29 @@
 
 namespace ridgeline {
 
+// The heads of one token, q's first, then k's.
 template <class T>
-struct RopeHead {
-  const T* input;
-  T* output;
+struct RopeToken {
+  const T* q_input;
+  const T* k_input;
+  T* q_output;
+  T* k_output;
 
-  __device__ __forceinline__ RopeHead(const RopeTensor& q, const RopeTensor& k, uint32 num_q_heads,
-                                      int64 token, uint32 head) {
-    const bool is_q = head < num_q_heads;
-    const RopeTensor& x = is_q ? q : k;
-    const int64 head_in_x = is_q ? head : head - num_q_heads;
-    input = static_cast<const T*>(x.input) + token * x.input_token_stride +
-            head_in_x * x.input_head_stride;
-    output = static_cast<T*>(x.output) + token * x.output_token_stride +
-             head_in_x * x.output_head_stride;
+  __device__ __forceinline__ RopeToken(const RopeTensor& q, const RopeTensor& k, uint32 num_q_heads,
+                                       int64 token) {
+    q_input = static_cast<const T*>(q.input) + token * q.input_token_stride;
+    q_output = static_cast<T*>(q.output) + token * q.output_token_stride;
+    // From the first of all heads, so that both are indexed alike.
+    k_input = static_cast<const T*>(k.input) + token * k.input_token_stride -
+              num_q_heads * k.input_head_stride;
+    k_output = static_cast<T*>(k.output) + token * k.output_token_stride -
+               num_q_heads * k.output_head_stride;
   }
 };
 
 template <class T, int kVec, class Pairing, class Angles>
 __device__ __forceinline__ void rotate_heads(const RopeTensor& q, const RopeTensor& k,
-                                             const RopeShape& shape, const Angles& angles) {
+                                             const RopeShape& shape, Angles angles) {
   using Lanes = typename Pairing::template Lanes<kVec>;
   constexpr uint32 kHeads = kRopeHeadsPerThread;
   __shared__ float2 table[kRopeTableSize];  // [tokens_per_block][kVec][lanes_per_head]
@@ -49,17 +53,28 @@ __device__ __forceinline__ void rotate_heads(const RopeTensor& q, const RopeTens
   const uint32 first = Lanes::first(lane);
   const uint32 second = Lanes::second(lane, shape.num_pairs);
 
+  const RopeToken<T> heads(q, k, shape.num_q_heads, token);
+  const auto input_of = [&](uint32 head) {
+    return head < shape.num_q_heads ? heads.q_input + head * q.input_head_stride
+                                    : heads.k_input + head * k.input_head_stride;
+  };
+  const auto output_of = [&](uint32 head) {
+    return head < shape.num_q_heads ? heads.q_output + head * q.output_head_stride
+                                    : heads.k_output + head * k.output_head_stride;
+  };
+
   Vec<T, kVec> a[kHeads], b[kHeads];
   const auto load_heads = [&](uint32 chunk) {
 #pragma unroll
     for (uint32 i = 0; i < kHeads; ++i) {
       const uint32 head = chunk + i * shape.head_step;
       if (head >= num_heads) continue;
-      const RopeHead<T> x(q, k, shape.num_q_heads, token, head);
-      a[i] = load_once<kVec>(x.input + first);
-      b[i] = load_once<kVec>(x.input + second);
+      const T* input = input_of(head);
+      a[i] = load_once<kVec>(input + first);
+      b[i] = load_once<kVec>(input + second);
     }
   };
+  if (token < shape.nnz) angles.load(token);
   load_heads(first_head);
 
   float2* token_table = table + token_in_block * shape.num_pairs;
@@ -67,7 +82,7 @@ __device__ __forceinline__ void rotate_heads(const RopeTensor& q, const RopeTens
     for (uint32 i = thread; i < shape.num_pairs; i += shape.threads_per_token.divisor) {
       const uint32 slot = shape.lanes_per_head.quotient(i);
       const uint32 pair = Lanes::pair(i - slot * num_lanes, slot, shape.num_pairs);
-      token_table[i] = angles(token, pair);
+      token_table[i] = angles.cos_sin(pair);
     }
   }
   pdl_launch_dependents();
@@ -82,15 +97,15 @@ __device__ __forceinline__ void rotate_heads(const RopeTensor& q, const RopeTens
     for (uint32 i = 0; i < kHeads; ++i) {
       const uint32 head = chunk + i * shape.head_step;
       if (head >= num_heads) continue;
-      const RopeHead<T> x(q, k, shape.num_q_heads, token, head);
+      T* output = output_of(head);
       Lanes::rotate(a[i], b[i], lane_angles);
       // Why not streaming stores: attention and the cache append read the output next.
-      store(x.output + first, a[i]);
-      store(x.output + second, b[i]);
+      store(output + first, a[i]);
+      store(output + second, b[i]);
       // What lies beyond rotary_dim is copied unchanged.
       for (uint32 vec = lane; vec < shape.num_copied_vecs; vec += num_lanes) {
         const uint32 element = 2 * shape.num_pairs + vec * kVec;
-        store(x.output + element, load_once<kVec>(x.input + element));
+        store(output + element, load_once<kVec>(input_of(head) + element));
       }
     }
   }
