@@ -40,8 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
     arch = config.getoption("--arch")
     if arch != "native":
         os.environ["RIDGELINE_ARCH"] = arch
-    seed = os.environ.get("RIDGELINE_TEST_SEED")
-    config.stash[RUN_SEED] = int(seed) if seed else secrets.randbelow(2**31)
+    # In the environment, so that the worker processes of pytest-xdist draw the same inputs.
+    seed = os.environ.setdefault("RIDGELINE_TEST_SEED", str(secrets.randbelow(2**31)))
+    config.stash[RUN_SEED] = int(seed)
     config.stash[LEFT_OUT] = 0
 
 
