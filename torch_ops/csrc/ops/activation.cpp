@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "activation/params.h"
-#include "runtime/alloc.h"
 #include "runtime/access.h"
 #include "runtime/alloc.h"
 #include "runtime/catalog.h"

@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "rope/params.h"
-#include "runtime/alloc.h"
 #include "runtime/access.h"
 #include "runtime/alloc.h"
 #include "runtime/catalog.h"
