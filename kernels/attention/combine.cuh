@@ -1,5 +1,5 @@
 // Adds up the parts that attention() left of each row when the keys were split, in a fixed order:
-//   out = sum_s 2^(max_s - max) sums_s / sum_s 2^(max_s - max) sum_s
+//   out = sum_s 2^((max_s - max) scale) sums_s / sum_s 2^((max_s - max) scale) sum_s
 // A CTA takes one row of one query head. Its threads form groups of head_dim_vo / 4 (four columns a
 // thread); group g adds up the parts g, g + num_groups, ..., then the groups are added up in order.
 // All SMs; any head_dim_vo that is a multiple of 8 up to 256.
@@ -13,10 +13,11 @@
 namespace ridgeline {
 
 // A part as (maximum, sum), or several of them as one.
-__device__ __forceinline__ float2 merge_stats(float2 a, float2 b) {
+__device__ __forceinline__ float2 merge_stats(float2 a, float2 b, float scale) {
   const float maximum = fmaxf(a.x, b.x);
   const float origin = maximum == -kInfinity ? 0.0f : maximum;
-  return make_float2(maximum, exp2_fast(a.x - origin) * a.y + exp2_fast(b.x - origin) * b.y);
+  return make_float2(
+      maximum, exp2_fast((a.x - origin) * scale) * a.y + exp2_fast((b.x - origin) * scale) * b.y);
 }
 
 template <typename T>
@@ -35,18 +36,19 @@ __global__ void __launch_bounds__(kCombineThreads)
   const int num_groups = kCombineThreads / columns;
   const int group = threadIdx.x / columns;
   const int column = threadIdx.x % columns;
+  const float scale = params.exponent_scale;
   pdl_wait();
 
   // Every warp finds the row's maximum and sum for itself: a lane merges every 32nd part.
   float2 total = make_float2(-kInfinity, 0.0f);
   for (int split = threadIdx.x % 32; split < params.num_splits; split += 32) {
-    total = merge_stats(total, stats[first_row + int64(split) * params.tile_q]);
+    total = merge_stats(total, stats[first_row + int64(split) * params.tile_q], scale);
   }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
     const float2 other = make_float2(__shfl_xor_sync(0xffffffffu, total.x, distance),
                                      __shfl_xor_sync(0xffffffffu, total.y, distance));
-    total = merge_stats(total, other);
+    total = merge_stats(total, other, scale);
   }
   const float origin = total.x == -kInfinity ? 0.0f : total.x;
 
@@ -59,7 +61,7 @@ __global__ void __launch_bounds__(kCombineThreads)
       const float2 part = stats[row];
       const float4* rows = reinterpret_cast<const float4*>(params.partial_out);
       const float4 sums = rows[row * columns + column];
-      const float weight = exp2_fast(part.x - origin);
+      const float weight = exp2_fast((part.x - origin) * scale);
       const bool empty = part.y == 0.0f;
       values.x += empty ? 0.0f : weight * sums.x;
       values.y += empty ? 0.0f : weight * sums.y;
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(kCombineThreads)
                  pack_pair<T>(values.z * factor, values.w * factor));
   if (column == 0 && params.lse != nullptr) {
     params.lse[int64(query) * params.num_qo_heads + head] =
-        total.y == 0.0f ? -kInfinity : total.x * kLn2 + logf(total.y);
+        total.y == 0.0f ? -kInfinity : total.x * (scale * kLn2) + logf(total.y);
   }
 }
 

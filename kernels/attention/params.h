@@ -27,8 +27,7 @@ struct AttentionParams {
   // Results of parts of the keys, when num_splits > 1, for combine(). A slot is one query tile of
   // one KV head and split: slot = (q_tile * num_kv_heads + kv_head) * num_splits + split.
   float* partial_out;    // [num_slots, kTileQ, head_dim_vo], sums that are not yet divided
-  float* partial_stats;  // [num_slots, kTileQ, 2]: largest logit (times log2 e), sum of the
-                         // exponentials
+  float* partial_stats;  // [num_slots, kTileQ, 2]: largest logit, sum of the exponentials
   int64 q_stride_token, q_stride_head;
   int64 k_stride_token, k_stride_head;
   int64 v_stride_token, v_stride_head;
@@ -50,6 +49,19 @@ struct AttentionParams {
   double rope_ratio;  // rope_theta^(-2 / head_dim_qk)
 };
 
+// Whether logits differ from products q * k by more than the factor that the exponent can apply:
+// by a soft cap, or a scale that is negative or next to 0 (the largest logit is searched for among
+// products, and a masked one is -inf, which times 0 is no number).
+constexpr bool transforms_logits(float sm_scale, float logits_soft_cap) {
+  return logits_soft_cap > 0.0f || !(sm_scale > 1e-30f);
+}
+
+// What turns logits, or products q * k where logits are not transformed, to powers of two.
+constexpr float exponent_scale(float sm_scale, float logits_soft_cap) {
+  const float log2_e = 1.4426950408889634f;
+  return transforms_logits(sm_scale, logits_soft_cap) ? log2_e : sm_scale * log2_e;
+}
+
 struct CombineParams {
   const float* partial_out;    // as in AttentionParams
   const float* partial_stats;  // as in AttentionParams
@@ -60,6 +72,7 @@ struct CombineParams {
   int head_dim_vo;
   int tile_q;  // kTileQ of the kernel that wrote the parts
   int num_splits;
+  float exponent_scale;  // that of the parts
 };
 
 inline constexpr int kCombineThreads = 256;

@@ -149,11 +149,12 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   const WorkItem target = get_work(opaque(index));
   const int target_rows = tile_rows<Traits>(params, request, target);
   if constexpr (Traits::kSplitsKeys) {
-    merge_and_store<Traits>(params, target, state, smem, smem + Traits::kQueryBytes, target_rows);
+    merge_and_store<Traits>(params, target, state, scale, smem, smem + Traits::kQueryBytes,
+                            target_rows);
   } else if (target.partial_slot >= 0) {
     store_partial<Traits>(params, target, state, warp_row, target_rows);
   } else {
-    store_final<Traits>(params, target, state, smem, warp_row, target_rows);
+    store_final<Traits>(params, target, state, scale, smem, warp_row, target_rows);
   }
 }
 

@@ -17,7 +17,7 @@ namespace ridgeline {
 template <typename Traits>
 struct RowState {
   float out[Traits::kMFrags][Traits::kVoFrags][4];  // sum of exponential * value
-  float maximum[Traits::kMFrags][2];                // largest logit so far, times log2 e
+  float maximum[Traits::kMFrags][2];                // largest logit so far
   float sum[Traits::kMFrags][2];                    // this lane's share of the sum of exponentials
 
   __device__ __forceinline__ RowState() {
@@ -194,43 +194,67 @@ __device__ __forceinline__ void mask_logits(Logits<Traits>& logits, const Attent
   }
 }
 
+// Beyond this, rounding of logit * scale is no longer small beside 1.
+inline constexpr float kFarLogit = 1024.0f;
+
 // One step of the online softmax: from logits to exponentials, with the state rescaled to the new
 // maximum. Until a row has seen a key its maximum is -inf; 0 stands in for it, so that no
-// difference of infinities arises.
+// difference of infinities arises. An exponent is logit * scale - maximum * scale in one
+// multiply-add; where the product is so large that its rounding would show, maxima are subtracted
+// first, exactly.
 template <typename Traits>
 __device__ __forceinline__ void softmax_step(Exponentials<Traits>& exponentials,
-                                             RowState<Traits>& state, const Logits<Traits>& logits,
+                                             RowState<Traits>& state, Logits<Traits>& logits,
                                              float scale) {
+  float origin[Traits::kMFrags][2];
+  float rescale[Traits::kMFrags][2];
+  bool far = false;
 #pragma unroll
   for (int m = 0; m < Traits::kMFrags; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float largest = -kInfinity;
+      float maximum = state.maximum[m][half];
 #pragma unroll
       for (int n = 0; n < Traits::kKeyFrags; ++n) {
-        largest = fmaxf(largest, fmaxf(logits[m][n][2 * half], logits[m][n][2 * half + 1]));
+        maximum = fmaxf(maximum, fmaxf(logits[m][n][2 * half], logits[m][n][2 * half + 1]));
       }
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-
-      const float maximum = fmaxf(state.maximum[m][half], largest * scale);
-      const float origin = maximum == -kInfinity ? 0.0f : maximum;
-      const float rescale = exp2_fast(state.maximum[m][half] - origin);
+      maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
+      maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2));
+      origin[m][half] = maximum == -kInfinity ? 0.0f : maximum;
+      rescale[m][half] = exp2_fast((state.maximum[m][half] - origin[m][half]) * scale);
       state.maximum[m][half] = maximum;
-
+      far = far || fabsf(origin[m][half] * scale) > kFarLogit;
+    }
+  }
+  if (__any_sync(0xffffffffu, far)) {
+#pragma unroll
+    for (int m = 0; m < Traits::kMFrags; ++m) {
+#pragma unroll
+      for (int n = 0; n < Traits::kKeyFrags; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) logits[m][n][i] -= origin[m][i / 2];
+      }
+      origin[m][0] = origin[m][1] = 0.0f;
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < Traits::kMFrags; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float offset = origin[m][half] * scale;
       float sum = 0.0f;
 #pragma unroll
       for (int n = 0; n < Traits::kKeyFrags; ++n) {
-        const float first = exp2_fast(fmaf(logits[m][n][2 * half], scale, -origin));
-        const float second = exp2_fast(fmaf(logits[m][n][2 * half + 1], scale, -origin));
+        const float first = exp2_fast(fmaf(logits[m][n][2 * half], scale, -offset));
+        const float second = exp2_fast(fmaf(logits[m][n][2 * half + 1], scale, -offset));
         sum += first + second;
         exponentials[m][n / 2][n % 2 * 2 + half] = pack_pair<typename Traits::T>(first, second);
       }
-      state.sum[m][half] = state.sum[m][half] * rescale + sum;
+      state.sum[m][half] = state.sum[m][half] * rescale[m][half] + sum;
 #pragma unroll
       for (int n = 0; n < Traits::kVoFrags; ++n) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) state.out[m][n][2 * half + i] *= rescale;
+        for (int i = 0; i < 2; ++i) state.out[m][n][2 * half + i] *= rescale[m][half];
       }
     }
   }

@@ -15,11 +15,11 @@ struct RowTarget {
     return static_cast<T*>(params.out) + query * params.out_stride_token +
            head * params.out_stride_head;
   }
-  __device__ __forceinline__ void write_lse(const AttentionParams& params, float maximum,
-                                            float sum) const {
+  __device__ __forceinline__ void write_lse(const AttentionParams& params, float scale,
+                                            float maximum, float sum) const {
     if (params.lse == nullptr) return;
     params.lse[int64(query) * params.num_qo_heads + head] =
-        sum == 0.0f ? -kInfinity : maximum * kLn2 + logf(sum);
+        sum == 0.0f ? -kInfinity : maximum * (scale * kLn2) + logf(sum);
   }
 };
 
@@ -76,7 +76,7 @@ __device__ __forceinline__ void store_partial(const AttentionParams& params, con
 // they leave as whole 128-byte lines.
 template <typename Traits>
 __device__ __forceinline__ void store_final(const AttentionParams& params, const WorkItem& work,
-                                            const RowState<Traits>& state,
+                                            const RowState<Traits>& state, float scale,
                                             unsigned char* query_tile, int warp_row, int num_rows) {
   using T = typename Traits::T;
   constexpr int kRowBytes = Traits::kVo * int(sizeof(T));
@@ -98,7 +98,8 @@ __device__ __forceinline__ void store_final(const AttentionParams& params, const
                          state.out[m][n][2 * half + 1] * factor);
       }
       if (lane % 4 == 0 && warp_row + row < num_rows) {
-        row_target(params, work, warp_row + row).write_lse(params, state.maximum[m][half], sum);
+        row_target(params, work, warp_row + row)
+            .write_lse(params, scale, state.maximum[m][half], sum);
       }
     }
   }
@@ -124,7 +125,7 @@ __device__ __forceinline__ void store_final(const AttentionParams& params, const
 // tile.
 template <typename Traits>
 __device__ __forceinline__ void merge_and_store(const AttentionParams& params, const WorkItem& work,
-                                                const RowState<Traits>& state,
+                                                const RowState<Traits>& state, float scale,
                                                 unsigned char* query_tile, unsigned char* pipelines,
                                                 int num_rows) {
   using T = typename Traits::T;
@@ -158,7 +159,7 @@ __device__ __forceinline__ void merge_and_store(const AttentionParams& params, c
   float sum = 0.0f;
 #pragma unroll
   for (int w = 0; w < Traits::kNumPipelines; ++w) {
-    weights[w] = exp2_fast(stats[w * 16 + row].x - origin);
+    weights[w] = exp2_fast((stats[w * 16 + row].x - origin) * scale);
     sum += weights[w] * stats[w * 16 + row].y;
   }
 
@@ -166,7 +167,7 @@ __device__ __forceinline__ void merge_and_store(const AttentionParams& params, c
   const RowTarget target = row_target(params, work, row);
   if (threadIdx.x % kThreadsPerRow == 0) {
     if (final) {
-      target.write_lse(params, maximum, sum);
+      target.write_lse(params, scale, maximum, sum);
     } else {
       reinterpret_cast<float2*>(params.partial_stats)[partial_row<Traits>(work, row)] =
           make_float2(maximum, sum);

@@ -33,11 +33,8 @@ struct StandardVariant {
     return {begin, end};
   }
 
-  // Only where the exponent's factor cannot stand in: a soft cap, or a scale that is negative or
-  // next to 0 (the largest logit is searched for among products, and a masked one is -inf, which
-  // times 0 is no number).
   static __device__ __forceinline__ bool transforms_logits(const AttentionParams& params) {
-    return params.logits_soft_cap > 0.0f || !(params.sm_scale > 1e-30f);
+    return ridgeline::transforms_logits(params.sm_scale, params.logits_soft_cap);
   }
 
   // From products q * k to logits.
@@ -54,9 +51,8 @@ struct StandardVariant {
     }
   }
 
-  // What turns products, or what logits() made of them, to powers of two.
   static __device__ __forceinline__ float exponent_scale(const AttentionParams& params) {
-    return (transforms_logits(params) ? 1.0f : params.sm_scale) * kLog2E;
+    return ridgeline::exponent_scale(params.sm_scale, params.logits_soft_cap);
   }
 
   // The factor from a row's sums to its result; 0 for a row without a visible key.
