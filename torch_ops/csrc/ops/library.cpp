@@ -2,4 +2,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(ridgeline, m) { (void)m; }
+STABLE_TORCH_LIBRARY(ridgeline, m) {
+  (void)m;
+}

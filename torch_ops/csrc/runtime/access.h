@@ -53,8 +53,9 @@ void add_access_rows(std::vector<Row>& rows, const char* op, const Name& name, u
     rows.push_back({.op = op,
                     .kernel = name(access),
                     .block = static_cast<int>(block),
-                    .why = access.vec_size == 1 ? "views or sizes that are not multiples of 16 bytes"
-                                                : "16-byte accesses"});
+                    .why = access.vec_size == 1
+                               ? "views or sizes that are not multiples of 16 bytes"
+                               : "16-byte accesses"});
   }
 }
 

@@ -23,11 +23,10 @@ Tensor empty(const Tensor& like, std::span<const int64_t> shape, Dtype dtype) {
   int32_t device_type;
   AtenTensorHandle handle;
   if (aoti_torch_get_device_type(like.get(), &device_type) != AOTI_TORCH_SUCCESS ||
-      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(
-                                   torch::stable::detail::from(dtype)),
-                               device_type, like.get_device_index(),
-                               &handle) != AOTI_TORCH_SUCCESS) {
+      aoti_torch_empty_strided(
+          static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+          torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+          like.get_device_index(), &handle) != AOTI_TORCH_SUCCESS) {
     throw std::runtime_error("torch could not allocate a tensor of shape " + shape_text(shape));
   }
   return Tensor(handle);

@@ -68,8 +68,7 @@ std::string device_json(const Device& gpu) {
   const std::string pack = pack_serving(gpu, &error);
   return "{\"index\": " + std::to_string(gpu.index) + ", \"name\": " + json_string(gpu.name) +
          ", \"real_sm\": " + std::to_string(gpu.real_sm) + ", \"sm\": " + std::to_string(gpu.sm) +
-         ", \"arch\": " + json_string(gpu.arch) +
-         ", \"num_sms\": " + std::to_string(gpu.num_sms) +
+         ", \"arch\": " + json_string(gpu.arch) + ", \"num_sms\": " + std::to_string(gpu.num_sms) +
          ", \"max_dynamic_smem\": " + std::to_string(gpu.max_dynamic_smem) +
          ", \"pack\": " + json_string(pack) + ", \"error\": " + json_string(error) + "}";
 }
@@ -91,11 +90,21 @@ std::string driver_json() {
 
 }  // namespace
 
-RIDGELINE_API const char* ridgeline_last_error() { return last_error.c_str(); }
-RIDGELINE_API const char* ridgeline_compile_options() { return kCompileOptions; }
-RIDGELINE_API const char* ridgeline_kernels_dir() { return kernels_dir().c_str(); }
-RIDGELINE_API const char* ridgeline_pack_dir() { return pack_dir().c_str(); }
-RIDGELINE_API const char* ridgeline_cache_dir() { return cache_dir().c_str(); }
+RIDGELINE_API const char* ridgeline_last_error() {
+  return last_error.c_str();
+}
+RIDGELINE_API const char* ridgeline_compile_options() {
+  return kCompileOptions;
+}
+RIDGELINE_API const char* ridgeline_kernels_dir() {
+  return kernels_dir().c_str();
+}
+RIDGELINE_API const char* ridgeline_pack_dir() {
+  return pack_dir().c_str();
+}
+RIDGELINE_API const char* ridgeline_cache_dir() {
+  return cache_dir().c_str();
+}
 
 RIDGELINE_API const char* ridgeline_core_table() {
   std::vector<std::string> rows;
@@ -144,4 +153,6 @@ RIDGELINE_API void ridgeline_supply_entry(const void* data, size_t size) {
   supply_entry({static_cast<const char*>(data), size});
 }
 
-RIDGELINE_API void ridgeline_supply_error(const char* message) { supply_error(message); }
+RIDGELINE_API void ridgeline_supply_error(const char* message) {
+  supply_error(message);
+}

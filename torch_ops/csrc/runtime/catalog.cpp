@@ -1,9 +1,9 @@
 #include "runtime/catalog.h"
 
 #include <algorithm>
-#include <tuple>
 #include <sstream>
 #include <stdexcept>
+#include <tuple>
 
 namespace ridgeline {
 namespace {
@@ -43,7 +43,9 @@ long Config::get_int(const std::string& name, long fallback) const {
   }
 }
 
-RegisterFamily::RegisterFamily(Family family) { families().push_back(std::move(family)); }
+RegisterFamily::RegisterFamily(Family family) {
+  families().push_back(std::move(family));
+}
 
 std::vector<Row> core_table() {
   std::vector<Row> table;

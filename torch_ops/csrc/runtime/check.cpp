@@ -22,36 +22,50 @@ int64_t element_bytes(const Tensor& tensor) {
 
 void fail(const char* op, const char* arg, const std::string& expected, const std::string& got,
           const std::string& way_out) {
-  throw std::runtime_error(std::string("ridgeline.") + op + ": argument '" + arg +
-                           "': expected " + expected + ", got " + got + ". " + way_out);
+  throw std::runtime_error(std::string("ridgeline.") + op + ": argument '" + arg + "': expected " +
+                           expected + ", got " + got + ". " + way_out);
 }
 
 std::string dtype_name(Dtype dtype) {
   switch (dtype) {
-    case Dtype::Half: return "torch.float16";
-    case Dtype::BFloat16: return "torch.bfloat16";
-    case Dtype::Float: return "torch.float32";
-    case Dtype::Double: return "torch.float64";
-    case Dtype::Int: return "torch.int32";
-    case Dtype::Long: return "torch.int64";
-    case Dtype::Short: return "torch.int16";
-    case Dtype::Char: return "torch.int8";
-    case Dtype::Byte: return "torch.uint8";
-    case Dtype::Bool: return "torch.bool";
-    default: return std::string("torch.") + torch::headeronly::toString(dtype);
+    case Dtype::Half:
+      return "torch.float16";
+    case Dtype::BFloat16:
+      return "torch.bfloat16";
+    case Dtype::Float:
+      return "torch.float32";
+    case Dtype::Double:
+      return "torch.float64";
+    case Dtype::Int:
+      return "torch.int32";
+    case Dtype::Long:
+      return "torch.int64";
+    case Dtype::Short:
+      return "torch.int16";
+    case Dtype::Char:
+      return "torch.int8";
+    case Dtype::Byte:
+      return "torch.uint8";
+    case Dtype::Bool:
+      return "torch.bool";
+    default:
+      return std::string("torch.") + torch::headeronly::toString(dtype);
   }
 }
 
 const char* device_type(Dtype dtype) {
   switch (dtype) {
-    case Dtype::Half: return "__half";
-    case Dtype::BFloat16: return "__nv_bfloat16";
-    default: return "float";
+    case Dtype::Half:
+      return "__half";
+    case Dtype::BFloat16:
+      return "__nv_bfloat16";
+    default:
+      return "float";
   }
 }
 
 std::string device_name(const Tensor& t) {
-  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index())
+  return t.is_cuda()  ? "cuda:" + std::to_string(t.get_device_index())
          : t.is_cpu() ? "cpu"
                       : "another kind of device";
 }
@@ -95,8 +109,8 @@ void check_same_dtype(const Arg& arg, const Arg& as) {
   if (arg.tensor.scalar_type() == as.tensor.scalar_type()) return;
   fail(arg.op, arg.name,
        "dtype " + dtype_name(as.tensor.scalar_type()) + " (that of '" + as.name + "')",
-       dtype_name(arg.tensor.scalar_type()), std::string("Convert it with .to(") + as.name +
-       ".dtype)");
+       dtype_name(arg.tensor.scalar_type()),
+       std::string("Convert it with .to(") + as.name + ".dtype)");
 }
 
 void check_rank(const Arg& arg, std::initializer_list<int64_t> allowed) {
@@ -125,7 +139,8 @@ void check_last_stride(const Arg& arg) {
 bool is_aligned16(const Tensor& tensor) {
   if (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kVectorBytes != 0) return false;
   for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
-    if (tensor.size(dim) > 1 && tensor.stride(dim) * element_bytes(tensor) % int64_t{kVectorBytes} != 0) {
+    if (tensor.size(dim) > 1 &&
+        tensor.stride(dim) * element_bytes(tensor) % int64_t{kVectorBytes} != 0) {
       return false;
     }
   }

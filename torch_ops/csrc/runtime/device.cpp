@@ -50,8 +50,8 @@ std::unique_ptr<const Device> describe(int index) {
                              "): only the same or older code paths run on it");
   }
   info->sm = forced != 0 ? forced : info->real_sm;
-  info->arch = info->sm == info->real_sm ? native_arch(info->sm)
-                                         : "compute_" + std::to_string(info->sm);
+  info->arch =
+      info->sm == info->real_sm ? native_arch(info->sm) : "compute_" + std::to_string(info->sm);
   driver_check(cuda.primary_ctx_retain(&info->context, info->handle),
                "retaining the primary context of GPU " + std::to_string(index));
   return info;
@@ -81,8 +81,8 @@ ContextScope::ContextScope(const Device& device) {
   CUdevice current = -1;
   const bool has_context = driver().ctx_get_device(&current) == kCudaSuccess;
   if (has_context && current == device.handle) return;
-  driver_check(driver().ctx_push_current(device.context), "making GPU " +
-               std::to_string(device.index) + " current");
+  driver_check(driver().ctx_push_current(device.context),
+               "making GPU " + std::to_string(device.index) + " current");
   pushed_ = true;
 }
 

@@ -12,9 +12,10 @@ inline constexpr int kMaxDevices = 64;
 struct Device {
   int index;
   std::string name;
-  int real_sm;      // compute capability, 90 for 9.0
-  int sm;           // the one whose code path runs: real_sm unless RIDGELINE_ARCH says otherwise
-  std::string arch; // what kernels are resolved for: "sm_90a", or "compute_80" under RIDGELINE_ARCH
+  int real_sm;  // compute capability, 90 for 9.0
+  int sm;       // the one whose code path runs: real_sm unless RIDGELINE_ARCH says otherwise
+  std::string
+      arch;  // what kernels are resolved for: "sm_90a", or "compute_80" under RIDGELINE_ARCH
   int num_sms;
   int max_dynamic_smem;  // bytes a block may opt in to
   CUdevice handle;

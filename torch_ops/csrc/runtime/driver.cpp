@@ -64,8 +64,7 @@ Driver load() {
     const char* text = nullptr;
     table.get_error_string(error, &text);
     throw std::runtime_error(std::string("the NVIDIA driver does not start (") +
-                             (text ? text : "unknown error") +
-                             "). `nvidia-smi` shows its state");
+                             (text ? text : "unknown error") + "). `nvidia-smi` shows its state");
   }
   return table;
 }

@@ -77,16 +77,17 @@ class Huffman {
   std::vector<uint16_t> symbols_;
 };
 
-constexpr std::array<uint16_t, 29> kLengthBase = {3,  4,  5,  6,  7,  8,  9,  10, 11,  13,
-                                                  15, 17, 19, 23, 27, 31, 35, 43, 51,  59,
+constexpr std::array<uint16_t, 29> kLengthBase = {3,  4,  5,  6,   7,   8,   9,   10,  11, 13,
+                                                  15, 17, 19, 23,  27,  31,  35,  43,  51, 59,
                                                   67, 83, 99, 115, 131, 163, 195, 227, 258};
 constexpr std::array<uint8_t, 29> kLengthExtra = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2,
                                                   2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0};
 constexpr std::array<uint16_t, 30> kDistanceBase = {
     1,   2,   3,   4,   5,   7,    9,    13,   17,   25,   33,   49,   65,    97,    129,
     193, 257, 385, 513, 769, 1025, 1537, 2049, 3073, 4097, 6145, 8193, 12289, 16385, 24577};
-constexpr std::array<uint8_t, 30> kDistanceExtra = {0, 0, 0, 0, 1, 1, 2, 2,  3,  3,  4,  4,  5,  5, 6,
-                                                    6, 7, 7, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13};
+constexpr std::array<uint8_t, 30> kDistanceExtra = {0, 0, 0,  0,  1,  1,  2,  2,  3,  3,
+                                                    4, 4, 5,  5,  6,  6,  7,  7,  8,  8,
+                                                    9, 9, 10, 10, 11, 11, 12, 12, 13, 13};
 
 void stored_block(BitReader& in, std::string& out, size_t raw_size) {
   in.align_to_byte();
@@ -96,8 +97,8 @@ void stored_block(BitReader& in, std::string& out, size_t raw_size) {
   for (uint32_t i = 0; i < size; ++i) out += static_cast<char>(in.bits(8));
 }
 
-void coded_block(BitReader& in, const Huffman& literals, const Huffman& distances,
-                 std::string& out, size_t raw_size) {
+void coded_block(BitReader& in, const Huffman& literals, const Huffman& distances, std::string& out,
+                 size_t raw_size) {
   for (;;) {
     const int symbol = literals.decode(in);
     if (symbol == 256) return;
@@ -166,10 +167,17 @@ std::string inflate(std::string_view deflated, size_t raw_size) {
   for (bool last = false; !last;) {
     last = in.bits(1) != 0;
     switch (in.bits(2)) {
-      case 0: stored_block(in, out, raw_size); break;
-      case 1: fixed_block(in, out, raw_size); break;
-      case 2: dynamic_block(in, out, raw_size); break;
-      default: malformed("block type");
+      case 0:
+        stored_block(in, out, raw_size);
+        break;
+      case 1:
+        fixed_block(in, out, raw_size);
+        break;
+      case 2:
+        dynamic_block(in, out, raw_size);
+        break;
+      default:
+        malformed("block type");
     }
   }
   if (out.size() != raw_size) malformed("too short");

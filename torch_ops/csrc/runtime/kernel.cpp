@@ -50,8 +50,8 @@ const Kernel::Module& Kernel::module(const Device& device) {
   if (it == modules_.end()) {
     const Entry entry = resolve(name_, device.arch);
     Module module{nullptr, entry.lowered};
-    driver_check(driver().library_load_data(&module.library, entry.code.c_str(), nullptr, nullptr, 0,
-                                            nullptr, nullptr, 0),
+    driver_check(driver().library_load_data(&module.library, entry.code.c_str(), nullptr, nullptr,
+                                            0, nullptr, nullptr, 0),
                  "loading kernel " + name_ + " (" + entry.arch + ") on " + device.name);
     it = modules_.emplace(device.arch, std::move(module)).first;
   }
@@ -109,10 +109,16 @@ void launch(Kernel& kernel, const Device& device, const Launch& how, const void*
     attribute.id = LaunchAttributeId::kProgrammaticSerialization;
     attribute.value.programmatic_serialization = 1;
   }
-  const LaunchConfig config{how.grid_x,       how.grid_y,  how.grid_z,
-                            how.block,        1,           1,
-                            how.dynamic_smem, current_stream(device.index),
-                            attributes.data(), num_attributes};
+  const LaunchConfig config{how.grid_x,
+                            how.grid_y,
+                            how.grid_z,
+                            how.block,
+                            1,
+                            1,
+                            how.dynamic_smem,
+                            current_stream(device.index),
+                            attributes.data(),
+                            num_attributes};
   void* arguments[] = {const_cast<void*>(params)};
   const CUresult error = driver().launch_kernel_ex(&config, loaded.function, arguments, nullptr);
   if (error != kCudaSuccess) {

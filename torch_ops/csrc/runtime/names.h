@@ -5,9 +5,15 @@
 
 namespace ridgeline {
 
-inline std::string name_part(const char* text) { return text; }
-inline std::string name_part(const std::string& text) { return text; }
-inline std::string name_part(int value) { return std::to_string(value); }
+inline std::string name_part(const char* text) {
+  return text;
+}
+inline std::string name_part(const std::string& text) {
+  return text;
+}
+inline std::string name_part(int value) {
+  return std::to_string(value);
+}
 
 // kernel_name("norm/rmsnorm.cuh:rmsnorm", "__half", 8) -> "norm/rmsnorm.cuh:rmsnorm<__half, 8>"
 template <class First, class... Rest>

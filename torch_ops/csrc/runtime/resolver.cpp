@@ -1,7 +1,7 @@
 #include "runtime/resolver.h"
 
-#include <cstdlib>
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 #include <string_view>
 
@@ -42,8 +42,12 @@ void set_compiler(CompileFunction compile, TagFunction tag) {
   tag_function.store(tag);
 }
 
-void supply_entry(std::string bytes) { supplied_entry = std::move(bytes); }
-void supply_error(std::string message) { supplied_error = std::move(message); }
+void supply_entry(std::string bytes) {
+  supplied_entry = std::move(bytes);
+}
+void supply_error(std::string message) {
+  supplied_error = std::move(message);
+}
 
 std::string find_source(const std::string& name, const std::string& arch) {
   if (find_in_pack(name, arch)) return "pack";

@@ -131,8 +131,8 @@ std::optional<Entry> find_in_cache(const std::string& name, const std::string& a
   if (cache_dir().empty()) return std::nullopt;
   const std::string folder = cache_dir() + "/" + arch;
   const std::string key = entry_key(name, arch);
-  const auto files = tag.empty() ? cache_files(folder, key)
-                                 : std::vector<std::string>{key + "-" + tag + ".rlk"};
+  const auto files =
+      tag.empty() ? cache_files(folder, key) : std::vector<std::string>{key + "-" + tag + ".rlk"};
   for (const std::string& file : files) {
     const std::string path = folder + "/" + file;
     const auto bytes = read_file(path);

@@ -13,8 +13,8 @@ namespace ridgeline {
 using Tensor = torch::stable::Tensor;
 using Dtype = torch::headeronly::ScalarType;
 
-std::string dtype_name(Dtype dtype);         // "torch.float16"
-std::string device_name(const Tensor& t);    // "cuda:0"
+std::string dtype_name(Dtype dtype);                     // "torch.float16"
+std::string device_name(const Tensor& t);                // "cuda:0"
 std::string shape_text(std::span<const int64_t> shape);  // "[2, 3]"
 std::string shape_text(const Tensor& t);
 
