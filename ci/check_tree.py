@@ -35,7 +35,7 @@ def code_lines(path: Path) -> list[str]:
 
 
 def lengths(files: list[Path]) -> Iterator[str]:
-    """No file of code over 800 lines, no line over 100 columns."""
+    """No file of code over 800 lines; no line over 100 columns (ruff knows Python's exceptions)."""
     for path in files:
         if path.suffix not in CODE:
             continue
@@ -43,7 +43,7 @@ def lengths(files: list[Path]) -> Iterator[str]:
         if len(lines) > MAX_LINES:
             yield f"{name_of(path)}: {len(lines)} lines, at most {MAX_LINES}"
         for number, line in enumerate(lines, 1):
-            if len(line) > MAX_COLUMNS:
+            if len(line) > MAX_COLUMNS and path.suffix != ".py":
                 yield f"{name_of(path)}:{number}: {len(line)} columns, at most {MAX_COLUMNS}"
 
 

@@ -256,7 +256,7 @@ def check(reference: Reference, out: Tensor, lse: Tensor | None = None) -> None:
         place = torch.unravel_index(relative.argmax(), got.shape)
         raise AssertionError(
             f"{name}{[int(i) for i in place]}: got {got[place].item()}, "
-            f"exact {exact[place].item()}, error {error[place].item():.3g} is {ratio:.3g} times the bound "
-            f"{bound[place].item():.3g}; largest error {error.max().item():.3g}, "
+            f"exact {exact[place].item()}, error {error[place].item():.3g} is {ratio:.3g} times "
+            f"the bound {bound[place].item():.3g}; largest error {error.max().item():.3g}, "
             f"{(error > bound).sum().item()} of {error.numel()} elements are beyond their bound"
         )
