@@ -1,0 +1,322 @@
+// single_attention, single_attention_full: checks and launch. Schemas: attention_schema.cpp; choice
+// of kernel: attention_choice.cpp.
+
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <numbers>
+#include <optional>
+#include <vector>
+
+#include "attention/params.h"
+#include "ops/attention_choice.h"
+#include "runtime/alloc.h"
+#include "runtime/check.h"
+#include "runtime/kernel.h"
+
+namespace ridgeline {
+namespace {
+
+constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxCount = (int64_t{1} << 31) - 1;
+constexpr int kMaxCandidates = 16;
+
+struct Options {
+  bool causal;
+  int64_t window_left;
+  double logits_soft_cap;
+  double sm_scale;
+  bool rotates = false;
+  double rope_scale = 1.0;
+  double rope_theta = 1e4;
+  bool fp16_logits = false;
+};
+
+// Sizes and strides of a call, with k and v as [kv_len, num_kv_heads, head_dim] in either layout.
+struct Shape {
+  int64_t qo_len, kv_len;
+  int64_t num_qo_heads, num_kv_heads;
+  int64_t head_dim_qk, head_dim_vo;
+  int64_t kv_len_dim, kv_head_dim;  // dimensions of k and v that count keys and heads
+};
+
+void check_head_dim(const Arg& arg) {
+  const int64_t head_dim = arg.tensor.size(arg.tensor.dim() - 1);
+  if (head_dim % 8 == 0 && head_dim >= 8 && head_dim <= kMaxHeadDim) return;
+  fail(arg.op, arg.name, "a head_dim that is a multiple of 8, at most 256",
+       std::to_string(head_dim), "Pad q, k and v with zeros to the next multiple of 8");
+}
+
+void check_dtypes(const Arg& q, const Arg& k, const Arg& v, const Device& gpu) {
+  if (q.tensor.scalar_type() == Dtype::Float) {
+    fail(q.op, q.name, "dtype torch.float16 or torch.bfloat16 on a GPU", "torch.float32",
+         "Convert q, k and v with .to(torch.float16): tensor cores sum in float32 all the same");
+  }
+  check_dtype(q, {Dtype::Half, Dtype::BFloat16});
+  check_same_dtype(k, q);
+  check_same_dtype(v, q);
+  if (q.tensor.scalar_type() == Dtype::BFloat16 && gpu.sm < 80) {
+    fail(q.op, q.name,
+         "dtype torch.float16 on GPUs before compute capability 8.0, which have no bf16 tensor "
+         "cores",
+         "torch.bfloat16", "Convert q, k and v with .to(torch.float16)");
+  }
+}
+
+Shape check_inputs(const Arg& q, const Arg& k, const Arg& v, int64_t kv_layout) {
+  if (kv_layout != 0 && kv_layout != 1) {
+    fail(q.op, "kv_layout", "0 (NHD) or 1 (HND)", std::to_string(kv_layout), "Pass one of these");
+  }
+  check_cuda(q);
+  check_same_device(k, q);
+  check_same_device(v, q);
+  check_dtypes(q, k, v, device(q.tensor.get_device_index()));
+  check_rank(q, {2, 3});
+  check_rank(k, {3});
+  check_rank(v, {3});
+  for (const Arg& arg : {q, k, v}) {
+    check_head_dim(arg);
+    check_last_stride(arg);
+    check_aligned16(arg);
+  }
+  const int64_t q_rank = q.tensor.dim();
+  const Shape shape = {.qo_len = q_rank == 3 ? q.tensor.size(0) : 1,
+                       .kv_len = k.tensor.size(kv_layout == 0 ? 0 : 1),
+                       .num_qo_heads = q.tensor.size(q_rank - 2),
+                       .num_kv_heads = k.tensor.size(kv_layout == 0 ? 1 : 0),
+                       .head_dim_qk = q.tensor.size(q_rank - 1),
+                       .head_dim_vo = v.tensor.size(2),
+                       .kv_len_dim = kv_layout == 0 ? 0 : 1,
+                       .kv_head_dim = kv_layout == 0 ? 1 : 0};
+  if (k.tensor.size(2) != shape.head_dim_qk) {
+    fail(k.op, k.name, "head_dim " + std::to_string(shape.head_dim_qk) + ", as in 'q'",
+         std::to_string(k.tensor.size(2)), "Pass the keys that belong to these queries");
+  }
+  check_shape(v, std::array{k.tensor.size(0), k.tensor.size(1), shape.head_dim_vo},
+              "one value for each key of 'k'");
+  if (shape.num_qo_heads < 1 || shape.num_kv_heads < 1 ||
+      shape.num_qo_heads % shape.num_kv_heads != 0) {
+    fail(q.op, q.name,
+         "a number of heads that is a multiple of the " + std::to_string(shape.num_kv_heads) +
+             " of 'k'",
+         std::to_string(shape.num_qo_heads),
+         "Check kv_layout: NHD is [kv_len, heads, head_dim], HND [heads, kv_len, head_dim]");
+  }
+  if (shape.qo_len * shape.num_qo_heads > kMaxCount) {
+    fail(q.op, q.name, "fewer than 2^31 heads of queries",
+         std::to_string(shape.qo_len * shape.num_qo_heads), "Split the call");
+  }
+  // Why half: positions of queries, and keys rounded up to a whole tile, must not overflow.
+  if (shape.kv_len > kMaxCount / 2) {
+    fail(k.op, k.name, "fewer than 2^30 keys", std::to_string(shape.kv_len),
+         "Attend to parts of them, and merge the results with ridgeline.merge_state");
+  }
+  return shape;
+}
+
+void check_options(const char* op, const Options& options) {
+  if (options.window_left < -1) {
+    fail(op, "window_left", "at least -1", std::to_string(options.window_left), "-1 turns it off");
+  }
+  if (!(options.logits_soft_cap >= 0.0)) {
+    fail(op, "logits_soft_cap", "a positive number, or 0", std::to_string(options.logits_soft_cap),
+         "0 turns it off");
+  }
+  for (const auto& [name, value] :
+       {std::pair{"rope_scale", options.rope_scale}, std::pair{"rope_theta", options.rope_theta}}) {
+    if (!(value > 0.0)) {
+      fail(op, name, "a positive number", std::to_string(value), "Leave it out for the default");
+    }
+  }
+}
+
+// The kernels of this family by place in the table, found by name on first use.
+Kernel& attention_kernel(int candidate, bool bf16, int variant) {
+  static std::array<std::atomic<Kernel*>, kMaxCandidates * 2 * kNumAttentionVariants> kernels{};
+  auto& slot = kernels[(candidate * 2 + bf16) * kNumAttentionVariants + variant];
+  Kernel* found = slot.load(std::memory_order_acquire);
+  if (!found) {
+    found = &kernel(attention_name(candidate, bf16, variant));
+    slot.store(found, std::memory_order_release);
+  }
+  return *found;
+}
+
+Kernel& combine_kernel(bool bf16) {
+  static Kernel& of_half = kernel(combine_name(false));
+  static Kernel& of_bf16 = kernel(combine_name(true));
+  return bf16 ? of_bf16 : of_half;
+}
+
+AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                            float* lse, const Shape& shape, const Options& options,
+                            const AttentionPlan& plan) {
+  const int64_t q_rank = q.dim();
+  // A window that reaches every key is none; so it fits 32 bits.
+  const int64_t window =
+      options.window_left > shape.kv_len + shape.qo_len ? -1 : options.window_left;
+  return {
+      .q = q.const_data_ptr(),
+      .k = k.const_data_ptr(),
+      .v = v.const_data_ptr(),
+      .out = out.mutable_data_ptr(),
+      .lse = lse,
+      .partial_out = nullptr,
+      .partial_stats = nullptr,
+      .q_stride_token = q_rank == 3 ? q.stride(0) : 0,
+      .q_stride_head = q.stride(q_rank - 2),
+      .k_stride_token = k.stride(shape.kv_len_dim),
+      .k_stride_head = k.stride(shape.kv_head_dim),
+      .v_stride_token = v.stride(shape.kv_len_dim),
+      .v_stride_head = v.stride(shape.kv_head_dim),
+      .out_stride_token = shape.num_qo_heads * shape.head_dim_vo,
+      .out_stride_head = shape.head_dim_vo,
+      .qo_len = static_cast<int>(shape.qo_len),
+      .kv_len = static_cast<int>(shape.kv_len),
+      .num_qo_heads = static_cast<int>(shape.num_qo_heads),
+      .head_dim_qk = static_cast<int>(shape.head_dim_qk),
+      .head_dim_vo = static_cast<int>(shape.head_dim_vo),
+      .num_q_tiles = plan.num_q_tiles,
+      .window_left = static_cast<int>(window),
+      .causal = options.causal,
+      .num_kv_heads = make_divider(static_cast<uint32>(shape.num_kv_heads)),
+      .num_splits = make_divider(static_cast<uint32>(plan.num_splits)),
+      .group_size = make_divider(static_cast<uint32>(shape.num_qo_heads / shape.num_kv_heads)),
+      .sm_scale = static_cast<float>(options.sm_scale),
+      .logits_soft_cap = static_cast<float>(options.logits_soft_cap),
+      .rope_turns = 0.5 * std::numbers::inv_pi / options.rope_scale,
+      .rope_ratio = options.rotates ? std::pow(options.rope_theta, -2.0 / shape.head_dim_qk) : 1.0};
+}
+
+// Launches the kernel, and the one that adds up the parts when there are several.
+void run(const Arg& q, const Tensor& k, const Tensor& v, const Tensor& out, float* lse,
+         const Shape& shape, const Options& options) {
+  if (shape.qo_len == 0) return;
+  const Device& gpu = device(q.tensor.get_device_index());
+  const AttentionProblem problem = {.bf16 = q.tensor.scalar_type() == Dtype::BFloat16,
+                                    .head_dim_qk = static_cast<int>(shape.head_dim_qk),
+                                    .head_dim_vo = static_cast<int>(shape.head_dim_vo),
+                                    .qo_len = shape.qo_len,
+                                    .kv_len = shape.kv_len,
+                                    .num_qo_heads = shape.num_qo_heads,
+                                    .num_kv_heads = shape.num_kv_heads,
+                                    .causal = options.causal,
+                                    .window_left = options.window_left,
+                                    .rotates = options.rotates,
+                                    .fp16_logits = options.fp16_logits};
+  const AttentionPlan plan =
+      plan_attention(problem, {gpu.sm, gpu.num_sms, gpu.max_dynamic_smem + 1024});
+  AttentionParams params = make_params(q.tensor, k, v, out, lse, shape, options, plan);
+
+  const int64_t num_ctas = int64_t{plan.num_q_tiles} * shape.num_kv_heads * plan.num_splits;
+  if (num_ctas > kMaxCount) {
+    fail(q.op, q.name, "fewer than 2^31 tiles of work", std::to_string(num_ctas), "Split the call");
+  }
+  std::optional<Tensor> parts;
+  if (plan.num_splits > 1) {
+    const int64_t num_rows = num_ctas * plan.tile_q;
+    parts = empty(q.tensor, {num_rows * (shape.head_dim_vo + 2)}, Dtype::Float);
+    params.partial_out = static_cast<float*>(parts->mutable_data_ptr());
+    params.partial_stats = params.partial_out + num_rows * shape.head_dim_vo;
+  }
+  launch(attention_kernel(plan.candidate, problem.bf16, attention_variant(problem)), gpu,
+         {.grid_x = static_cast<unsigned>(num_ctas),
+          .block = static_cast<unsigned>(plan.block),
+          .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
+         &params);
+  if (!parts) return;
+
+  const CombineParams combine = {
+      .partial_out = params.partial_out,
+      .partial_stats = params.partial_stats,
+      .out = params.out,
+      .lse = lse,
+      .out_stride_token = params.out_stride_token,
+      .out_stride_head = params.out_stride_head,
+      .num_qo_heads = params.num_qo_heads,
+      .num_kv_heads = static_cast<int>(shape.num_kv_heads),
+      .head_dim_vo = params.head_dim_vo,
+      .tile_q = plan.tile_q,
+      .num_splits = plan.num_splits,
+      .exponent_scale = exponent_scale(params.sm_scale, params.logits_soft_cap)};
+  launch(combine_kernel(problem.bf16), gpu,
+         {.grid_x = static_cast<unsigned>(shape.qo_len * shape.num_qo_heads),
+          .block = kCombineThreads,
+          .pdl = gpu.sm >= 90},
+         &combine);
+}
+
+Tensor empty_out(const Tensor& q, int64_t head_dim_vo) {
+  if (q.dim() == 2) return empty(q, {q.size(0), head_dim_vo}, q.scalar_type());
+  return empty(q, {q.size(0), q.size(1), head_dim_vo}, q.scalar_type());
+}
+
+Tensor single_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t kv_layout,
+                        bool causal, int64_t window_left, double logits_soft_cap, double sm_scale) {
+  constexpr const char* kOp = "single_attention";
+  const Arg query{kOp, "q", q};
+  const Shape shape = check_inputs(query, {kOp, "k", k}, {kOp, "v", v}, kv_layout);
+  const Options options = {causal, window_left, logits_soft_cap, sm_scale};
+  check_options(kOp, options);
+  const Tensor out = empty_out(q, shape.head_dim_vo);
+  run(query, k, v, out, nullptr, shape, options);
+  return out;
+}
+
+[[noreturn]] void not_yet(const char* op, const char* arg, const std::string& got) {
+  throw std::runtime_error(std::string("ridgeline.") + op + ": argument '" + arg + "': " + got +
+                           " is not supported yet. Leave it at its default, or apply it outside "
+                           "the call.");
+}
+
+std::tuple<Tensor, Tensor> single_attention_full(
+    const Tensor& q, const Tensor& k, const Tensor& v, int64_t kv_layout, bool causal,
+    int64_t window_left, double logits_soft_cap, double sm_scale, int64_t pos_encoding_mode,
+    double rope_scale, double rope_theta, bool use_fp16_qk_reduction,
+    const std::optional<Tensor>& custom_mask, const std::optional<Tensor>& mask_indptr,
+    const std::optional<Tensor>& q_scale, const std::optional<Tensor>& k_scale,
+    const std::optional<Tensor>& v_scale, const std::optional<Tensor>& sinks,
+    const std::optional<std::vector<Tensor>>& extra_tensors,
+    const std::optional<std::vector<double>>& extra_scalars) {
+  constexpr const char* kOp = "single_attention_full";
+  for (const auto& [name, given] :
+       {std::pair{"custom_mask", custom_mask.has_value()},
+        std::pair{"mask_indptr", mask_indptr.has_value()},
+        std::pair{"q_scale", q_scale.has_value()}, std::pair{"k_scale", k_scale.has_value()},
+        std::pair{"v_scale", v_scale.has_value()}, std::pair{"sinks", sinks.has_value()},
+        std::pair{"extra_tensors", extra_tensors.has_value()},
+        std::pair{"extra_scalars", extra_scalars.has_value()}}) {
+    if (given) not_yet(kOp, name, "a value other than None");
+  }
+  if (pos_encoding_mode == 2) not_yet(kOp, "pos_encoding_mode", "2 (ALIBI)");
+  if (pos_encoding_mode != 0 && pos_encoding_mode != 1) {
+    fail(kOp, "pos_encoding_mode", "0 (NONE) or 1 (ROPE_LLAMA)", std::to_string(pos_encoding_mode),
+         "Pass one of these");
+  }
+  const Arg query{kOp, "q", q};
+  const Shape shape = check_inputs(query, {kOp, "k", k}, {kOp, "v", v}, kv_layout);
+  if (use_fp16_qk_reduction && q.scalar_type() != Dtype::Half) {
+    fail(kOp, "use_fp16_qk_reduction", "False unless q is float16", "True with bfloat16",
+         "Leave it out, or convert q, k and v to float16");
+  }
+  const Options options = {
+      causal,     window_left, logits_soft_cap,      sm_scale, pos_encoding_mode == 1,
+      rope_scale, rope_theta,  use_fp16_qk_reduction};
+  check_options(kOp, options);
+  const Tensor out = empty_out(q, shape.head_dim_vo);
+  const Tensor lse = q.dim() == 2 ? empty(q, {q.size(0)}, Dtype::Float)
+                                  : empty(q, {q.size(0), q.size(1)}, Dtype::Float);
+  run(query, k, v, out, static_cast<float*>(lse.mutable_data_ptr()), shape, options);
+  return {out, lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+  m.impl("single_attention", TORCH_BOX(&single_attention));
+  m.impl("single_attention_full", TORCH_BOX(&single_attention_full));
+}
+
+}  // namespace ridgeline
