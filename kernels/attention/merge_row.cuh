@@ -38,15 +38,16 @@ template <class T, int kVec>
 __device__ __forceinline__ void add_weighted(float (&sum)[kVec], const Vec<T, kVec>& x,
                                              float weight) {
   if (weight == 0.0f) return;
+  float values[kVec];
+  x.to_floats(values);
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) sum[i] = fmaf(weight, x.get(i), sum[i]);
+  for (int i = 0; i < kVec; ++i) sum[i] = fmaf(weight, values[i], sum[i]);
 }
 
 template <class T, int kVec>
 __device__ __forceinline__ Vec<T, kVec> rounded(const float (&sum)[kVec]) {
   Vec<T, kVec> y;
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) y.set(i, sum[i]);
+  y.from_floats(sum);
   return y;
 }
 
