@@ -2,12 +2,15 @@
 // of kernel: attention_choice.cpp.
 
 #include <torch/csrc/stable/library.h>
-
 #include <array>
 #include <atomic>
 #include <cmath>
 #include <numbers>
 #include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "attention/params.h"

@@ -4,6 +4,9 @@
 
 #include <array>
 #include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
 
 #include "attention/merge_params.h"
 #include "runtime/access.h"

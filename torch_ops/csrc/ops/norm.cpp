@@ -4,6 +4,9 @@
 
 #include <array>
 #include <cmath>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "norm/params.h"
 #include "runtime/access.h"

@@ -5,7 +5,9 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "runtime/catalog.h"
 #include "runtime/device.h"

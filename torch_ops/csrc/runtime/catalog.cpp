@@ -4,6 +4,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 
 namespace ridgeline {
 namespace {

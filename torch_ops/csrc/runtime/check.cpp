@@ -1,7 +1,9 @@
 #include "runtime/check.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <stdexcept>
+#include <vector>
 
 namespace ridgeline {
 namespace {

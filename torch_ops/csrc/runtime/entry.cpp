@@ -1,5 +1,6 @@
 #include "runtime/entry.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <map>

@@ -1,5 +1,6 @@
 #include "runtime/key.h"
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <set>
