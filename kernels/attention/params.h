@@ -97,10 +97,10 @@ constexpr TileConfig attention_tile(int head_dim_qk, int head_dim_vo, int tile_q
   if (head_dim_qk == 64 && head_dim_vo == 64) {
     if (tile_q == 16) return {4, 4, 64, sm == 75 ? 1 : 3, 4, true};
     if (tile_q == 64) return {4, 1, 64, sm == 75 ? 1 : 2, 3, true};
-    if (tile_q == 128) return {4, 1, sm == 75 ? 64 : 96, 1, 2, true};
+    if (tile_q == 128) return {4, 1, sm == 75 ? 64 : 128, 1, 2, false};
   }
   if (head_dim_qk == 128 && head_dim_vo == 128) {
-    if (tile_q == 16) return {4, 4, 64, sm == 75 ? 1 : 2, 3, true};
+    if (tile_q == 16) return {4, 4, 64, sm == 75 ? 1 : 2, sm == 75 ? 3 : 2, true};
     if (tile_q == 64) return {4, 1, sm == 75 ? 32 : 64, 1, 2, true};
     if (tile_q == 128) return {4, 1, sm == 75 ? 32 : 64, 1, sm == 75 ? 1 : 2, false};
   }
@@ -126,13 +126,16 @@ constexpr int rotation_table_bytes(int head_dim_qk) {
   return head_dim_qk / 2 * int(sizeof(uint64));
 }
 
+// Bytes of the K and V tiles of all stages, for elements of 16 bits.
+constexpr int attention_kv_bytes(int head_dim_qk, int head_dim_vo, int tile_q, int sm) {
+  const TileConfig tile = attention_tile(head_dim_qk, head_dim_vo, tile_q, sm);
+  return tile.stages * tile.kv_tile * (head_dim_qk + head_dim_vo) * 2;
+}
+
 // Dynamic shared memory of a launch, for elements of 16 bits.
 constexpr int attention_smem_bytes(int head_dim_qk, int head_dim_vo, int tile_q, int sm,
                                    bool rotates) {
-  const TileConfig tile = attention_tile(head_dim_qk, head_dim_vo, tile_q, sm);
-  const int element = 2;
-  const int kv_bytes = tile.stages * tile.kv_tile * (head_dim_qk + head_dim_vo) * element;
-  return tile_q * head_dim_qk * element + kv_bytes +
+  return tile_q * head_dim_qk * 2 + attention_kv_bytes(head_dim_qk, head_dim_vo, tile_q, sm) +
          (rotates ? rotation_table_bytes(head_dim_qk) : 0);
 }
 

@@ -115,9 +115,10 @@ __device__ __forceinline__ void multiply_keys(Logits<Traits>& logits,
       halves[m][n][0] = halves[m][n][1] = 0;
     }
   }
-  // Why not all: across the whole row the compiler starts so many reads ahead that accumulators
-  // spill.
-  constexpr int kUnroll = Traits::kQueryInRegisters ? Traits::kQk / 16 : 4;
+  // Why not all of a row with two fragments of rows: the compiler would start so many reads ahead
+  // that accumulators spill.
+  constexpr bool kWholeRow = Traits::kQueryInRegisters || Traits::kMFrags == 1;
+  constexpr int kUnroll = kWholeRow ? Traits::kQk / 16 : 4;
 #pragma unroll kUnroll
   for (int k = 0; k < Traits::kQk / 16; ++k) {
     uint32 a[Traits::kMFrags][4];
@@ -251,10 +252,13 @@ __device__ __forceinline__ void softmax_step(Exponentials<Traits>& exponentials,
         exponentials[m][n / 2][n % 2 * 2 + half] = pack_pair<typename Traits::T>(first, second);
       }
       state.sum[m][half] = state.sum[m][half] * rescale[m][half] + sum;
+    }
+    // Most steps find no larger logit in any row of the warp.
+    if (__any_sync(0xffffffffu, rescale[m][0] != 1.0f || rescale[m][1] != 1.0f)) {
 #pragma unroll
       for (int n = 0; n < Traits::kVoFrags; ++n) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) state.out[m][n][2 * half + i] *= rescale[m][half];
+        for (int i = 0; i < 4; ++i) state.out[m][n][i] *= rescale[m][i / 2];
       }
     }
   }

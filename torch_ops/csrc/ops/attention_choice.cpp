@@ -36,7 +36,7 @@ constexpr std::array<const char*, kNumAttentionVariants> kVariants = {
     "Fp16Logits<RopeLlamaVariant>"};
 
 // Keys of one part below which another part costs more than it saves.
-constexpr int64 kMinKeysOfDecodePart = 128;
+constexpr int64 kMinKeysOfDecodePart = 64;
 constexpr int64 kMinKeysOfPart = 512;
 constexpr int64 kMaxParts = 256;
 
@@ -53,11 +53,21 @@ int64 ceil_div(int64 value, int64 by) {
   return (value + by - 1) / by;
 }
 
-// CTAs that run at a time.
-int64 resident_ctas(const Candidate& candidate, const AttentionGpu& gpu, bool rotates) {
+// CTAs that run at a time, or as many of them as it takes to keep memory busy: one part more costs
+// a partial result.
+int64 useful_ctas(const Candidate& candidate, const AttentionGpu& gpu, bool rotates) {
   constexpr int kReserved = 1024;  // bytes that the system takes of each CTA's shared memory
+  const TileConfig tile = tile_of(candidate, gpu.sm);
   const int by_smem = gpu.smem_per_sm / (smem_of(candidate, gpu.sm, rotates) + kReserved);
-  return int64(gpu.num_sms) * std::clamp(by_smem, 1, tile_of(candidate, gpu.sm).ctas_per_sm);
+  int ctas_per_sm = std::clamp(by_smem, 1, tile.ctas_per_sm);
+  if (candidate.tile_q == 16) {
+    // Measured on an H200: 64 KiB in flight on each SM do; of a single stage half is in flight.
+    const int bytes =
+        attention_kv_bytes(candidate.head_dim_qk, candidate.head_dim_vo, candidate.tile_q, gpu.sm);
+    const int in_flight = tile.stages == 1 ? bytes / 2 : bytes;
+    ctas_per_sm = std::min<int>(ctas_per_sm, ceil_div(64 * 1024, in_flight));
+  }
+  return int64(gpu.num_sms) * ctas_per_sm;
 }
 
 // Most keys that the rows of one tile see.
@@ -73,7 +83,7 @@ int64 parts_of(const Candidate& candidate, const AttentionProblem& problem, cons
                int64 num_tiles) {
   const int64 min_keys = candidate.tile_q == 16 ? kMinKeysOfDecodePart : kMinKeysOfPart;
   const int64 most = visible_keys(problem, candidate.tile_q) / min_keys;
-  const int64 wanted = resident_ctas(candidate, gpu, problem.rotates) / num_tiles;
+  const int64 wanted = useful_ctas(candidate, gpu, problem.rotates) / num_tiles;
   return std::max<int64>(1, std::min({most, wanted, kMaxParts}));
 }
 
