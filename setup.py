@@ -104,9 +104,9 @@ class BuildLibrary(build_ext):
             )
         env = {**os.environ, "PYTHONPATH": str(root)}
         out = package_dir / "packs"
-        subprocess.run(
-            [sys.executable, "-m", "ridgeline.aot", "build", "--out", str(out)], check=True, env=env
-        )
+        command = [sys.executable, "-m", "ridgeline.aot", "build", "--out", str(out)]
+        if subprocess.run(command, env=env).returncode:
+            sys.exit("error: the kernel packs were not built; the reason is above")
 
 
 class PlatformWheel(bdist_wheel):
