@@ -49,6 +49,12 @@ def require_gpu() -> str:
     return name
 
 
+def count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def install_site() -> dict[str, str]:
     """Install into build/gpu/site unless it is there; returns the variables that find it."""
     wanted = os.environ.get("WHEEL", "")

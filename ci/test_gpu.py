@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import ROOT, Stopwatch, say
-from gpu import GPU_BUILD, install_site, require_gpu
+from gpu import GPU_BUILD, count_gpus, install_site, require_gpu
 
 LOGS = GPU_BUILD / "logs"
 SANITIZED_ARCHS = ("75", "80")
@@ -66,6 +66,31 @@ def start(name: str, command: list[str], env: dict[str, str]) -> Job:
             start_new_session=True,
         )
     return Job(name, process, time.monotonic())
+
+
+# Compiles the core table for the architecture that RIDGELINE_ARCH names, into the cache.
+PREPARE = """
+import ridgeline
+from ridgeline import compiler
+library = compiler.library()
+arch = library.driver_report()["devices"][0]["arch"]
+kernels = [row.kernel for row in library.core_table if row.serves(arch)]
+print(ridgeline.warmup(sorted(set(kernels)), arch=arch, progress=False))
+"""
+
+
+def prepare(archs: list[str], env: dict[str, str]) -> None:
+    """Fill the cache side by side, so that the tests' processes need not compile one by one."""
+    watch = Stopwatch()
+    share = {"MAX_JOBS": str(max(1, (os.cpu_count() or 1) // len(archs)))}
+    command = [sys.executable, "-c", PREPARE]
+    jobs = [
+        start(f"compile_sm_{arch}", command, {**env, **share, "RIDGELINE_ARCH": arch})
+        for arch in archs
+    ]
+    wait(jobs, 600)
+    print_failures(jobs)
+    say(f"compiled the core table for {', '.join(archs)} in {watch}")
 
 
 def pytest_job(arch: str, env: dict[str, str]) -> Job:
@@ -130,7 +155,14 @@ def main() -> int:
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir(parents=True)
     archs = (os.environ.get("ARCH") or "75,80,89,90a").replace("native", "90a").split(",")
-    jobs = [pytest_job(arch, env) for arch in archs]
+    prepare(archs, env)
+    gpus = [str(index) for index in range(count_gpus())]
+    jobs = []
+    for index, arch in enumerate(archs):
+        # Each job sees all GPUs, and another one first.
+        first = index % len(gpus)
+        order = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[first:] + gpus[:first])}
+        jobs.append(pytest_job(arch, {**env, **order}))
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:
         chosen = [arch for arch in SANITIZED_ARCHS if arch in archs] or archs[:1]

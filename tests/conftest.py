@@ -9,9 +9,12 @@ Nothing here imports ridgeline: ``--arch`` has to be in the environment before t
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import os
 import secrets
 import shlex
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +40,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; left out, and counted, without one")
     config.addinivalue_line("markers", "slow: takes over 20 seconds or tens of gigabytes")
+    config.addinivalue_line("markers", "large: needs gigabytes of the GPU's memory for itself")
+    config.addinivalue_line(
+        "markers", "once: the same on every architecture; runs on the GPU's own"
+    )
     arch = config.getoption("--arch")
     if arch != "native":
         os.environ["RIDGELINE_ARCH"] = arch
@@ -57,6 +64,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
+        major, _ = torch.cuda.get_device_capability()
+        if config.getoption("--arch") not in ("native", "90a" if major == 9 else "native"):
+            again = [item for item in items if item.get_closest_marker("once")]
+            items[:] = [item for item in items if not item.get_closest_marker("once")]
+            config.hook.pytest_deselected(items=again)
         return
     left_out = [item for item in items if item.get_closest_marker("gpu")]
     if left_out:
@@ -87,6 +99,19 @@ def pytest_terminal_summary(
             f"not run: {left_out} tests need a GPU (no CUDA device found); "
             "run `make test-gpu` on a machine that has one"
         )
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Tests that may fill a GPU take turns over the processes of a run, and clean up."""
+    if not item.get_closest_marker("large"):
+        yield
+        return
+    with (Path(tempfile.gettempdir()) / "ridgeline-tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -77,10 +78,14 @@ def poison(*tensors: torch.Tensor) -> None:
 def run_python(
     code: str, env: Mapping[str, str] | None = None, timeout: float = 120.0
 ) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a fresh interpreter of this environment; `env` is added to os.environ."""
+    """Run `code` in a fresh interpreter of this environment; `env` is added to os.environ.
+
+    It can import the test files, and what PYTHONPATH names already.
+    """
+    path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, **(env or {})},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **(env or {})},
         capture_output=True,
         text=True,
         timeout=timeout,

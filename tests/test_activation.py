@@ -188,6 +188,7 @@ def test_second_device(second_device: torch.device, rng: torch.Generator) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.large
 def test_offsets_above_two_to_the_31(rng: torch.Generator) -> None:
     device = torch.device("cuda", 0)
     values = normal((3, 256), torch.bfloat16, device, rng)
@@ -198,6 +199,7 @@ def test_offsets_above_two_to_the_31(rng: torch.Generator) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("hidden", [1, 3])
 def test_more_vectors_than_31_bits(hidden: int) -> None:
     """Single-element accesses over more than 2^31 outputs: several ranges of rows."""

@@ -109,6 +109,7 @@ def test_float32_on_the_cpu(problem: Problem, rng: torch.Generator) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     "problem",
@@ -276,6 +277,7 @@ def test_inputs_are_left_alone(device: torch.device, rng: torch.Generator) -> No
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
 def test_offsets_beyond_32_bits(kv_layout: str, rng: torch.Generator) -> None:
     """Keys and values in one buffer, 2^31 elements apart and further; needs 14 GB."""

@@ -413,6 +413,7 @@ print(f"seconds {time.perf_counter() - start:.3f}")
 
 
 @pytest.mark.gpu
+@pytest.mark.once
 def test_first_call_compiles_and_the_next_process_does_not(tmp_path: Path) -> None:
     env = {"RIDGELINE_CACHE_DIR": str(tmp_path), "RIDGELINE_PACK_DIR": "", "PATH": ""}
     first, second = run_python(FIRST_CALL, env), run_python(FIRST_CALL, env)
@@ -424,6 +425,7 @@ def test_first_call_compiles_and_the_next_process_does_not(tmp_path: Path) -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.once
 def test_warmup_leaves_nothing_to_compile(tmp_path: Path) -> None:
     code = f"""
 import logging

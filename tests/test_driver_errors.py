@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from support import run_python
 
+pytestmark = pytest.mark.once
+
 KERNEL = "norm/rmsnorm.cuh:rmsnorm<__half, __half, 8>"
 
 LOAD = f"""

@@ -83,7 +83,7 @@ graph.replay()
 assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))
 print("equal")
 """
-    result = run_python(code, {"PYTHONPATH": str(__import__("pathlib").Path(__file__).parent)})
+    result = run_python(code)
     assert result.stdout.strip() == "equal", result.stderr
 
 

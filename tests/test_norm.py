@@ -331,6 +331,7 @@ def test_side_stream(rng: torch.Generator) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.large
 def test_offsets_above_two_to_the_31(rng: torch.Generator) -> None:
     device = torch.device("cuda", 0)
     values, _, weight = draw((3,), 4096, torch.bfloat16, device, rng)

@@ -342,6 +342,7 @@ def test_second_device(second_device: torch.device, rng: torch.Generator) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.large
 def test_offsets_above_two_to_the_31(rng: torch.Generator) -> None:
     device = torch.device("cuda", 0)
     q_values, k, pos_ids = draw(3, (4, 1), 128, torch.bfloat16, device, rng)

@@ -85,8 +85,8 @@ std::string shape_text(const Tensor& t) {
 
 void check_cuda(const Arg& arg) {
   if (arg.tensor.is_cuda()) return;
-  fail(arg.op, arg.name, "a CUDA tensor", "one on " + device_name(arg.tensor),
-       "Move it with .to('cuda')");
+  fail(arg.op, arg.name, "a tensor on a CUDA device, as another argument is",
+       "one on device " + device_name(arg.tensor), "Move all of them to one device");
 }
 
 void check_same_device(const Arg& arg, const Arg& as) {
