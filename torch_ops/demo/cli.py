@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn, TextIO
 
+import ridgeline
 import torch
 
-from ..supports import supports
 from .check import Verdict, check_bits_per_byte, check_words, compare_tokens, require_transformers
 from .generate import Sampler, Speed, Utf8Stream, WordWrap, generate
 from .llama import Llama
@@ -161,7 +161,9 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype that `--dtype` names."""
     on_gpu = device.type == "cuda"
-    has_bf16 = not on_gpu or supports("single_attention", device=device, dtype="bfloat16").ok
+    has_bf16 = (
+        not on_gpu or ridgeline.supports("single_attention", device=device, dtype="bfloat16").ok
+    )
     if name == "auto":
         name = ("bfloat16" if has_bf16 else "float16") if on_gpu else "float32"
     if name not in DTYPES:
