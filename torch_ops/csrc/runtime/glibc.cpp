@@ -1,5 +1,5 @@
 // Parts of newer C++ and C libraries that the compiled code refers to and a manylinux_2_28 system
-// has not: they are defined here, hidden, so that the reference ends inside this library.
+// has not: they are defined here, not exported, so that the reference ends inside this library.
 
 #include <new>
 #include <sstream>
@@ -16,7 +16,7 @@ __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
 
 // Why: libstdc++ gained this function with version 11; new[] of a vector's growth calls it.
 namespace std {
-[[noreturn]] __attribute__((visibility("hidden"))) void __throw_bad_array_new_length() {
+[[noreturn]] void __throw_bad_array_new_length() {
   throw std::bad_array_new_length();
 }
 }  // namespace std
