@@ -102,7 +102,8 @@ class BuildLibrary(build_ext):
                 "RIDGELINE_BUILD_PACK=1 is for wheels; in a checkout run: "
                 "python -m ridgeline.aot build"
             )
-        env = {**os.environ, "PYTHONPATH": str(root)}
+        path = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
         out = package_dir / "packs"
         command = [sys.executable, "-m", "ridgeline.aot", "build", "--out", str(out)]
         if subprocess.run(command, env=env).returncode:
