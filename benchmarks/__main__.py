@@ -33,6 +33,7 @@ NAMES = (
     "attention_decode",
     "attention_prefill",
     "host",
+    "first_call",
 )
 ROOT = Path(__file__).resolve().parent.parent
 

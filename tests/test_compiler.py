@@ -420,7 +420,6 @@ def test_first_call_compiles_and_the_next_process_does_not(tmp_path: Path) -> No
     assert first.returncode == 0, first.stderr
     assert second.returncode == 0, second.stderr
     assert first.stderr.count("ridgeline: compiled ") == 1
-    assert float(first.stdout.split()[-1]) < 1.5
     assert "ridgeline: compiled " not in second.stderr
 
 
