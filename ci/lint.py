@@ -1,7 +1,7 @@
 """Style and rules: `make lint`, or one part of it: `python3 ci/lint.py mypy`; `--fix` repairs.
 
 Parts: ruff (lint and format), mypy (--strict, over the import package as it is installed),
-clang-format, tree (ci/check_tree.py). Each runs, even when another failed.
+clang-format, tree (ci/check_tree.py and the README's matrix). Each runs, even when another failed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from common import BUILD, PRODUCTS, ROOT, run, say, stop
+from demo import ensure_editable
 from env import make_env
 
 PARTS = ("ruff", "mypy", "clang-format", "tree")
@@ -57,6 +58,8 @@ def clang_format(python: Path, fix: bool) -> bool:
 
 
 def tree(python: Path, fix: bool) -> bool:
+    """The rules of the tree, and the README's matrix against the library's core table."""
+    ensure_editable(python)
     matrix = [python, ROOT / "ci" / "readme_matrix.py", *(["--write"] if fix else ["--check"])]
     return (
         run([python, ROOT / "ci" / "check_tree.py"], check=False) == run(matrix, check=False) == 0

@@ -30,11 +30,14 @@ def dtype_of(kernel: str) -> str:
     return DTYPES.get(found[1], found[1]) if found else "any"
 
 
-def head_dims_of(kernel: str) -> str:
-    found = re.search(r"HeadDims<(\d+), (\d+)>", kernel)
-    if not found:
-        return ""
-    return found[1] if found[1] == found[2] else f"({found[1]}, {found[2]})"
+def head_dims_of(kernels: Sequence[str]) -> list[str]:
+    """Head dims of the attention kernels, as the README writes them, ascending."""
+    found = {
+        (int(qk), int(vo))
+        for kernel in kernels
+        for qk, vo in re.findall(r"HeadDims<(\d+), (\d+)>", kernel)
+    }
+    return [str(qk) if qk == vo else f"({qk}, {vo})" for qk, vo in sorted(found)]
 
 
 def in_pack(rows: Sequence[CoreRow], arch: str) -> str:
@@ -42,17 +45,20 @@ def in_pack(rows: Sequence[CoreRow], arch: str) -> str:
     packed = [row.kernel for row in rows if row.core and row.serves(arch)]
     if not packed:
         return "JIT" if any(row.serves(arch) for row in rows) else "no"
-    dtypes = " ".join(sorted({dtype_of(k) for k in packed}, key=list(DTYPES.values()).index))
-    dims = dict.fromkeys(head_dims_of(kernel) for kernel in packed)
-    return dtypes + (f": {', '.join(dims)}" if any(dims) else "")
+    order = list(DTYPES.values())
+    dtypes = " ".join(sorted({dtype_of(kernel) for kernel in packed}, key=order.index))
+    dims = head_dims_of(packed)
+    return dtypes + (f": {', '.join(dims)}" if dims else "")
 
 
 def matrix(table: Sequence[CoreRow]) -> str:
-    """One line an op: the types, and head dims of attention, in each architecture's pack."""
-    lines = [f"| op | {' | '.join(ARCHS)} |", "|---" * (len(ARCHS) + 1) + "|"]
+    """The types, and the head dims of attention, in each pack; ops that agree share a line."""
+    ops_of: dict[tuple[str, ...], list[str]] = {}
     for op in dict.fromkeys(row.op for row in table):
         rows = [row for row in table if row.op == op]
-        lines.append(f"| `{op}` | {' | '.join(in_pack(rows, arch) for arch in ARCHS)} |")
+        ops_of.setdefault(tuple(in_pack(rows, arch) for arch in ARCHS), []).append(f"`{op}`")
+    lines = [f"| op | {' | '.join(ARCHS)} |", "|---" * (len(ARCHS) + 1) + "|"]
+    lines += [f"| {', '.join(ops)} | {' | '.join(cells)} |" for cells, ops in ops_of.items()]
     return "\n".join(lines)
 
 
