@@ -2,12 +2,12 @@
 # environments that they need under .venv* and do nothing twice.
 
 PYTHON ?= python3
-export TORCH ENV MODEL PROMPT TOKENS DEVICE ARGS ARCH WHEEL QUICK
+export TORCH ENV MODEL PROMPT TOKENS DEVICE TEMPERATURE SEED ARGS ARCH WHEEL QUICK
 
 .PHONY: help demo test test-gpu bench wheel lint docs clean
 
 help:
-	@echo "make demo      set everything up and let a small language model write  (PROMPT= TOKENS= MODEL= DEVICE=)"
+	@echo "make demo      set everything up and let a small language model write  (PROMPT= TOKENS= TEMPERATURE= SEED= MODEL= DEVICE=)"
 	@echo "make test      build the wheel, install it in a fresh environment, test it there     (ARGS= for pytest)"
 	@echo "make test-gpu  on a GPU: the GPU tests of every architecture, compute-sanitizer      (ARCH= WHEEL= ARGS=)"
 	@echo "make bench     on a GPU: measure every op beside torch's own kernels                 (WHEEL= QUICK=1 ARGS=)"

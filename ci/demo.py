@@ -1,7 +1,8 @@
 """Sets everything up, then lets the demo model write: `make demo`.
 
 Installs the library of this checkout into .venv (editable, no kernel packs: on a GPU its kernels
-come by JIT) and runs `python -m ridgeline demo`. MODEL, PROMPT and TOKENS are passed on.
+come by JIT) and runs `python -m ridgeline demo`. MODEL, PROMPT, TOKENS, DEVICE, TEMPERATURE and SEED are
+passed on.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def main() -> None:
     python = make_env(".venv", "build", "demo")
     ensure_editable(python)
     command: list[str | Path] = [python, "-m", "ridgeline", "demo"]
-    for variable in ("MODEL", "PROMPT", "TOKENS", "DEVICE"):
+    for variable in ("MODEL", "PROMPT", "TOKENS", "DEVICE", "TEMPERATURE", "SEED"):
         if os.environ.get(variable):
             command += [f"--{variable.lower()}", os.environ[variable]]
     sys.exit(run(command, check=False))
