@@ -17,7 +17,8 @@ from . import __version__, _library, compiler
 from .compiler import pack
 from .compiler.native import Native
 
-_PROBE = "namespace ridgeline { template <int kValue> __global__ void probe(const int* data) {} }\n"
+# A small kernel of the library, to see whether NVRTC and its headers work.
+_PROBE = "activation/gated.cuh:gated<__half, 1, Silu>"
 _MIN_FREE_BYTES = 64 << 20
 
 
@@ -155,17 +156,14 @@ def _packs(library: Native) -> Iterator[Finding]:
 
 
 def _nvrtc(library: Native, has_gpu: bool) -> Finding:
-    """Compile a kernel of one line: nothing less shows that compiler and headers fit together."""
+    """Compile a small kernel: nothing less shows that compiler and headers fit together."""
     from .compiler import nvrtc, toolchain
 
     start = time.perf_counter()
     try:
         tools = toolchain.load()
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "probe.cuh").write_text("#include <cuda_fp16.h>\n" + _PROBE)
-            nvrtc.compile_kernel(
-                "probe.cuh:probe<1>", "sm_80", "", library.compile_options(), folder
-            )
+        folder = str(library.kernels_dir())
+        nvrtc.compile_kernel(_PROBE, "sm_80", "", library.compile_options(), folder)
     except Exception as error:
         # Without a GPU nothing has to be compiled.
         state = "wrong" if has_gpu else "note"
