@@ -66,7 +66,7 @@ def kernel_includes(files: list[Path]) -> Iterator[str]:
 def host_code(files: list[Path]) -> Iterator[str]:
     """torch_ops/ holds no device code."""
     for path in files:
-        if path.parts[len(ROOT.parts)] == "torch_ops" and path.suffix in (".cpp", ".h"):
+        if path.parts[len(ROOT.parts)] == "torch_ops" and path.suffix in (".cpp", ".h", ".py"):
             for number, line in enumerate(code_lines(path), 1):
                 if re.search(r"__(global|device|shared)__", line.split("//")[0]):
                     yield f"{name_of(path)}:{number}: device code outside kernels/"
