@@ -288,9 +288,7 @@ class _Side:
                 "or float8_e5m2 from float16, bfloat16 or float32, float16 or bfloat16 from float32"
             )
             way_out = f"Convert '{self.source_arg}' first."
-            raise TypeError(
-                _check.message(self.op, self.target_arg, expected, target, way_out)
-            )
+            raise TypeError(_check.message(self.op, self.target_arg, expected, target, way_out))
 
     def check_scale(self) -> None:
         op, arg, scales = self.op, self.scale_arg, self.scales
@@ -464,12 +462,10 @@ def _append_mla_fake(*_: object) -> None:
 
 
 @fake_impl("get_batch_indices_positions")
-def _batch_indices_fake(
-    append_indptr: Tensor, seq_lens: Tensor, nnz: int
-) -> tuple[Tensor, Tensor]:
+def _batch_indices_fake(append_indptr: Tensor, _: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
     return append_indptr.new_empty((nnz,)), append_indptr.new_empty((nnz,))
 
 
 @fake_impl("get_seq_lens")
-def _seq_lens_fake(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) -> Tensor:
+def _seq_lens_fake(_: Tensor, kv_last_page_len: Tensor, *__: object) -> Tensor:
     return torch.empty_like(kv_last_page_len)

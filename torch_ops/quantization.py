@@ -150,12 +150,12 @@ def _segment_packbits_cpu(x: Tensor, indptr: Tensor, big: bool = True) -> tuple[
 
 
 @fake_impl("packbits")
-def _packbits_fake(x: Tensor, big: bool = True) -> Tensor:
+def _packbits_fake(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(((x.shape[0] + 7) // 8,), dtype=torch.uint8)
 
 
 @fake_impl("segment_packbits")
-def _segment_packbits_fake(x: Tensor, indptr: Tensor, big: bool = True) -> tuple[Tensor, Tensor]:
+def _segment_packbits_fake(x: Tensor, indptr: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     num_segments = indptr.shape[0] - 1
     num_bytes = _num_segment_bytes(x.shape[0], num_segments) if num_segments else 0
     packed = x.new_empty((num_bytes,), dtype=torch.uint8)

@@ -5,8 +5,8 @@
 // append [nnz, num_heads, head_dim] and a pool in either layout, any strides but a last one of 1.
 // blockIdx.y is 0 for keys, 1 for values. A team of page_team() threads owns a token; thread t of a
 // team of n takes vectors t, t + n, ... of the token's heads, kPageSlots in flight. The data is on
-// its way while the page table is looked up. A token whose place does not exist is skipped. All SMs,
-// any head_dim and page size; nnz and a token's elements below 2^31.
+// its way while the page table is looked up. A token whose place does not exist is skipped. All
+// SMs, any head_dim and page size; nnz and a token's elements below 2^31.
 #pragma once
 
 #include "common/paging.cuh"
@@ -36,8 +36,8 @@ struct AppendRow {
       if (vec_idx >= tensor.num_vecs) continue;
       const uint32 head = tensor.vecs_per_head.quotient(vec_idx);
       const uint32 in_head = vec_idx - head * tensor.vecs_per_head.divisor;
-      fetched.vecs[i] = load_once<Cast::kVec>(source + head * tensor.source_head_stride +
-                                              in_head * Cast::kVec);
+      fetched.vecs[i] =
+          load_once<Cast::kVec>(source + head * tensor.source_head_stride + in_head * Cast::kVec);
     }
   }
 
@@ -58,7 +58,8 @@ struct AppendRow {
 
   __device__ __forceinline__ float inverse_scale(uint32 head) const {
     if constexpr (!Cast::kScales) return 1.0f;
-    return tensor.scales ? 1.0f / tensor.scales[head * tensor.scale_stride] : tensor.inverse_scale;
+    return tensor.scales ? reciprocal(tensor.scales[head * tensor.scale_stride])
+                         : tensor.inverse_scale;
   }
 };
 

@@ -6,6 +6,14 @@
 
 namespace ridgeline {
 
+// 1 / x rounded to nearest, for x and 1 / x of normal size (and a mantissa that is not all ones).
+// Why not a division: its slow path is a call, around which registers are spilled.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return fmaf(y, fmaf(-x, y, 1.0f), y);
+}
+
 template <int kBytes>
 struct Copy {
   using From = uint8;
@@ -26,8 +34,7 @@ struct Convert {
   static constexpr int kVec = kElements;
   static constexpr bool kScales = true;
 
-  static __device__ __forceinline__ Vec<T, kVec> apply(const Vec<F, kVec>& x,
-                                                       float inverse_scale) {
+  static __device__ __forceinline__ Vec<T, kVec> apply(const Vec<F, kVec>& x, float inverse_scale) {
     Vec<T, kVec> y;
 #pragma unroll
     for (int i = 0; i < kVec; ++i) y.set(i, x.get(i) * inverse_scale);

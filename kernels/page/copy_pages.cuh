@@ -3,9 +3,9 @@
 //
 // Pages [num_outer, num_inner, head_dim] of any strides but a last one of 1, in GPU memory or in
 // pinned host memory that the GPU has mapped. blockIdx.y is 0 for keys, 1 for values. A page is cut
-// into chunks of kPageChunk vectors of kVec bytes; a team of page_team() threads owns a chunk, thread
-// t of a team of n takes its vectors t, t + n, ... A copy from or to a page that a pool does not have
-// is skipped. All SMs; a page's vectors and num_copies * chunks below 2^31.
+// into chunks of kPageChunk vectors of kVec bytes; a team of page_team() threads owns a chunk,
+// thread t of a team of n takes its vectors t, t + n, ... A copy from or to a page that a pool does
+// not have is skipped. All SMs; a page's vectors and num_copies * chunks below 2^31.
 #pragma once
 
 #include "common/paging.cuh"

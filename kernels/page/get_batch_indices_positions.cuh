@@ -1,9 +1,10 @@
-// For each appended token its request and its position there: token t of request b, append_indptr[b]
+// For each appended token its request and its position there: token t of request b,
+// append_indptr[b]
 // <= t < append_indptr[b + 1], has position seq_lens[b] - append_indptr[b + 1] + t. Tokens of no
 // request get -1, -1.
 //
-// A thread owns a token and finds its request by binary search, which ends at a request of the batch
-// whatever append_indptr holds. All SMs; launch: kPageThreads threads, one for each token.
+// A thread owns a token and finds its request by binary search, which ends at a request of the
+// batch whatever append_indptr holds. All SMs; launch: kPageThreads threads, one for each token.
 #pragma once
 
 #include "common/paging.cuh"

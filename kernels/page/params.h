@@ -49,9 +49,9 @@ struct CopyTensor {
   void* target;
   int64 source_page_stride, source_outer_stride, source_inner_stride;
   int64 target_page_stride, target_outer_stride, target_inner_stride;
-  uint32 num_vecs;         // of a page
-  uint32 team_size;        // page_team of a chunk
-  uint32 num_rows;         // num_copies * chunks_per_page, below 2^31
+  uint32 num_vecs;   // of a page
+  uint32 team_size;  // page_team of a chunk
+  uint32 num_rows;   // num_copies * chunks_per_page, below 2^31
   Divider chunks_per_page;
   Divider vecs_per_inner;  // head_dim
   Divider num_inner;
@@ -79,7 +79,7 @@ struct SeqLensParams {
   const int32* last_page_len;  // [batch_size], tokens
   int32* seq_lens;             // [batch_size], tokens
   uint32 batch_size;
-  uint32 page_size;            // tokens
+  uint32 page_size;  // tokens
 };
 
 }  // namespace ridgeline

@@ -1,5 +1,5 @@
-// packed[i] = bits x[8 i] to x[8 i + 7], the first one lowest ("little") or highest ("big"); missing
-// ones at the end are 0.
+// packed[i] = bits x[8 i] to x[8 i + 7], the first one lowest ("little") or highest ("big");
+// missing ones at the end are 0.
 //
 // x [num_bits] of bytes, nonzero is a 1, any stride with kVec = 1; kVec = 16 loads 16 bytes at once
 // and needs a stride of 1 and an aligned x. A thread owns 16 bits, two bytes of packed. All SMs.

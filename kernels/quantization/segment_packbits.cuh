@@ -1,10 +1,11 @@
 // packbits of each segment x[indptr[s]] to x[indptr[s + 1] - 1] by itself: its bytes begin at
 // packed[new_indptr[s]], and new_indptr[s + 1] - new_indptr[s] = ceil(length / 8).
 //
-// Two kernels. segment_offsets: one block, the running sum of the segments' bytes. segment_packbits:
-// a warp owns kPackRounds groups of 4 bytes; lane l looks at bit l of a group, and a vote of the warp
-// is the 4 bytes. Bytes past the last segment are 0. x of any stride. Whatever indptr holds, segments
-// are cut to x and new_indptr is monotonic and at most num_bytes. All SMs.
+// Two kernels. segment_offsets: one block, the running sum of the segments' bytes.
+// segment_packbits: a warp owns kPackRounds groups of 4 bytes; lane l looks at bit l of a group,
+// and a vote of the warp is the 4 bytes. Bytes past the last segment are 0. x of any stride.
+// Whatever indptr holds, segments are cut to x and new_indptr is monotonic and at most num_bytes.
+// All SMs.
 #pragma once
 
 #include "common/reduce.cuh"

@@ -33,10 +33,14 @@ struct Conversion {
 };
 
 constexpr std::array kConversions = {
-    Conversion{Dtype::Half, Dtype::Float8_e4m3fn},     Conversion{Dtype::Half, Dtype::Float8_e5m2},
-    Conversion{Dtype::BFloat16, Dtype::Float8_e4m3fn}, Conversion{Dtype::BFloat16, Dtype::Float8_e5m2},
-    Conversion{Dtype::Float, Dtype::Float8_e4m3fn},    Conversion{Dtype::Float, Dtype::Float8_e5m2},
-    Conversion{Dtype::Float, Dtype::Half},             Conversion{Dtype::Float, Dtype::BFloat16},
+    Conversion{Dtype::Half, Dtype::Float8_e4m3fn},
+    Conversion{Dtype::Half, Dtype::Float8_e5m2},
+    Conversion{Dtype::BFloat16, Dtype::Float8_e4m3fn},
+    Conversion{Dtype::BFloat16, Dtype::Float8_e5m2},
+    Conversion{Dtype::Float, Dtype::Float8_e4m3fn},
+    Conversion{Dtype::Float, Dtype::Float8_e5m2},
+    Conversion{Dtype::Float, Dtype::Half},
+    Conversion{Dtype::Float, Dtype::BFloat16},
 };
 
 int wide_elements(Dtype from) {
@@ -98,8 +102,9 @@ Choice page_choose(const std::string& op, const Config& config, int) {
       return {{convert_name(types, wide_elements(types.from))}, {}};
     }
   }
-  return {{}, {"dtype " + dtype + " into kv_dtype " + kv_dtype +
-               ": expected the same, or float16, bfloat16 or float32 into a lower precision"}};
+  return {{},
+          {"dtype " + dtype + " into kv_dtype " + kv_dtype +
+           ": expected the same, or float16, bfloat16 or float32 into a lower precision"}};
 }
 
 const RegisterFamily family({{"append_paged_kv_cache", "append_paged_mla_kv_cache",
@@ -180,8 +185,9 @@ void set_scale(AppendTensor& tensor, const Side& side, bool converts) {
   check_rank(arg, {0, 1});
   const int64_t size = arg.tensor.dim() == 0 ? 1 : arg.tensor.size(0);
   if (size != 1 && size != side.cache.num_heads) {
-    fail(op, scale.name, "1 number or one for each of the " + std::to_string(side.cache.num_heads) +
-         " heads", shape_text(arg.tensor), "Pass a tensor of that shape");
+    fail(op, scale.name,
+         "1 number or one for each of the " + std::to_string(side.cache.num_heads) + " heads",
+         shape_text(arg.tensor), "Pass a tensor of that shape");
   }
   tensor.scales = static_cast<const float*>(arg.tensor.const_data_ptr());
   tensor.scale_stride = size == 1 ? 0 : arg.tensor.stride(0);
@@ -218,14 +224,12 @@ void append(const std::array<Side, 2>& sides, const Batch& batch) {
   check_cuda(k.target);
   check_paged_pair(k.target, k.cache, v.target, v.cache);
   const int64_t nnz = batch.positions.dim() == 1 ? batch.positions.size(0) : 0;
-  const Indices positions =
-      indices_of({op, "positions", batch.positions}, nnz, "[nnz]", k.target);
-  const Indices batch_indices =
-      indices_of({op, "batch_indices", batch.batch_indices}, nnz, "[nnz], as 'positions'", k.target);
-  const PageTable table = page_table({op, "kv_indices", batch.kv_indices},
-                                     {op, "kv_indptr", batch.kv_indptr},
-                                     {op, "kv_last_page_len", batch.kv_last_page_len}, k.cache,
-                                     k.target);
+  const Indices positions = indices_of({op, "positions", batch.positions}, nnz, "[nnz]", k.target);
+  const Indices batch_indices = indices_of({op, "batch_indices", batch.batch_indices}, nnz,
+                                           "[nnz], as 'positions'", k.target);
+  const PageTable table =
+      page_table({op, "kv_indices", batch.kv_indices}, {op, "kv_indptr", batch.kv_indptr},
+                 {op, "kv_last_page_len", batch.kv_last_page_len}, k.cache, k.target);
   check_source(k, nnz);
   check_source(v, nnz);
   check_same_dtype(v.source, k.source);
@@ -278,9 +282,13 @@ void append_paged_kv_cache(const Tensor& append_key, const Tensor& append_value,
                            const std::optional<Tensor>& v_scales) {
   constexpr const char* kOp = "append_paged_kv_cache";
   const Arg k{kOp, "k_cache", k_cache}, v{kOp, "v_cache", v_cache};
-  append({Side{{kOp, "append_key", append_key}, k, paged_cache(k, kv_layout),
+  append({Side{{kOp, "append_key", append_key},
+               k,
+               paged_cache(k, kv_layout),
                {"k_scale", k_scale, k_scales}},
-          Side{{kOp, "append_value", append_value}, v, paged_cache(v, kv_layout),
+          Side{{kOp, "append_value", append_value},
+               v,
+               paged_cache(v, kv_layout),
                {"v_scale", v_scale, v_scales}}},
          {batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len});
 }
@@ -289,14 +297,17 @@ void append_paged_mla_kv_cache(const Tensor& append_ckv, const Tensor& append_kp
                                const Tensor& batch_indices, const Tensor& positions,
                                const Tensor& ckv_cache, const Tensor& kpe_cache,
                                const Tensor& kv_indices, const Tensor& kv_indptr,
-                               const Tensor& kv_last_page_len, double ckv_scale,
-                               double kpe_scale) {
+                               const Tensor& kv_last_page_len, double ckv_scale, double kpe_scale) {
   constexpr const char* kOp = "append_paged_mla_kv_cache";
   const std::optional<Tensor> none;
   const Arg ckv{kOp, "ckv_cache", ckv_cache}, kpe{kOp, "kpe_cache", kpe_cache};
-  append({Side{{kOp, "append_ckv", append_ckv}, ckv, paged_latent_cache(ckv),
+  append({Side{{kOp, "append_ckv", append_ckv},
+               ckv,
+               paged_latent_cache(ckv),
                {"ckv_scale", ckv_scale, none}},
-          Side{{kOp, "append_kpe", append_kpe}, kpe, paged_latent_cache(kpe),
+          Side{{kOp, "append_kpe", append_kpe},
+               kpe,
+               paged_latent_cache(kpe),
                {"kpe_scale", kpe_scale, none}}},
          {batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len});
 }
@@ -356,8 +367,7 @@ Tensor get_seq_lens(const Tensor& kv_indptr, const Tensor& kv_last_page_len, int
   const SeqLensParams params{static_cast<const int32*>(kv_indptr.const_data_ptr()),
                              static_cast<const int32*>(kv_last_page_len.const_data_ptr()),
                              static_cast<int32*>(seq_lens.mutable_data_ptr()),
-                             static_cast<uint32>(batch_size),
-                             static_cast<uint32>(page_size)};
+                             static_cast<uint32>(batch_size), static_cast<uint32>(page_size)};
   launch(kernel_of_op, device(kv_indptr.get_device_index()),
          {.grid_x = blocks_for(batch_size), .block = kPageThreads}, &params);
   return seq_lens;

@@ -19,7 +19,9 @@ namespace {
 
 constexpr const char* kCopyPages = "page/copy_pages.cuh:copy_pages";
 
-std::string copy_name(int num_bytes) { return kernel_name(kCopyPages, num_bytes); }
+std::string copy_name(int num_bytes) {
+  return kernel_name(kCopyPages, num_bytes);
+}
 
 std::vector<Row> copy_rows() {
   std::vector<Row> rows;
@@ -50,8 +52,9 @@ void check_pages(const Side& side) {
   const auto sizes = target.tensor.sizes();
   const auto from = source.tensor.sizes();
   if (!std::equal(sizes.begin() + 1, sizes.end(), from.begin() + 1)) {
-    fail(target.op, target.name, std::string("pages like those of '") + source.name + "', " +
-         shape_text(source.tensor), shape_text(target.tensor),
+    fail(target.op, target.name,
+         std::string("pages like those of '") + source.name + "', " + shape_text(source.tensor),
+         shape_text(target.tensor),
          "Both pools need one page size, layout, number of heads and head_dim");
   }
   check_last_stride(source);
@@ -67,9 +70,9 @@ CopyTensor copy_tensor(const Side& side, int64_t num_copies, int vec_size, const
   const int64_t num_vecs = from.size(1) * from.size(2) * vecs_per_inner;
   const int64_t num_chunks = (num_vecs + kPageChunk - 1) / kPageChunk;
   if (num_vecs > kMaxCount || num_chunks * num_copies > kMaxCount) {
-    fail(side.source.op, "src_pages", "at most 2^31 chunks of " + std::to_string(kPageChunk) +
-         " vectors in all", std::to_string(num_copies) + " pages of " + std::to_string(num_chunks),
-         "Split the call");
+    fail(side.source.op, "src_pages",
+         "at most 2^31 chunks of " + std::to_string(kPageChunk) + " vectors in all",
+         std::to_string(num_copies) + " pages of " + std::to_string(num_chunks), "Split the call");
   }
   CopyTensor tensor;
   tensor.source = device_address(side.source, gpu);
@@ -108,8 +111,8 @@ void copy(const std::array<Side, 2>& sides, const Tensor& src_pages, const Tenso
   check_rank(source_pages, {1});
   const int64_t num_copies = src_pages.size(0);
   const Indices from = indices_of(source_pages, num_copies, "[num_copies]", source_pages);
-  const Indices to = indices_of(target_pages, num_copies, "[num_copies], as 'src_pages'",
-                                source_pages);
+  const Indices to =
+      indices_of(target_pages, num_copies, "[num_copies], as 'src_pages'", source_pages);
   VectorWidth width;
   for (const Side& side : sides) {
     check_pages(side);

@@ -67,8 +67,8 @@ Tensor packbits(const Tensor& x, bool big) {
   }
   const Tensor packed = empty(x, {(num_bits + 7) / 8}, Dtype::Byte);
   const PackbitsParams params{static_cast<const uint8*>(x.const_data_ptr()),
-                              static_cast<uint8*>(packed.mutable_data_ptr()), x.stride(0),
-                              num_bits, big};
+                              static_cast<uint8*>(packed.mutable_data_ptr()), x.stride(0), num_bits,
+                              big};
   const bool fits = is_aligned16(x) && (x.stride(0) == 1 || num_bits <= 1);
   launch(fits ? wide : narrow, device(x.get_device_index()),
          {.grid_x = static_cast<uint32>(num_blocks), .block = kPackThreads}, &params);
@@ -91,8 +91,7 @@ std::tuple<Tensor, Tensor> segment_packbits(const Tensor& x, const Tensor& indpt
          "No segments have one number, 0");
   }
   // Every segment fills at most 7 bits that are not there; whole words, as the kernel writes.
-  const int64_t num_bytes =
-      num_segments == 0 ? 0 : ((num_bits + 7 * num_segments) / 8 + 3) / 4 * 4;
+  const int64_t num_bytes = num_segments == 0 ? 0 : ((num_bits + 7 * num_segments) / 8 + 3) / 4 * 4;
   if (num_bits > kMaxSegmentBits || num_bytes > kMaxSegmentBits) {
     fail(kOp, "x", "fewer than 2^31 bits", std::to_string(num_bits), "Split the call");
   }

@@ -10,8 +10,8 @@ void* device_address(const Arg& arg, const Device& gpu) {
   if (tensor.is_cpu()) {
     const ContextScope context(gpu);
     void* mapped = nullptr;
-    const CUresult error = driver().pointer_get_attribute(
-        &mapped, PointerAttribute::kDevicePointer, reinterpret_cast<uintptr_t>(address));
+    const CUresult error = driver().pointer_get_attribute(&mapped, PointerAttribute::kDevicePointer,
+                                                          reinterpret_cast<uintptr_t>(address));
     if (error == kCudaSuccess) return mapped;
   }
   const std::string where = "cuda:" + std::to_string(gpu.index);

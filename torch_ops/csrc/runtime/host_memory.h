@@ -6,8 +6,8 @@
 
 namespace ridgeline {
 
-// Where the GPU finds a tensor that lies on it or in pinned host memory; fails, naming the argument,
-// when it lies anywhere else.
+// Where the GPU finds a tensor that lies on it or in pinned host memory; fails, naming the
+// argument, when it lies anywhere else.
 void* device_address(const Arg& arg, const Device& gpu);
 
 }  // namespace ridgeline

@@ -8,8 +8,9 @@ namespace {
 
 PagedCache counted(const Arg& arg, const PagedCache& cache) {
   if (cache.page_size == 0) {
-    fail(arg.op, arg.name, "pages of at least 1 token", "page_size 0 (shape " +
-         shape_text(arg.tensor) + ")", "Make the pool with a page_size of 1 or more");
+    fail(arg.op, arg.name, "pages of at least 1 token",
+         "page_size 0 (shape " + shape_text(arg.tensor) + ")",
+         "Make the pool with a page_size of 1 or more");
   }
   if (cache.num_pages > kMaxCount || cache.page_size > kMaxCount) {
     fail(arg.op, arg.name, "fewer than 2^31 pages, and tokens in each", shape_text(arg.tensor),
@@ -22,14 +23,16 @@ PagedCache counted(const Arg& arg, const PagedCache& cache) {
 
 PagedCache paged_cache(const Arg& arg, int64_t kv_layout) {
   if (kv_layout != 0 && kv_layout != 1) {
-    fail(arg.op, "kv_layout", "0 (NHD) or 1 (HND)", std::to_string(kv_layout),
-         "Pass one of these");
+    fail(arg.op, "kv_layout", "0 (NHD) or 1 (HND)", std::to_string(kv_layout), "Pass one of these");
   }
   check_rank(arg, {4});
   check_last_stride(arg);
   const Tensor& t = arg.tensor;
   const int64_t token_dim = kv_layout == 0 ? 1 : 2, head_dim = 3 - token_dim;
-  return counted(arg, {t.size(0), t.size(token_dim), t.size(head_dim), t.size(3),
+  return counted(arg, {t.size(0),
+                       t.size(token_dim),
+                       t.size(head_dim),
+                       t.size(3),
                        {t.stride(0), t.stride(token_dim), t.stride(head_dim)}});
 }
 
@@ -47,9 +50,10 @@ void check_paged_pair(const Arg& k_cache, const PagedCache& k, const Arg& v_cach
   if (k.num_pages == v.num_pages && k.page_size == v.page_size && k.num_heads == v.num_heads) {
     return;
   }
-  fail(v_cache.op, v_cache.name, std::string("the shape of '") + k_cache.name + "', " +
-       shape_text(k_cache.tensor) + ", but for the last dimension", shape_text(v_cache.tensor),
-       "Keys and values of a token have the same page, slot and head");
+  fail(v_cache.op, v_cache.name,
+       std::string("the shape of '") + k_cache.name + "', " + shape_text(k_cache.tensor) +
+           ", but for the last dimension",
+       shape_text(v_cache.tensor), "Keys and values of a token have the same page, slot and head");
 }
 
 void check_int32_vector(const Arg& arg, int64_t size, const char* meaning, const Arg& as) {

@@ -1,5 +1,5 @@
-// Paged caches and page tables as arguments of ops: their checks, and what kernels are told of them.
-// Only shapes, strides and dtypes are looked at; the contents stay on the device.
+// Paged caches and page tables as arguments of ops: their checks, and what kernels are told of
+// them. Only shapes, strides and dtypes are looked at; the contents stay on the device.
 #pragma once
 
 #include "common/paging.h"
