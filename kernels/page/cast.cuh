@@ -35,9 +35,12 @@ struct Convert {
   static constexpr bool kScales = true;
 
   static __device__ __forceinline__ Vec<T, kVec> apply(const Vec<F, kVec>& x, float inverse_scale) {
-    Vec<T, kVec> y;
+    float values[kVec];
+    x.to_floats(values);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) y.set(i, x.get(i) * inverse_scale);
+    for (int i = 0; i < kVec; ++i) values[i] *= inverse_scale;
+    Vec<T, kVec> y;
+    y.from_floats(values);
     return y;
   }
 };
