@@ -30,6 +30,7 @@ NAMES = (
     "activation",
     "rope",
     "merge",
+    "page",
     "attention_decode",
     "attention_prefill",
     "host",

@@ -13,6 +13,14 @@ from .attention import (
 )
 from .merge import merge_state, merge_state_in_place, merge_states
 from .norm import fused_add_rmsnorm, rmsnorm
+from .page import (
+    append_paged_kv_cache,
+    append_paged_mla_kv_cache,
+    get_batch_indices_positions,
+    get_seq_lens,
+)
+from .page_copy import copy_pages
+from .quantization import packbits, segment_packbits
 from .rope import apply_rope_pos_ids, apply_rope_pos_ids_inplace
 from .supports import Support, supports
 from .warmup import Warmup, warmup
@@ -22,13 +30,20 @@ __version__ = "0.1.0"
 __all__ = [
     "Support",
     "Warmup",
+    "append_paged_kv_cache",
+    "append_paged_mla_kv_cache",
     "apply_rope_pos_ids",
     "apply_rope_pos_ids_inplace",
+    "copy_pages",
     "fused_add_rmsnorm",
+    "get_batch_indices_positions",
+    "get_seq_lens",
     "merge_state",
     "merge_state_in_place",
     "merge_states",
+    "packbits",
     "rmsnorm",
+    "segment_packbits",
     "silu_and_mul",
     "single_decode_with_kv_cache",
     "single_prefill_with_kv_cache",
