@@ -116,7 +116,7 @@ def save(folder: Path, facts: dict[str, Any], text: str, rows: dict[str, list[Ro
     content = {**facts, "rows": {name: [row.as_json() for row in rows[name]] for name in rows}}
     stem.with_name(stem.name + ".json").write_text(json.dumps(content, indent=1) + "\n")
     stem.with_name(stem.name + ".md").write_text(text)
-    print(f"\nwritten: {stem}.md and .json")
+    print(f">> written: {stem}.md and .json", file=sys.stderr)
 
 
 def parse() -> argparse.Namespace:
@@ -153,8 +153,9 @@ def main() -> int:
         rows[name], text = run_one(name, session)
         texts.append(text)
         print(f"\n{text}", flush=True)
-    if arguments.out and not arguments.dry_run:
-        save(arguments.out, facts, "\n\n".join(part.rstrip() for part in texts) + "\n", rows)
+        # Why after each: a run that is cut short keeps what it has.
+        if arguments.out and not arguments.dry_run:
+            save(arguments.out, facts, "\n\n".join(part.rstrip() for part in texts) + "\n", rows)
     wrong = any("WRONG" in note for r in rows.values() for row in r for note in row.notes)
     return 1 if wrong or not all(rows.values()) else 0
 

@@ -1,8 +1,8 @@
 """Sets everything up, then lets the demo model write: `make demo`.
 
 Installs the library of this checkout into .venv (editable, no kernel packs: on a GPU its kernels
-come by JIT) and runs `python -m ridgeline demo`. MODEL, PROMPT, TOKENS, DEVICE, TEMPERATURE and SEED
-are passed on.
+come by JIT) and runs `python -m ridgeline demo`. MODEL, PROMPT, TOKENS, DEVICE, TEMPERATURE and
+SEED are passed on.
 """
 
 from __future__ import annotations

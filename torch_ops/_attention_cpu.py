@@ -121,7 +121,7 @@ def _single_attention_cpu(
     causal: bool,
     window_left: int,
     logits_soft_cap: float,
-    sm_scale: float,
+    sm_scale: float | None,
 ) -> Tensor:
     op = "single_attention"
     _check_inputs(op, q, k, v, kv_layout)
@@ -139,7 +139,7 @@ def _single_attention_full_cpu(
     causal: bool,
     window_left: int,
     logits_soft_cap: float,
-    sm_scale: float,
+    sm_scale: float | None,
     pos_encoding_mode: int,
     rope_scale: float,
     rope_theta: float,
@@ -180,13 +180,15 @@ def _attend(
     causal: bool,
     window_left: int,
     logits_soft_cap: float,
-    sm_scale: float,
+    sm_scale: float | None,
     rope: tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention in float32 for tensors that were checked; returns out and natural-log LSE."""
     if kv_layout == 0:
         k, v = k.transpose(0, 1), v.transpose(0, 1)
     num_kv_heads, kv_len, head_dim_vo = v.shape
+    if sm_scale is None:
+        sm_scale = q.shape[-1] ** -0.5
     sees_all = rope is None and window_left < 0 and q.numel() == q.shape[-2] * q.shape[-1]
     if sees_all and 0 < kv_len * q.shape[-2] <= _MAX_LOGITS:
         return _attend_one(q, k, v, logits_soft_cap, sm_scale)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _check
 from ._attention_cpu import check_values, one_of, refuse_given
-from ._ops import call, refuse_grad
+from ._ops import call, is_grad_enabled, refuse_grad
 
 __all__ = [
     "single_decode_with_kv_cache",
@@ -158,10 +158,11 @@ def single_decode_with_kv_cache(
         and (lse_base == "ln" and lse_layout == "NH")
         and (use_tensor_cores is False or use_tensor_cores is True)
     ):
-        refuse_grad("single_attention", q, k, v)
-        scale = (q.size(-1) or 1) ** -0.5 if sm_scale is None else sm_scale
+        # Why asked here: the call that finds the culprit costs more than the answer.
+        if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            refuse_grad("single_attention", q, k, v)
         result: Tensor = call(
-            _SINGLE, q, k, v, _KV_LAYOUTS[kv_layout], False, window_left, cap, scale
+            _SINGLE, q, k, v, _KV_LAYOUTS[kv_layout], False, window_left, cap, sm_scale
         )
         return result
     op = "single_decode_with_kv_cache"
@@ -335,10 +336,11 @@ def single_prefill_with_kv_cache(
         and (lse_base == "ln" and lse_layout == "NH")
         and backend in ("auto", "fa2")
     ):
-        refuse_grad("single_attention", q, k, v)
-        scale = (q.size(-1) or 1) ** -0.5 if sm_scale is None else sm_scale
+        # Why asked here: the call that finds the culprit costs more than the answer.
+        if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            refuse_grad("single_attention", q, k, v)
         result: Tensor = call(
-            _SINGLE, q, k, v, _KV_LAYOUTS[kv_layout], causal, window_left, cap, scale
+            _SINGLE, q, k, v, _KV_LAYOUTS[kv_layout], causal, window_left, cap, sm_scale
         )
         return result
     op = "single_prefill_with_kv_cache"
@@ -437,12 +439,11 @@ def _full(
         if value is not None and pos_encoding_mode == "NONE":
             way_out = 'Pass pos_encoding_mode="ROPE_LLAMA", or leave it out.'
             _check.fail(op, name, "None with pos_encoding_mode NONE", value, way_out)
-    scale = (q.size(-1) or 1) ** -0.5 if sm_scale is None else sm_scale
     options = (
         causal,
         window_left,
         logits_soft_cap,
-        scale,
+        sm_scale,
         _POS_ENCODING_MODES[pos_encoding_mode],
         1.0 if rope_scale is None else rope_scale,
         1e4 if rope_theta is None else rope_theta,

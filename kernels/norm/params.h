@@ -10,8 +10,8 @@ namespace ridgeline {
 
 // Vectors of a row that one thread keeps in registers, or rows of one vector each when rows are
 // short.
-constexpr int kNormSlots = 4;
-constexpr uint32 kNormMaxThreads = 512;
+constexpr int kNormSlots = 2;
+constexpr uint32 kNormMaxThreads = 1024;
 
 struct NormShape {
   uint32 num_rows;         // below 2^31
@@ -48,12 +48,11 @@ struct NormPlan {
 
 // The plan follows from the row length alone, so that a row has the same bits in every batch.
 //   up to 32 vectors: a group of lanes takes kNormSlots rows, one vector a lane and row;
-//   up to 128: a warp takes a row;
+//   up to 32 * kNormSlots: a warp takes a row;
 //   more: a block takes a row; what exceeds kNormMaxThreads * kNormSlots vectors is read a second
 //   time.
-// Why kNormSlots vectors a thread: with four 16-byte loads in flight, a quarter of an SM's threads
-// keep its share of the memory system busy, which leaves registers for the weights; narrower blocks
-// also shorten the reduction.
+// Why two vectors a thread, measured on an H200: with one the blocks grow too large to overlap,
+// with four or eight a short batch of rows waits longer for its loads and its reduction.
 constexpr NormPlan norm_plan(int64 hidden, int vec_size) {
   const int64 num_vecs = hidden / vec_size;
   if (num_vecs <= 32) {

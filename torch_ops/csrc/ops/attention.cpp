@@ -46,21 +46,21 @@ struct Shape {
 };
 
 void check_head_dim(const Arg& arg) {
-  const int64_t head_dim = arg.tensor.size(arg.tensor.dim() - 1);
+  const int64_t head_dim = arg.sizes.back();
   if (head_dim % 8 == 0 && head_dim >= 8 && head_dim <= kMaxHeadDim) return;
   fail(arg.op, arg.name, "a head_dim that is a multiple of 8, at most 256",
        std::to_string(head_dim), "Pad q, k and v with zeros to the next multiple of 8");
 }
 
 void check_dtypes(const Arg& q, const Arg& k, const Arg& v, const Device& gpu) {
-  if (q.tensor.scalar_type() == Dtype::Float) {
+  if (q.dtype == Dtype::Float) {
     fail(q.op, q.name, "dtype torch.float16 or torch.bfloat16 on a GPU", "torch.float32",
          "Convert q, k and v with .to(torch.float16): tensor cores sum in float32 all the same");
   }
   check_dtype(q, {Dtype::Half, Dtype::BFloat16});
   check_same_dtype(k, q);
   check_same_dtype(v, q);
-  if (q.tensor.scalar_type() == Dtype::BFloat16 && gpu.sm < 80) {
+  if (q.dtype == Dtype::BFloat16 && gpu.sm < 80) {
     fail(q.op, q.name,
          "dtype torch.float16 on GPUs before compute capability 8.0, which have no bf16 tensor "
          "cores",
@@ -79,25 +79,25 @@ Shape check_inputs(const Arg& q, const Arg& k, const Arg& v, int64_t kv_layout) 
   check_rank(q, {2, 3});
   check_rank(k, {3});
   check_rank(v, {3});
-  for (const Arg& arg : {q, k, v}) {
-    check_head_dim(arg);
-    check_last_stride(arg);
-    check_aligned16(arg);
+  for (const Arg* arg : {&q, &k, &v}) {
+    check_head_dim(*arg);
+    check_last_stride(*arg);
+    check_aligned16(*arg);
   }
-  const int64_t q_rank = q.tensor.dim();
-  const Shape shape = {.qo_len = q_rank == 3 ? q.tensor.size(0) : 1,
-                       .kv_len = k.tensor.size(kv_layout == 0 ? 0 : 1),
-                       .num_qo_heads = q.tensor.size(q_rank - 2),
-                       .num_kv_heads = k.tensor.size(kv_layout == 0 ? 1 : 0),
-                       .head_dim_qk = q.tensor.size(q_rank - 1),
-                       .head_dim_vo = v.tensor.size(2),
+  const size_t q_rank = q.sizes.size();
+  const Shape shape = {.qo_len = q_rank == 3 ? q.sizes[0] : 1,
+                       .kv_len = k.sizes[kv_layout == 0 ? 0 : 1],
+                       .num_qo_heads = q.sizes[q_rank - 2],
+                       .num_kv_heads = k.sizes[kv_layout == 0 ? 1 : 0],
+                       .head_dim_qk = q.sizes[q_rank - 1],
+                       .head_dim_vo = v.sizes[2],
                        .kv_len_dim = kv_layout == 0 ? 0 : 1,
                        .kv_head_dim = kv_layout == 0 ? 1 : 0};
-  if (k.tensor.size(2) != shape.head_dim_qk) {
+  if (k.sizes[2] != shape.head_dim_qk) {
     fail(k.op, k.name, "head_dim " + std::to_string(shape.head_dim_qk) + ", as in 'q'",
-         std::to_string(k.tensor.size(2)), "Pass the keys that belong to these queries");
+         std::to_string(k.sizes[2]), "Pass the keys that belong to these queries");
   }
-  check_shape(v, std::array{k.tensor.size(0), k.tensor.size(1), shape.head_dim_vo},
+  check_shape(v, std::array{k.sizes[0], k.sizes[1], shape.head_dim_vo},
               "one value for each key of 'k'");
   if (shape.num_qo_heads < 1 || shape.num_kv_heads < 1 ||
       shape.num_qo_heads % shape.num_kv_heads != 0) {
@@ -135,6 +135,10 @@ void check_options(const char* op, const Options& options) {
   }
 }
 
+double scale_or_default(const std::optional<double>& sm_scale, const Shape& shape) {
+  return sm_scale ? *sm_scale : 1.0 / std::sqrt(static_cast<double>(shape.head_dim_qk));
+}
+
 // The kernels of this family by place in the table, found by name on first use.
 Kernel& attention_kernel(int candidate, bool bf16, int variant) {
   static std::array<std::atomic<Kernel*>, kMaxCandidates * 2 * kNumAttentionVariants> kernels{};
@@ -153,27 +157,26 @@ Kernel& combine_kernel(bool bf16) {
   return bf16 ? of_bf16 : of_half;
 }
 
-AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                            float* lse, const Shape& shape, const Options& options,
-                            const AttentionPlan& plan) {
-  const int64_t q_rank = q.dim();
+AttentionParams make_params(const Arg& q, const Arg& k, const Arg& v, const Tensor& out, float* lse,
+                            const Shape& shape, const Options& options, const AttentionPlan& plan) {
+  const size_t q_rank = q.sizes.size();
   // A window that reaches every key is none; so it fits 32 bits.
   const int64_t window =
       options.window_left > shape.kv_len + shape.qo_len ? -1 : options.window_left;
   return {
-      .q = q.const_data_ptr(),
-      .k = k.const_data_ptr(),
-      .v = v.const_data_ptr(),
+      .q = q.tensor.const_data_ptr(),
+      .k = k.tensor.const_data_ptr(),
+      .v = v.tensor.const_data_ptr(),
       .out = out.mutable_data_ptr(),
       .lse = lse,
       .partial_out = nullptr,
       .partial_stats = nullptr,
-      .q_stride_token = q_rank == 3 ? q.stride(0) : 0,
-      .q_stride_head = q.stride(q_rank - 2),
-      .k_stride_token = k.stride(shape.kv_len_dim),
-      .k_stride_head = k.stride(shape.kv_head_dim),
-      .v_stride_token = v.stride(shape.kv_len_dim),
-      .v_stride_head = v.stride(shape.kv_head_dim),
+      .q_stride_token = q_rank == 3 ? q.strides[0] : 0,
+      .q_stride_head = q.strides[q_rank - 2],
+      .k_stride_token = k.strides[shape.kv_len_dim],
+      .k_stride_head = k.strides[shape.kv_head_dim],
+      .v_stride_token = v.strides[shape.kv_len_dim],
+      .v_stride_head = v.strides[shape.kv_head_dim],
       .out_stride_token = shape.num_qo_heads * shape.head_dim_vo,
       .out_stride_head = shape.head_dim_vo,
       .qo_len = static_cast<int>(shape.qo_len),
@@ -194,11 +197,11 @@ AttentionParams make_params(const Tensor& q, const Tensor& k, const Tensor& v, c
 }
 
 // Launches the kernel, and the one that adds up the parts when there are several.
-void run(const Arg& q, const Tensor& k, const Tensor& v, const Tensor& out, float* lse,
+void run(const Arg& q, const Arg& k, const Arg& v, const Tensor& out, float* lse,
          const Shape& shape, const Options& options) {
   if (shape.qo_len == 0) return;
   const Device& gpu = device(q.tensor.get_device_index());
-  const AttentionProblem problem = {.bf16 = q.tensor.scalar_type() == Dtype::BFloat16,
+  const AttentionProblem problem = {.bf16 = q.dtype == Dtype::BFloat16,
                                     .head_dim_qk = static_cast<int>(shape.head_dim_qk),
                                     .head_dim_vo = static_cast<int>(shape.head_dim_vo),
                                     .qo_len = shape.qo_len,
@@ -211,7 +214,7 @@ void run(const Arg& q, const Tensor& k, const Tensor& v, const Tensor& out, floa
                                     .fp16_logits = options.fp16_logits};
   const AttentionPlan plan =
       plan_attention(problem, {gpu.sm, gpu.num_sms, gpu.max_dynamic_smem + 1024});
-  AttentionParams params = make_params(q.tensor, k, v, out, lse, shape, options, plan);
+  AttentionParams params = make_params(q, k, v, out, lse, shape, options, plan);
 
   const int64_t num_ctas = int64_t{plan.num_q_tiles} * shape.num_kv_heads * plan.num_splits;
   if (num_ctas > kMaxCount) {
@@ -251,20 +254,21 @@ void run(const Arg& q, const Tensor& k, const Tensor& v, const Tensor& out, floa
          &combine);
 }
 
-Tensor empty_out(const Tensor& q, int64_t head_dim_vo) {
-  if (q.dim() == 2) return empty(q, {q.size(0), head_dim_vo}, q.scalar_type());
-  return empty(q, {q.size(0), q.size(1), head_dim_vo}, q.scalar_type());
+Tensor empty_out(const Arg& q, int64_t head_dim_vo) {
+  if (q.rank() == 2) return empty(q.tensor, {q.sizes[0], head_dim_vo}, q.dtype);
+  return empty(q.tensor, {q.sizes[0], q.sizes[1], head_dim_vo}, q.dtype);
 }
 
 Tensor single_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t kv_layout,
-                        bool causal, int64_t window_left, double logits_soft_cap, double sm_scale) {
+                        bool causal, int64_t window_left, double logits_soft_cap,
+                        std::optional<double> sm_scale) {
   constexpr const char* kOp = "single_attention";
-  const Arg query{kOp, "q", q};
-  const Shape shape = check_inputs(query, {kOp, "k", k}, {kOp, "v", v}, kv_layout);
-  const Options options = {causal, window_left, logits_soft_cap, sm_scale};
+  const Arg query(kOp, "q", q), keys(kOp, "k", k), values(kOp, "v", v);
+  const Shape shape = check_inputs(query, keys, values, kv_layout);
+  const Options options = {causal, window_left, logits_soft_cap, scale_or_default(sm_scale, shape)};
   check_options(kOp, options);
-  const Tensor out = empty_out(q, shape.head_dim_vo);
-  run(query, k, v, out, nullptr, shape, options);
+  const Tensor out = empty_out(query, shape.head_dim_vo);
+  run(query, keys, values, out, nullptr, shape, options);
   return out;
 }
 
@@ -276,8 +280,8 @@ Tensor single_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64
 
 std::tuple<Tensor, Tensor> single_attention_full(
     const Tensor& q, const Tensor& k, const Tensor& v, int64_t kv_layout, bool causal,
-    int64_t window_left, double logits_soft_cap, double sm_scale, int64_t pos_encoding_mode,
-    double rope_scale, double rope_theta, bool use_fp16_qk_reduction,
+    int64_t window_left, double logits_soft_cap, std::optional<double> sm_scale,
+    int64_t pos_encoding_mode, double rope_scale, double rope_theta, bool use_fp16_qk_reduction,
     const std::optional<Tensor>& custom_mask, const std::optional<Tensor>& mask_indptr,
     const std::optional<Tensor>& q_scale, const std::optional<Tensor>& k_scale,
     const std::optional<Tensor>& v_scale, const std::optional<Tensor>& sinks,
@@ -298,20 +302,24 @@ std::tuple<Tensor, Tensor> single_attention_full(
     fail(kOp, "pos_encoding_mode", "0 (NONE) or 1 (ROPE_LLAMA)", std::to_string(pos_encoding_mode),
          "Pass one of these");
   }
-  const Arg query{kOp, "q", q};
-  const Shape shape = check_inputs(query, {kOp, "k", k}, {kOp, "v", v}, kv_layout);
-  if (use_fp16_qk_reduction && q.scalar_type() != Dtype::Half) {
+  const Arg query(kOp, "q", q), keys(kOp, "k", k), values(kOp, "v", v);
+  const Shape shape = check_inputs(query, keys, values, kv_layout);
+  if (use_fp16_qk_reduction && query.dtype != Dtype::Half) {
     fail(kOp, "use_fp16_qk_reduction", "False unless q is float16", "True with bfloat16",
          "Leave it out, or convert q, k and v to float16");
   }
-  const Options options = {
-      causal,     window_left, logits_soft_cap,      sm_scale, pos_encoding_mode == 1,
-      rope_scale, rope_theta,  use_fp16_qk_reduction};
+  const Options options = {causal,
+                           window_left,
+                           logits_soft_cap,
+                           scale_or_default(sm_scale, shape),
+                           pos_encoding_mode == 1,
+                           rope_scale,
+                           rope_theta,
+                           use_fp16_qk_reduction};
   check_options(kOp, options);
-  const Tensor out = empty_out(q, shape.head_dim_vo);
-  const Tensor lse = q.dim() == 2 ? empty(q, {q.size(0)}, Dtype::Float)
-                                  : empty(q, {q.size(0), q.size(1)}, Dtype::Float);
-  run(query, k, v, out, static_cast<float*>(lse.mutable_data_ptr()), shape, options);
+  const Tensor out = empty_out(query, shape.head_dim_vo);
+  const Tensor lse = empty(q, query.sizes.first(query.sizes.size() - 1), Dtype::Float);
+  run(query, keys, values, out, static_cast<float*>(lse.mutable_data_ptr()), shape, options);
   return {out, lse};
 }
 

@@ -16,10 +16,6 @@ std::string join(std::span<const std::string> words) {
   return out;
 }
 
-int64_t element_bytes(const Tensor& tensor) {
-  return static_cast<int64_t>(tensor.element_size());
-}
-
 }  // namespace
 
 void fail(const char* op, const char* arg, const std::string& expected, const std::string& got,
@@ -107,7 +103,7 @@ void check_same_device(const Arg& arg, const Arg& as) {
 }
 
 void check_dtype(const Arg& arg, std::initializer_list<Dtype> allowed) {
-  const Dtype dtype = arg.tensor.scalar_type();
+  const Dtype dtype = arg.dtype;
   if (std::find(allowed.begin(), allowed.end(), dtype) != allowed.end()) return;
   std::vector<std::string> names;
   for (const Dtype d : allowed) names.push_back(dtype_name(d));
@@ -116,55 +112,52 @@ void check_dtype(const Arg& arg, std::initializer_list<Dtype> allowed) {
 }
 
 void check_same_dtype(const Arg& arg, const Arg& as) {
-  if (arg.tensor.scalar_type() == as.tensor.scalar_type()) return;
-  fail(arg.op, arg.name,
-       "dtype " + dtype_name(as.tensor.scalar_type()) + " (that of '" + as.name + "')",
-       dtype_name(arg.tensor.scalar_type()),
-       std::string("Convert it with .to(") + as.name + ".dtype)");
+  if (arg.dtype == as.dtype) return;
+  fail(arg.op, arg.name, "dtype " + dtype_name(as.dtype) + " (that of '" + as.name + "')",
+       dtype_name(arg.dtype), std::string("Convert it with .to(") + as.name + ".dtype)");
 }
 
 void check_rank(const Arg& arg, std::initializer_list<int64_t> allowed) {
-  if (std::find(allowed.begin(), allowed.end(), arg.tensor.dim()) != allowed.end()) return;
+  if (std::find(allowed.begin(), allowed.end(), arg.rank()) != allowed.end()) return;
   std::vector<std::string> ranks;
   for (const int64_t rank : allowed) ranks.push_back(std::to_string(rank));
   fail(arg.op, arg.name, join(ranks) + " dimensions",
-       std::to_string(arg.tensor.dim()) + " (shape " + shape_text(arg.tensor) + ")",
+       std::to_string(arg.rank()) + " (shape " + shape_text(arg.tensor) + ")",
        "Reshape it as the function's documentation says");
 }
 
 void check_shape(const Arg& arg, std::span<const int64_t> shape, const char* meaning) {
-  const auto sizes = arg.tensor.sizes();
-  if (std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end())) return;
+  if (std::ranges::equal(arg.sizes, shape)) return;
   fail(arg.op, arg.name, "shape " + shape_text(shape) + " = " + meaning, shape_text(arg.tensor),
        "Pass a tensor of that shape");
 }
 
 void check_last_stride(const Arg& arg) {
-  const int64_t last = arg.tensor.dim() - 1;
-  if (arg.tensor.size(last) <= 1 || arg.tensor.stride(last) == 1) return;
+  if (arg.sizes.back() <= 1 || arg.strides.back() == 1) return;
   fail(arg.op, arg.name, "a last dimension of stride 1",
-       "stride " + std::to_string(arg.tensor.stride(last)), "Call .contiguous() on it first");
+       "stride " + std::to_string(arg.strides.back()), "Call .contiguous() on it first");
 }
 
 bool is_aligned16(const Tensor& tensor) {
-  if (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kVectorBytes != 0) return false;
-  for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
-    if (tensor.size(dim) > 1 &&
-        tensor.stride(dim) * element_bytes(tensor) % int64_t{kVectorBytes} != 0) {
-      return false;
-    }
+  return is_aligned16(Arg("", "", tensor));
+}
+
+bool is_aligned16(const Arg& arg) {
+  if (reinterpret_cast<uintptr_t>(arg.tensor.const_data_ptr()) % kVectorBytes != 0) return false;
+  const auto bytes = static_cast<int64_t>(arg.tensor.element_size());
+  for (size_t dim = 0; dim + 1 < arg.sizes.size(); ++dim) {
+    if (arg.sizes[dim] > 1 && arg.strides[dim] * bytes % int64_t{kVectorBytes} != 0) return false;
   }
   return true;
 }
 
 void check_aligned16(const Arg& arg) {
-  if (is_aligned16(arg.tensor)) return;
+  if (is_aligned16(arg)) return;
   const auto address = reinterpret_cast<uintptr_t>(arg.tensor.const_data_ptr());
-  const auto strides = arg.tensor.strides();
   fail(arg.op, arg.name, "a base pointer and strides that are multiples of 16 bytes",
        "a pointer " + std::to_string(address % kVectorBytes) + " bytes past one and strides " +
-           shape_text({strides.data(), strides.size()}) + " of " +
-           std::to_string(element_bytes(arg.tensor)) + "-byte elements",
+           shape_text(arg.strides) + " of " + std::to_string(arg.tensor.element_size()) +
+           "-byte elements",
        "Call .contiguous() on it, or .clone() if it is contiguous already");
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <span>
 #include <string>
 
 #include "runtime/tensor.h"
@@ -14,11 +15,24 @@ inline constexpr size_t kVectorBytes = 16;  // the widest load or store of a thr
 [[noreturn]] void fail(const char* op, const char* arg, const std::string& expected,
                        const std::string& got, const std::string& way_out);
 
-// An argument with the op and name that messages give it.
+// An argument with the op and name that messages give it, and what checks ask of it. Why kept: each
+// question to the tensor is a call across the stable ABI.
 struct Arg {
   const char* op;
   const char* name;
   const Tensor& tensor;
+  std::span<const int64_t> sizes;
+  std::span<const int64_t> strides;
+  Dtype dtype;
+
+  Arg(const char* op, const char* name, const Tensor& tensor)
+      : op(op), name(name), tensor(tensor), dtype(tensor.scalar_type()) {
+    const auto all_sizes = tensor.sizes(), all_strides = tensor.strides();
+    sizes = {all_sizes.data(), all_sizes.size()};
+    strides = {all_strides.data(), all_strides.size()};
+  }
+
+  int64_t rank() const { return static_cast<int64_t>(sizes.size()); }
 };
 
 void check_cuda(const Arg& arg);
@@ -31,5 +45,6 @@ void check_last_stride(const Arg& arg);  // 1, unless the last dimension holds o
 void check_aligned16(const Arg& arg);    // base pointer and every stride, in bytes
 
 bool is_aligned16(const Tensor& tensor);
+bool is_aligned16(const Arg& arg);
 
 }  // namespace ridgeline

@@ -77,16 +77,21 @@ const Device& device(int index) {
   return *known[index].load();
 }
 
-ContextScope::ContextScope(const Device& device) {
+DeviceScope::DeviceScope(const Device& device) {
   CUdevice current = -1;
-  const bool has_context = driver().ctx_get_device(&current) == kCudaSuccess;
-  if (has_context && current == device.handle) return;
+  const auto is_current = [&] {
+    return driver().ctx_get_device(&current) == kCudaSuccess && current == device.handle;
+  };
+  if (is_current()) return;
+  guard_.emplace(device.index);
+  if (is_current()) return;
+  // A thread that has used no GPU yet: torch takes its device for current without a context.
   driver_check(driver().ctx_push_current(device.context),
                "making GPU " + std::to_string(device.index) + " current");
   pushed_ = true;
 }
 
-ContextScope::~ContextScope() {
+DeviceScope::~DeviceScope() {
   CUcontext context;
   if (pushed_) driver().ctx_pop_current(&context);
 }

@@ -1,6 +1,9 @@
 // What the library knows of a GPU, and the scope in which its context is current.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
+
+#include <optional>
 #include <string>
 
 #include "runtime/driver.h"
@@ -28,16 +31,17 @@ const Device& device(int index);
 // The native architecture id of a compute capability: 90 -> "sm_90a", 80 -> "sm_80".
 std::string native_arch(int sm);
 
-// Makes the device's primary context current, and restores what was current before. Costs one
+// Makes a GPU current, as torch.cuda.device does, and what was current before it again. Costs one
 // driver query when it is current already.
-class ContextScope {
+class DeviceScope {
  public:
-  explicit ContextScope(const Device& device);
-  ~ContextScope();
-  ContextScope(const ContextScope&) = delete;
-  ContextScope& operator=(const ContextScope&) = delete;
+  explicit DeviceScope(const Device& device);
+  ~DeviceScope();
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
 
  private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   bool pushed_ = false;
 };
 

@@ -62,7 +62,7 @@ const Kernel::Module& Kernel::module(const Device& device) {
 LoadedKernel& Kernel::load(const Device& device) {
   const std::lock_guard lock(mutex_);
   if (LoadedKernel* found = loaded_[device.index].load()) return *found;
-  const ContextScope context(device);
+  const DeviceScope current(device);
   const RelaxedCapture relaxed;
   const Module& from = module(device);
   auto loaded = std::make_unique<LoadedKernel>();
@@ -89,7 +89,7 @@ Kernel& kernel(const std::string& name) {
 void launch(Kernel& kernel, const Device& device, const Launch& how, const void* params) {
   if (how.grid_x == 0 || how.grid_y == 0 || how.grid_z == 0) return;
   LoadedKernel& loaded = kernel.on(device);
-  const ContextScope context(device);
+  const DeviceScope current(device);
   if (how.dynamic_smem > loaded.dynamic_smem.load(std::memory_order_relaxed)) {
     driver_check(driver().kernel_set_attribute(FunctionAttribute::kMaxDynamicSharedMemory,
                                                static_cast<int>(how.dynamic_smem), loaded.handle,
