@@ -14,6 +14,22 @@ from .attention import (
 from .merge import merge_state, merge_state_in_place, merge_states
 from .norm import fused_add_rmsnorm, rmsnorm
 from .rope import apply_rope_pos_ids, apply_rope_pos_ids_inplace
+from .sampling import (
+    chain_speculative_sampling,
+    min_p_sampling_from_probs,
+    sample_from_logits,
+    sampling_from_logits,
+    sampling_from_probs,
+    softmax,
+    top_k,
+    top_k_mask_logits,
+    top_k_renorm_probs,
+    top_k_sampling_from_probs,
+    top_k_top_p_sampling_from_logits,
+    top_k_top_p_sampling_from_probs,
+    top_p_renorm_probs,
+    top_p_sampling_from_probs,
+)
 from .supports import Support, supports
 from .warmup import Warmup, warmup
 
@@ -24,15 +40,29 @@ __all__ = [
     "Warmup",
     "apply_rope_pos_ids",
     "apply_rope_pos_ids_inplace",
+    "chain_speculative_sampling",
     "fused_add_rmsnorm",
     "merge_state",
     "merge_state_in_place",
     "merge_states",
+    "min_p_sampling_from_probs",
     "rmsnorm",
+    "sample_from_logits",
+    "sampling_from_logits",
+    "sampling_from_probs",
     "silu_and_mul",
     "single_decode_with_kv_cache",
     "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse",
+    "softmax",
     "supports",
+    "top_k",
+    "top_k_mask_logits",
+    "top_k_renorm_probs",
+    "top_k_sampling_from_probs",
+    "top_k_top_p_sampling_from_logits",
+    "top_k_top_p_sampling_from_probs",
+    "top_p_renorm_probs",
+    "top_p_sampling_from_probs",
     "warmup",
 ]
