@@ -23,9 +23,8 @@ __global__ void __launch_bounds__(kCollectThreads)
   float x[kHeld];
   load_segment<kVec>(row_data<typename Kind::Element>(input, row), segment * kSegmentSize,
                      input.vocab, lane, Kind::padding(), x);
-  const double temperature = setting_of(params.filters.temperature, row);
+  const float rate = softmax_rate(params.filters.temperature, row);
   pdl_launch_dependents();
-  const float rate = RowFilters::rate_of(temperature > 0.0 ? temperature : 1.0);
   const SegmentStats stats = segment_stats<Kind>(x, rate);
   if (lane == 0) {
     params.scratch.segments[static_cast<int64>(row) * num_segments + segment] = stats;

@@ -59,6 +59,13 @@ struct RowFilters {
   }
 };
 
+// log2(e) / temperature where no filter makes a row of temperature 0 greedy: then only the largest
+// elements have weight.
+__device__ __forceinline__ float softmax_rate(const Setting& temperature, uint32 row) {
+  const double given = setting_of(temperature, row);
+  return given > 0.0 ? RowFilters::rate_of(given) : 3e38f;
+}
+
 // Elements of a segment that a lane holds: element j of lane l is number
 // (j / kVec) * 32 * kVec + l * kVec + j % kVec.
 constexpr int kHeld = kSegmentSize / 32;

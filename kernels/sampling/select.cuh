@@ -102,7 +102,8 @@ __device__ __forceinline__ bool select(const Source& source, const Weigher& weig
     __syncthreads();
     if (settled) break;
   }
-  threshold = base;
+  // The last bin may reach below the range.
+  threshold = !kExact && base < range.floor ? range.floor : base;
   return true;
 }
 

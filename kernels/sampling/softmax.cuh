@@ -17,11 +17,6 @@ namespace ridgeline {
 
 constexpr uint32 kMaxSegmentsInSmem = 320;  // their stats; a longer row is left to softmax_slices
 
-__device__ __forceinline__ float softmax_rate(const Setting& temperature, uint32 row) {
-  const double t = setting_of(temperature, row);
-  return t > 0.0 ? RowFilters::rate_of(t) : 3e38f;
-}
-
 template <int kVec>
 __device__ __forceinline__ void write_segment(const float (&x)[kHeld], uint32 first, uint32 vocab,
                                               uint32 lane, const LogitWeigher& weigher, float scale,
