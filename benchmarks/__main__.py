@@ -30,6 +30,7 @@ NAMES = (
     "activation",
     "rope",
     "merge",
+    "sampling",
     "attention_decode",
     "attention_prefill",
     "host",

@@ -58,7 +58,7 @@ def _sample(
     for part in _parts(num_rows, input.shape[1]):
         rows = Rows(_selected(input, indices, part), from_logits, filters.of(part))
         kept = rows.mass.masked_fill(~rows.kept(), 0)
-        chosen = _drawn(kept, philox(*keys[:, part], 0))
+        chosen = _drawn(kept, philox(keys[0, part], keys[1, part], 0))
         tokens[part] = torch.where(rows.valid, chosen, 0).int()
         valid[part] = rows.valid
         log_probs[part] = rows.log_probs(chosen)
@@ -173,8 +173,13 @@ class Filters:
         return cls(ones, k, ones if top_p is None else top_p, torch.zeros_like(ones), False)
 
     def of(self, part: slice) -> Filters:
-        values = (self.temperature, self.top_k, self.top_p, self.min_p)
-        return Filters(*(v[part] for v in values), self.joint)
+        return Filters(
+            self.temperature[part],
+            self.top_k[part],
+            self.top_p[part],
+            self.min_p[part],
+            self.joint,
+        )
 
 
 class Rows:

@@ -545,12 +545,16 @@ def _tokens(
     check_nan: bool,
     return_valid: bool,
     joint: bool = False,
-    **filters: Value,
+    top_k: Integer = 0,
+    top_p: Value = 1.0,
+    min_p: Value = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     if check_nan and bool(input.isnan().any()):
         name = "logits" if from_logits else "probs"
         _check.fail(op, name, "no NaN", "some", "Leave check_nan out and look at return_valid.")
-    tokens, valid, _ = _sample(op, input, from_logits, indices, keys, joint=joint, **filters)
+    tokens, valid, _ = _sample(
+        op, input, from_logits, indices, keys, joint=joint, top_k=top_k, top_p=top_p, min_p=min_p
+    )
     return (tokens, valid) if return_valid else tokens
 
 
