@@ -3,13 +3,13 @@
 //
 // A block of kRowThreads threads takes a row, behind row_segments or collect_candidates. Without
 // filters it walks the segments' masses and reads one segment again; with filters it works on the
-// candidates, and on the whole row only when they do not hold the answer. Launch: num_rows blocks.
+// candidates, and on the whole row (narrow.cuh) only when they do not hold the answer. Launch: num_rows blocks.
 // All SMs. log_probs are of the softmax of the whole row at its temperature (1 for greedy rows). A
 // row with NaN, an infinity above, or no mass gives token 0, valid 0 and log_prob NaN.
 #pragma once
 
 #include "common/pdl.cuh"
-#include "sampling/filter.cuh"
+#include "sampling/narrow.cuh"
 #include "sampling/philox.cuh"
 
 namespace ridgeline {
@@ -70,8 +70,11 @@ struct RowDraw {
   RowFilters filters;
   RowSummary summary;
   typename Kind::Weigher weigher;
-  uint64 random;
 
+  // In [0, mass).
+  __device__ __forceinline__ uint64 target_of(uint64 mass) const {
+    return __umul64hi(random_bits(params.keys, row, 0), mass);
+  }
   template <class Source>
   __device__ __forceinline__ bool from(const Source& source, uint32 least_key, SelectScratch& scratch,
                                        uint32& token) const {
@@ -82,7 +85,18 @@ struct RowDraw {
       return false;
     }
     const uint64 kept = mass_from(source, weigher, threshold, scratch);
-    token = index_at(source, weigher, source.order, threshold, __umul64hi(random, kept), scratch);
+    token = index_at(source, weigher, source.order, threshold, target_of(kept), scratch);
+    return true;
+  }
+  __device__ __forceinline__ bool narrowed(const RowSource<typename Kind::Element>& source,
+                                           SelectScratch& scratch, uint32& token) const {
+    Narrowed found;
+    if (!narrow<Kind>(source, weigher, filters, params.filters.joint, summary,
+                      list_of(params.scratch, row, source.vocab), list_capacity(source.vocab),
+                      scratch, found)) {
+      return false;
+    }
+    token = narrowed_token(source, weigher, found.cut, target_of(found.kept), scratch);
     return true;
   }
 };
@@ -111,18 +125,18 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     return;
   }
   const RowDraw<Kind> job{params,  row,     row_data<T>(input, row),
-                          filters, summary, Kind::weigher(summary.max, filters.rate),
-                          random_bits(params.keys, row, 0)};
+                          filters, summary, Kind::weigher(summary.max, filters.rate)};
   uint32 token = 0;
   if (!filters.any()) {
     token = plain_token<Kind>(job.data, input.vocab, segments, filters.rate, job.weigher,
-                              __umul64hi(job.random, summary.mass), scratch);
+                              job.target_of(summary.mass), scratch);
   } else {
     const CandidateSource source = candidates_of(params.scratch, row, input.vocab, order);
     uint32 bound;
     if (!complete_from(source, bound, scratch.block) ||
         !job.from(source, bound, scratch, token)) {
-      job.from(RowSource<T>{job.data, input.vocab, order}, Kind::kLeastKey, scratch, token);
+      const RowSource<T> whole{job.data, input.vocab, order};
+      if (!job.narrowed(whole, scratch, token)) job.from(whole, Kind::kLeastKey, scratch, token);
     }
   }
   if (threadIdx.x == 0) {

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "common/pdl.cuh"
-#include "sampling/filter.cuh"
+#include "sampling/narrow.cuh"
 
 namespace ridgeline {
 
@@ -34,8 +34,16 @@ __device__ __forceinline__ RowCut weighed_cut(const CutParams& params, uint32 ro
     const CandidateSource source = candidates_of(params.scratch, row, params.input.vocab, order);
     uint32 bound;
     if (!complete_from(source, bound, scratch.block) || !find(source, bound)) {
-      find(RowSource<T>{row_data<T>(params.input, row), params.input.vocab, order},
-           Kind::kLeastKey);
+      const uint32 vocab = params.input.vocab;
+      const RowSource<T> whole{row_data<T>(params.input, row), vocab, order};
+      Narrowed found;
+      if (narrow<Kind>(whole, weigher, filters, joint, summary, list_of(params.scratch, row, vocab),
+                       list_capacity(vocab), scratch, found)) {
+        cut = found.cut;
+        kept = found.kept;
+      } else {
+        find(whole, Kind::kLeastKey);
+      }
     }
   }
   const float scale = static_cast<float>(0x1p42 / static_cast<double>(kept));

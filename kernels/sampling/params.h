@@ -82,7 +82,7 @@ struct Filters {
 struct Scratch {
   SegmentStats* segments;  // [num_rows, num_segments]
   SliceInfo* slices;       // [num_rows, num_slices], or null: nothing was collected
-  uint64* candidates;      // [num_rows, num_slices, kSliceCapacity] composites
+  uint64* candidates;      // [num_rows, num_slices, kSliceCapacity] composites, or null
   RowCut* cuts;            // [num_rows]
 };
 

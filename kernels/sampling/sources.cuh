@@ -60,6 +60,14 @@ __device__ __forceinline__ CandidateSource candidates_of(const Scratch& scratch,
           scratch.slices ? scratch.slices + first : nullptr, num_slices, order};
 }
 
+// Memory of a row for a list of its elements, when its candidates are done with.
+__device__ __forceinline__ uint64* list_of(const Scratch& scratch, uint32 row, uint32 vocab) {
+  return scratch.candidates + static_cast<int64>(row) * num_slices_of(vocab) * kSliceCapacity;
+}
+__device__ __forceinline__ uint32 list_capacity(uint32 vocab) {
+  return num_slices_of(vocab) * kSliceCapacity;
+}
+
 // The least key down to which a row's lists are complete; false when one has overflowed, or
 // nothing was collected.
 __device__ __forceinline__ bool complete_from(const CandidateSource& source, uint32& bound,

@@ -97,14 +97,16 @@ Choice sampling_choose(const std::string& op, const Config& config, int) {
 
 const RegisterFamily family({family_ops(), sampling_rows, sampling_choose});
 
-// Whether any row may be filtered, and every such row has a chance to be served by candidates.
-bool worth_collecting(const Filters& filters, uint32 vocab) {
+// What rows may need: nothing without filters, and no candidates when no row's fit their lists.
+Lists lists_for(const Filters& filters, uint32 vocab) {
   const bool greedy = filters.temperature.values || !(filters.temperature.value > 0);
   const bool shares = filters.top_p.values || filters.top_p.value < 1 || filters.min_p.values ||
                       filters.min_p.value > 0;
-  if (filters.top_k.values || greedy) return true;
-  const bool has_k = filters.top_k.value > 0 && filters.top_k.value < vocab;
-  return has_k ? filters.top_k.value <= kMaxCollectedK : shares;
+  if (filters.top_k.values || greedy) return Lists::Candidates;
+  if (filters.top_k.value > 0 && filters.top_k.value < vocab) {
+    return filters.top_k.value <= kMaxCollectedK ? Lists::Candidates : Lists::Rows;
+  }
+  return shares ? Lists::Candidates : Lists::None;
 }
 
 std::tuple<Tensor, Tensor, Tensor> sample(
@@ -131,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> sample(
   if (num_rows == 0) return {tokens, valid, log_probs};
 
   const RowKind kind = from_logits ? logits_kind(input.scalar_type()) : RowKind::Probs;
-  const RowScratch scratch(input, rows, worth_collecting(filters, rows.vocab));
+  const RowScratch scratch(input, rows, lists_for(filters, rows.vocab));
   const Device& gpu = device(input.get_device_index());
   launch_collect(gpu, kind, input, {rows, filters, scratch.get()});
   const DrawParams params{rows,

@@ -56,10 +56,13 @@ RowInput row_input(const Arg& input, std::initializer_list<Dtype> dtypes,
                    const std::optional<Tensor>& indices);
 uint32 index_bits_of(uint32 vocab);
 
-// Memory for `input`'s rows: statistics of the segments, candidates, thresholds.
+enum class Lists { None, Rows, Candidates };
+
+// Memory for `input`'s rows: statistics of the segments, thresholds, and lists of elements, which
+// collect_candidates or the kernels behind it fill.
 class RowScratch {
  public:
-  RowScratch(const Tensor& like, const RowInput& input, bool with_candidates);
+  RowScratch(const Tensor& like, const RowInput& input, Lists lists);
   const Scratch& get() const { return scratch_; }
 
  private:
@@ -69,7 +72,7 @@ class RowScratch {
 
 unsigned num_slice_blocks(const RowInput& input);
 
-// The first launch of most ops: row_segments, or collect_candidates when the scratch has room.
+// The first launch of most ops: row_segments, or collect_candidates when there are lists for it.
 void launch_collect(const Device& gpu, RowKind kind, const Tensor& input, const CollectParams& how);
 
 

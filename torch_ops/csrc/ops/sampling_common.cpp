@@ -138,21 +138,22 @@ RowInput row_input(const Arg& input, std::initializer_list<Dtype> dtypes,
           index_bits_of(static_cast<uint32>(vocab))};
 }
 
-RowScratch::RowScratch(const Tensor& like, const RowInput& input, bool with_candidates) {
+RowScratch::RowScratch(const Tensor& like, const RowInput& input, Lists lists) {
   const size_t rows = input.num_rows;
   const size_t slices = rows * num_slices_of(input.vocab);
   const size_t segment_bytes = aligned(rows * num_segments_of(input.vocab) * sizeof(SegmentStats));
   const size_t cut_bytes = aligned(rows * sizeof(RowCut));
-  const size_t slice_bytes = with_candidates ? aligned(slices * sizeof(SliceInfo)) : 0;
-  const size_t list_bytes = with_candidates ? slices * kSliceCapacity * sizeof(uint64) : 0;
+  const size_t slice_bytes = lists == Lists::Candidates ? aligned(slices * sizeof(SliceInfo)) : 0;
+  const size_t list_bytes = lists != Lists::None ? slices * kSliceCapacity * sizeof(uint64) : 0;
   const auto size = static_cast<int64_t>(segment_bytes + cut_bytes + slice_bytes + list_bytes);
   memory_ = empty(like, {size}, Dtype::Byte);
   auto* place = static_cast<uint8*>(memory_.mutable_data_ptr());
   scratch_ = {};
   scratch_.segments = reinterpret_cast<SegmentStats*>(place);
   scratch_.cuts = reinterpret_cast<RowCut*>(place + segment_bytes);
-  if (!with_candidates) return;
-  scratch_.slices = reinterpret_cast<SliceInfo*>(place + segment_bytes + cut_bytes);
+  if (lists == Lists::Candidates) {
+    scratch_.slices = reinterpret_cast<SliceInfo*>(place + segment_bytes + cut_bytes);
+  }
   scratch_.candidates = reinterpret_cast<uint64*>(place + segment_bytes + cut_bytes + slice_bytes);
 }
 

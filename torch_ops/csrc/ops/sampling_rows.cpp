@@ -64,7 +64,7 @@ Tensor softmax(const Tensor& logits, const std::optional<Tensor>& temperature,
            &params);
     return output;
   }
-  const RowScratch scratch(logits, rows, false);
+  const RowScratch scratch(logits, rows, Lists::None);
   params.segments = scratch.get().segments;
   launch_collect(gpu, kind, logits, {rows, filters, scratch.get()});
   launch(*(wide ? kernels.wide_slices : kernels.narrow_slices)[idx], gpu,
@@ -90,7 +90,7 @@ Tensor filtered(RowKind kind, const Tensor& input, const RowInput& rows, const F
   const Tensor output = empty_like(input);
   if (rows.num_rows == 0) return output;
   const Device& gpu = device(input.get_device_index());
-  const RowScratch scratch(input, rows, true);
+  const RowScratch scratch(input, rows, Lists::Candidates);
   find_cuts(gpu, kind, input, rows, filters, count_only, scratch.get());
   const ApplyParams params{rows, scratch.get().cuts, scratch.get().segments,
                            output.mutable_data_ptr()};
@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor> top_k(const Tensor& input, int64_t k) {
   if (rows.num_rows == 0) return {values, indices};
   const RowKind kind = logits_kind(input.scalar_type());
   const Device& gpu = device(input.get_device_index());
-  const RowScratch scratch(input, rows, true);
+  const RowScratch scratch(input, rows, Lists::Candidates);
   Filters filters = no_filters();
   filters.top_k.value = k;
   find_cuts(gpu, kind, input, rows, filters, true, scratch.get());
