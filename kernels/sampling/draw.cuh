@@ -3,9 +3,10 @@
 //
 // A block of kRowThreads threads takes a row, behind row_segments or collect_candidates. Without
 // filters it walks the segments' masses and reads one segment again; with filters it works on the
-// candidates, and on the whole row (narrow.cuh) only when they do not hold the answer. Launch: num_rows blocks.
-// All SMs. log_probs are of the softmax of the whole row at its temperature (1 for greedy rows). A
-// row with NaN, an infinity above, or no mass gives token 0, valid 0 and log_prob NaN.
+// candidates, and on the whole row (narrow.cuh) only when they do not hold the answer. Launch:
+// num_rows blocks. All SMs. log_probs are of the softmax of the whole row at its temperature (1 for
+// greedy rows). A row with NaN, an infinity above, or no mass gives token 0, valid 0 and log_prob
+// NaN.
 #pragma once
 
 #include "common/pdl.cuh"
@@ -76,8 +77,8 @@ struct RowDraw {
     return __umul64hi(random_bits(params.keys, row, 0), mass);
   }
   template <class Source>
-  __device__ __forceinline__ bool from(const Source& source, uint32 least_key, SelectScratch& scratch,
-                                       uint32& token) const {
+  __device__ __forceinline__ bool from(const Source& source, uint32 least_key,
+                                       SelectScratch& scratch, uint32& token) const {
     const Range range{source.order.last_of(least_key), source.order.first_of(key_of(summary.max))};
     uint64 threshold;
     if (!find_threshold<Kind>(source, weigher, filters, params.filters.joint, range,
@@ -102,8 +103,7 @@ struct RowDraw {
 };
 
 template <class Kind>
-__global__ void __launch_bounds__(kRowThreads, 2)
-    draw(const __grid_constant__ DrawParams params) {
+__global__ void __launch_bounds__(kRowThreads, 2) draw(const __grid_constant__ DrawParams params) {
   using T = typename Kind::Element;
   __shared__ SelectScratch scratch;
   const uint32 row = blockIdx.x;
@@ -112,10 +112,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const Order order{input.index_bits};
   pdl_wait();
   const RowFilters filters(params.filters, row, input.vocab);
-  const SegmentStats* segments =
-      params.scratch.segments + static_cast<int64>(row) * num_segments;
-  const RowSummary summary =
-      summarize<Kind>(segments, num_segments, filters.rate, scratch.block);
+  const SegmentStats* segments = params.scratch.segments + static_cast<int64>(row) * num_segments;
+  const RowSummary summary = summarize<Kind>(segments, num_segments, filters.rate, scratch.block);
   if (!summary.valid) {
     if (threadIdx.x == 0) {
       params.tokens[row] = 0;
@@ -133,8 +131,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   } else {
     const CandidateSource source = candidates_of(params.scratch, row, input.vocab, order);
     uint32 bound;
-    if (!complete_from(source, bound, scratch.block) ||
-        !job.from(source, bound, scratch, token)) {
+    if (!complete_from(source, bound, scratch.block) || !job.from(source, bound, scratch, token)) {
       const RowSource<T> whole{job.data, input.vocab, order};
       if (!job.narrowed(whole, scratch, token)) job.from(whole, Kind::kLeastKey, scratch, token);
     }

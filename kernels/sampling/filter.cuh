@@ -34,8 +34,8 @@ __device__ __forceinline__ bool find_threshold(const Source& source,
     }
   }
   if (filters.top_p < 1.0) {
-    const uint64 left = filters.k > 0 && !joint ? mass_from(source, weigher, cut, scratch)
-                                                : summary.mass;
+    const uint64 left =
+        filters.k > 0 && !joint ? mass_from(source, weigher, cut, scratch) : summary.mass;
     const Range kept{cut, range.top};
     if (select<true>(source, weigher, kept, ~uint64{0}, share_of(filters.top_p, left), scratch,
                      cut)) {

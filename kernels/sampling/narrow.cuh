@@ -73,7 +73,7 @@ struct Between {
   uint32 first;
   uint32 sure;
   uint32 k_bin;
-  bool limited;  // by top-k
+  bool limited;    // by top-k
   uint64 counted;  // elements of bins that are not listed, above k_bin
   uint64 weighed;  // their mass
   uint64 sure_mass;
@@ -121,9 +121,9 @@ __device__ __forceinline__ Between bins_between(const RowFilters& filters, bool 
 // leading bits, and `list` the elements between.
 template <class Source, class Weigher>
 __device__ __forceinline__ bool list_between(const Source& source, const Weigher& weigher,
-                                             const Between& between, uint64 floor,
-                                             uint64 min_p_cut, int index_shift, uint64* list,
-                                             uint32 capacity, SelectScratch& scratch) {
+                                             const Between& between, uint64 floor, uint64 min_p_cut,
+                                             int index_shift, uint64* list, uint32 capacity,
+                                             SelectScratch& scratch) {
   clear_bins(scratch);
   if (threadIdx.x == 0) scratch.bin_count = 0;
   __syncthreads();
@@ -224,8 +224,8 @@ __device__ __forceinline__ bool narrow(const RowSource<typename Kind::Element>& 
 
 // The token at which the running mass by index passes `target`, after narrow().
 template <class T, class Weigher>
-__device__ __forceinline__ uint32 narrowed_token(const RowSource<T>& source,
-                                                 const Weigher& weigher, uint64 cut, uint64 target,
+__device__ __forceinline__ uint32 narrowed_token(const RowSource<T>& source, const Weigher& weigher,
+                                                 uint64 cut, uint64 target,
                                                  SelectScratch& scratch) {
   const Order& order = source.order;
   const uint32 shift = order.index_bits > kDigitBits ? order.index_bits - kDigitBits : 0;
@@ -234,8 +234,8 @@ __device__ __forceinline__ uint32 narrowed_token(const RowSource<T>& source,
   const uint64 rest = scratch.rest - 1;
   __syncthreads();
   // The bin's indices are 2^shift neighbours, at most two for each thread.
-  const int64 first = static_cast<int64>(order.index_mask() + 1) -
-                      (static_cast<int64>(bin + 1) << shift);
+  const int64 first =
+      static_cast<int64>(order.index_mask() + 1) - (static_cast<int64>(bin + 1) << shift);
   const auto mass_at = [&](uint32 i) -> uint64 {
     const int64 index = first + i;
     if (i >= 1u << shift || index >= source.vocab) return 0;

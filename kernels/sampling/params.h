@@ -12,13 +12,13 @@ constexpr uint32 kSegmentSize = 1024;
 constexpr uint32 kCollectThreads = 256;
 constexpr uint32 kSegmentsPerSlice = kCollectThreads / 32;
 constexpr uint32 kSliceSize = kSegmentSize * kSegmentsPerSlice;
-constexpr uint32 kRowThreads = 512;      // of the kernels that give a row to one block
+constexpr uint32 kRowThreads = 512;  // of the kernels that give a row to one block
 constexpr uint32 kSoftmaxThreads = 1024;
-constexpr uint32 kMaxCollectedK = 256;   // larger top-k thresholds are searched in the whole row
-constexpr uint32 kSpeculativeK = 64;     // collected of each slice when only top-p or min-p filter
-constexpr uint32 kSliceCapacity = 512;   // candidates of a slice; more than that overflow
+constexpr uint32 kMaxCollectedK = 256;  // larger top-k thresholds are searched in the whole row
+constexpr uint32 kSpeculativeK = 64;    // collected of each slice when only top-p or min-p filter
+constexpr uint32 kSliceCapacity = 512;  // candidates of a slice; more than that overflow
 constexpr uint32 kOverflow = 0xffffffffu;
-constexpr int kMassBits = 42;            // a weight of 1 is a mass of 2^42
+constexpr int kMassBits = 42;  // a weight of 1 is a mass of 2^42
 
 constexpr uint32 num_segments_of(uint32 vocab) {
   return (vocab + kSegmentSize - 1) / kSegmentSize;
@@ -29,7 +29,7 @@ constexpr uint32 num_slices_of(uint32 vocab) {
 
 // Weights of a segment are relative to its largest element.
 struct SegmentStats {
-  float max;    // NaN: the segment holds a number that no weight can be made of
+  float max;  // NaN: the segment holds a number that no weight can be made of
   uint32 pad;
   uint64 mass;  // sum of the weights
 };
@@ -140,16 +140,16 @@ struct SoftmaxParams {
 };
 
 struct ChainParams {
-  const float* draft_probs;        // [batch, num_draft, vocab]
-  const void* draft_tokens;        // [batch, num_draft], int32 or int64
-  const float* target_probs;       // [batch, num_draft + 1, vocab]
-  int64 draft_strides[2];          // of the batch and of the position, elements
+  const float* draft_probs;   // [batch, num_draft, vocab]
+  const void* draft_tokens;   // [batch, num_draft], int32 or int64
+  const float* target_probs;  // [batch, num_draft + 1, vocab]
+  int64 draft_strides[2];     // of the batch and of the position, elements
   int64 token_strides[2];
   int64 target_strides[2];
-  RandomKeys keys;                 // of the batch
-  int32* tokens;                   // [batch, num_draft + 1]
-  int32* accepted;                 // [batch]
-  int32* emitted;                  // [batch]
+  RandomKeys keys;  // of the batch
+  int32* tokens;    // [batch, num_draft + 1]
+  int32* accepted;  // [batch]
+  int32* emitted;   // [batch]
   uint32 num_draft;
   uint32 vocab;
   uint32 index_bits;

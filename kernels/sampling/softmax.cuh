@@ -91,9 +91,8 @@ __global__ void __launch_bounds__(kCollectThreads)
   load_segment<kVec>(row_data<T>(input, row), first, input.vocab, lane, -kInfinity, x);
   const float rate = softmax_rate(params.temperature, row);
   pdl_wait();
-  const RowSummary summary =
-      summarize<Logits<T>>(params.segments + static_cast<int64>(row) * num_segments, num_segments,
-                           rate, scratch);
+  const RowSummary summary = summarize<Logits<T>>(
+      params.segments + static_cast<int64>(row) * num_segments, num_segments, rate, scratch);
   write_segment<kVec>(x, first, input.vocab, lane, Logits<T>::weigher(summary.max, rate),
                       softmax_scale(summary),
                       params.output + static_cast<int64>(row) * input.vocab);

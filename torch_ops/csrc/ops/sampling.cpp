@@ -18,8 +18,7 @@ constexpr const char* kApplyCut = "sampling/apply_cut.cuh:apply_cut";
 constexpr const char* kGather = "sampling/gather_top_k.cuh:gather_top_k";
 constexpr const char* kSoftmax = "sampling/softmax.cuh:softmax";
 constexpr const char* kSoftmaxSlices = "sampling/softmax.cuh:softmax_slices";
-constexpr const char* kChain =
-    "sampling/chain_speculative_sampling.cuh:chain_speculative_sampling";
+constexpr const char* kChain = "sampling/chain_speculative_sampling.cuh:chain_speculative_sampling";
 
 constexpr std::array kLogitsKinds{RowKind::HalfLogits, RowKind::BFloat16Logits,
                                   RowKind::FloatLogits};
@@ -41,10 +40,13 @@ std::vector<std::string> kernels_of(const std::string& op, RowKind kind) {
 }
 
 const std::vector<std::string>& family_ops() {
-  static const std::vector<std::string> ops{
-      "sample",          "softmax",           "top_k",
-      "top_k_mask_logits", "top_k_renorm_probs", "top_p_renorm_probs",
-      "chain_speculative_sampling"};
+  static const std::vector<std::string> ops{"sample",
+                                            "softmax",
+                                            "top_k",
+                                            "top_k_mask_logits",
+                                            "top_k_renorm_probs",
+                                            "top_p_renorm_probs",
+                                            "chain_speculative_sampling"};
   return ops;
 }
 
@@ -69,7 +71,8 @@ std::vector<Row> sampling_rows() {
   std::vector<Row> rows;
   for (const std::string& op : family_ops()) {
     if (op == "chain_speculative_sampling") {
-      rows.push_back({.op = op, .kernel = kChain, .block = kRowThreads, .why = "a block a request"});
+      rows.push_back(
+          {.op = op, .kernel = kChain, .block = kRowThreads, .why = "a block a request"});
       continue;
     }
     for (const RowKind kind : kinds_of(op)) {
@@ -109,12 +112,14 @@ Lists lists_for(const Filters& filters, uint32 vocab) {
   return shares ? Lists::Candidates : Lists::None;
 }
 
-std::tuple<Tensor, Tensor, Tensor> sample(
-    const Tensor& input, const Tensor& seed, const std::optional<Tensor>& offset, bool from_logits,
-    bool joint, const std::optional<Tensor>& indices, const std::optional<Tensor>& temperature,
-    double temperature_val, const std::optional<Tensor>& top_k, int64_t top_k_val,
-    const std::optional<Tensor>& top_p, double top_p_val, const std::optional<Tensor>& min_p,
-    double min_p_val) {
+std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& input, const Tensor& seed,
+                                          const std::optional<Tensor>& offset, bool from_logits,
+                                          bool joint, const std::optional<Tensor>& indices,
+                                          const std::optional<Tensor>& temperature,
+                                          double temperature_val,
+                                          const std::optional<Tensor>& top_k, int64_t top_k_val,
+                                          const std::optional<Tensor>& top_p, double top_p_val,
+                                          const std::optional<Tensor>& min_p, double min_p_val) {
   constexpr const char* kOp = "sample";
   static const KindKernels kernels(kDraw, false);
   const Arg arg{kOp, from_logits ? "logits" : "probs", input};
@@ -169,9 +174,11 @@ void check_chain(const Arg& draft, const Arg& tokens, const Arg& target) {
   check_last_stride(target);
 }
 
-std::tuple<Tensor, Tensor, Tensor> chain_speculative_sampling(
-    const Tensor& draft_probs, const Tensor& draft_token_ids, const Tensor& target_probs,
-    const Tensor& seed, const std::optional<Tensor>& offset) {
+std::tuple<Tensor, Tensor, Tensor> chain_speculative_sampling(const Tensor& draft_probs,
+                                                              const Tensor& draft_token_ids,
+                                                              const Tensor& target_probs,
+                                                              const Tensor& seed,
+                                                              const std::optional<Tensor>& offset) {
   constexpr const char* kOp = "chain_speculative_sampling";
   static Kernel& chain = kernel(kChain);
   const Arg draft{kOp, "draft_probs", draft_probs};
@@ -184,21 +191,20 @@ std::tuple<Tensor, Tensor, Tensor> chain_speculative_sampling(
   const Tensor accepted = empty(draft_probs, {batch}, Dtype::Int);
   const Tensor emitted = empty(draft_probs, {batch}, Dtype::Int);
   if (batch == 0) return {tokens, accepted, emitted};
-  const ChainParams params{
-      .draft_probs = static_cast<const float*>(draft_probs.const_data_ptr()),
-      .draft_tokens = draft_token_ids.const_data_ptr(),
-      .target_probs = static_cast<const float*>(target_probs.const_data_ptr()),
-      .draft_strides = {draft_probs.stride(0), draft_probs.stride(1)},
-      .token_strides = {draft_token_ids.stride(0), draft_token_ids.stride(1)},
-      .target_strides = {target_probs.stride(0), target_probs.stride(1)},
-      .keys = keys,
-      .tokens = static_cast<int32*>(tokens.mutable_data_ptr()),
-      .accepted = static_cast<int32*>(accepted.mutable_data_ptr()),
-      .emitted = static_cast<int32*>(emitted.mutable_data_ptr()),
-      .num_draft = static_cast<uint32>(num_draft),
-      .vocab = vocab,
-      .index_bits = index_bits_of(vocab),
-      .wide_tokens = draft_token_ids.scalar_type() == Dtype::Long};
+  const ChainParams params{.draft_probs = static_cast<const float*>(draft_probs.const_data_ptr()),
+                           .draft_tokens = draft_token_ids.const_data_ptr(),
+                           .target_probs = static_cast<const float*>(target_probs.const_data_ptr()),
+                           .draft_strides = {draft_probs.stride(0), draft_probs.stride(1)},
+                           .token_strides = {draft_token_ids.stride(0), draft_token_ids.stride(1)},
+                           .target_strides = {target_probs.stride(0), target_probs.stride(1)},
+                           .keys = keys,
+                           .tokens = static_cast<int32*>(tokens.mutable_data_ptr()),
+                           .accepted = static_cast<int32*>(accepted.mutable_data_ptr()),
+                           .emitted = static_cast<int32*>(emitted.mutable_data_ptr()),
+                           .num_draft = static_cast<uint32>(num_draft),
+                           .vocab = vocab,
+                           .index_bits = index_bits_of(vocab),
+                           .wide_tokens = draft_token_ids.scalar_type() == Dtype::Long};
   launch(chain, device(draft_probs.get_device_index()),
          {.grid_x = static_cast<unsigned>(batch), .block = kRowThreads}, &params);
   return {tokens, accepted, emitted};

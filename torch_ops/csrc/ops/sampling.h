@@ -75,7 +75,6 @@ unsigned num_slice_blocks(const RowInput& input);
 // The first launch of most ops: row_segments, or collect_candidates when there are lists for it.
 void launch_collect(const Device& gpu, RowKind kind, const Tensor& input, const CollectParams& how);
 
-
 Filters no_filters();
 
 }  // namespace ridgeline

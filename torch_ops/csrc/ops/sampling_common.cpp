@@ -27,7 +27,9 @@ int64_t per_row_stride(const Arg& arg, const Arg& input, int64_t num_rows) {
        shape_text(arg.tensor), "Pass a tensor of that shape");
 }
 
-constexpr size_t aligned(size_t bytes) { return (bytes + 15) / 16 * 16; }
+constexpr size_t aligned(size_t bytes) {
+  return (bytes + 15) / 16 * 16;
+}
 
 }  // namespace
 
@@ -37,7 +39,9 @@ RowKind logits_kind(Dtype dtype) {
                                     : RowKind::FloatLogits;
 }
 
-std::string kind_name(RowKind kind) { return kKindNames[static_cast<size_t>(kind)]; }
+std::string kind_name(RowKind kind) {
+  return kKindNames[static_cast<size_t>(kind)];
+}
 
 int wide_vec(RowKind kind) {
   return kind == RowKind::HalfLogits || kind == RowKind::BFloat16Logits ? 8 : 4;
@@ -98,7 +102,9 @@ RandomKeys keys_of(const char* op, const Tensor& seed, const std::optional<Tenso
   return keys;
 }
 
-uint32 index_bits_of(uint32 vocab) { return static_cast<uint32>(std::bit_width(vocab - 1)); }
+uint32 index_bits_of(uint32 vocab) {
+  return static_cast<uint32>(std::bit_width(vocab - 1));
+}
 
 RowInput row_input(const Arg& input, std::initializer_list<Dtype> dtypes,
                    const std::optional<Tensor>& indices) {
