@@ -31,6 +31,7 @@ NAMES = (
     "rope",
     "merge",
     "page",
+    "sampling",
     "attention_decode",
     "attention_prefill",
     "host",

@@ -111,6 +111,28 @@ def quantization_cases(device: torch.device) -> dict[str, list[Arguments]]:
     }
 
 
+def sampling_cases(device: torch.device) -> dict[str, list[Arguments]]:
+    logits, seed = torch.randn(3, 40, device=device), torch.arange(3, device=device)
+    probs = torch.softmax(logits, dim=-1)
+    rows = torch.tensor([2, 0, 0], device=device)
+    k, p = torch.tensor([2, 5, 40], device=device), torch.full((3,), 0.7, device=device)
+    off = (None, 1.0, None, 0, None, 1.0, None, 0.0)
+    draft, target = probs.expand(2, 3, 40), torch.softmax(torch.randn(2, 4, 40), -1).to(device)
+    ids = torch.zeros(2, 3, dtype=torch.int32, device=device)
+    return {
+        "sample": [
+            ((logits.half(), seed, None, True, False, None, *off), {}),
+            ((probs, seed[:1], seed, False, True, rows, p, 1.0, k, 0, p, 1.0, p, 0.0), {}),
+        ],
+        "softmax": [((logits, None, 0.7), {}), ((logits.bfloat16(), p, 1.0), {})],
+        "top_p_renorm_probs": [((probs, None, 0.7), {}), ((probs[:, :30], p, 1.0), {})],
+        "top_k_renorm_probs": [((probs, None, 7), {}), ((probs, k, 0), {})],
+        "top_k_mask_logits": [((logits.half(), None, 7), {}), ((logits, k, 0), {})],
+        "top_k": [((logits, 7), {}), ((logits.bfloat16()[::2], 1), {})],
+        "chain_speculative_sampling": [((draft, ids, target, seed[:2], None), {})],
+    }
+
+
 CASES: list[Callable[[torch.device], dict[str, list[Arguments]]]] = [
     norm_cases,
     rope_cases,
@@ -118,6 +140,7 @@ CASES: list[Callable[[torch.device], dict[str, list[Arguments]]]] = [
     merge_cases,
     page_cases,
     quantization_cases,
+    sampling_cases,
 ]
 
 

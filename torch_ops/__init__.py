@@ -22,6 +22,22 @@ from .page import (
 from .page_copy import copy_pages
 from .quantization import packbits, segment_packbits
 from .rope import apply_rope_pos_ids, apply_rope_pos_ids_inplace
+from .sampling import (
+    chain_speculative_sampling,
+    min_p_sampling_from_probs,
+    sample_from_logits,
+    sampling_from_logits,
+    sampling_from_probs,
+    softmax,
+    top_k,
+    top_k_mask_logits,
+    top_k_renorm_probs,
+    top_k_sampling_from_probs,
+    top_k_top_p_sampling_from_logits,
+    top_k_top_p_sampling_from_probs,
+    top_p_renorm_probs,
+    top_p_sampling_from_probs,
+)
 from .supports import Support, supports
 from .warmup import Warmup, warmup
 
@@ -35,6 +51,7 @@ __all__ = [
     "apply_rope_pos_ids",
     "apply_rope_pos_ids_inplace",
     "copy_pages",
+    "chain_speculative_sampling",
     "fused_add_rmsnorm",
     "get_batch_indices_positions",
     "get_seq_lens",
@@ -44,10 +61,24 @@ __all__ = [
     "packbits",
     "rmsnorm",
     "segment_packbits",
+    "min_p_sampling_from_probs",
+    "rmsnorm",
+    "sample_from_logits",
+    "sampling_from_logits",
+    "sampling_from_probs",
     "silu_and_mul",
     "single_decode_with_kv_cache",
     "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse",
+    "softmax",
     "supports",
+    "top_k",
+    "top_k_mask_logits",
+    "top_k_renorm_probs",
+    "top_k_sampling_from_probs",
+    "top_k_top_p_sampling_from_logits",
+    "top_k_top_p_sampling_from_probs",
+    "top_p_renorm_probs",
+    "top_p_sampling_from_probs",
     "warmup",
 ]
