@@ -62,7 +62,6 @@ __all__ = [
     "rmsnorm",
     "segment_packbits",
     "min_p_sampling_from_probs",
-    "rmsnorm",
     "sample_from_logits",
     "sampling_from_logits",
     "sampling_from_probs",

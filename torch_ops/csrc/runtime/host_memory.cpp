@@ -8,7 +8,7 @@ void* device_address(const Arg& arg, const Device& gpu) {
   if (tensor.is_cuda() && tensor.get_device_index() == gpu.index) return address;
   if (tensor.is_cpu() && tensor.numel() == 0) return address;
   if (tensor.is_cpu()) {
-    const ContextScope context(gpu);
+    const DeviceScope context(gpu);
     void* mapped = nullptr;
     const CUresult error = driver().pointer_get_attribute(&mapped, PointerAttribute::kDevicePointer,
                                                           reinterpret_cast<uintptr_t>(address));
