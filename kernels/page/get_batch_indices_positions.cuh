@@ -16,6 +16,11 @@ __global__ void __launch_bounds__(kPageThreads)
     get_batch_indices_positions(const __grid_constant__ BatchIndicesParams params) {
   const uint32 token = blockIdx.x * kPageThreads + threadIdx.x;
   if (token >= params.nnz) return;
+  if (params.batch_size == 0) {
+    params.batch_indices[token] = -1;
+    params.positions[token] = -1;
+    return;
+  }
 
   // The last request that begins at or before the token.
   uint32 request = 0, after = params.batch_size;

@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kCollectThreads)
     for (int j = 0; j < kVec; ++j) {
       const float value = x[i * kVec + j];
       const bool kept = cut.valid && order.composite(value, first + j) >= cut.cut;
-      written.set(j, kept ? kept_value(Kind{}, value, cut, rate) : Kind::padding());
+      written.elements[j] =
+          from_float<T>(kept ? kept_value(Kind{}, value, cut, rate) : Kind::padding());
     }
     store(output + first, written);
   }

@@ -87,11 +87,11 @@ __device__ __forceinline__ void load_segment(const T* row, uint32 first, uint32 
       fetched[i] = load<kVec>(row + index);
     } else {
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) fetched[i].set(j, padding);
+      for (int j = 0; j < kVec; ++j) fetched[i].elements[j] = from_float<T>(padding);
     }
   }
 #pragma unroll
-  for (int j = 0; j < kHeld; ++j) x[j] = fetched[j / kVec].get(j % kVec);
+  for (int j = 0; j < kHeld; ++j) x[j] = to_float(fetched[j / kVec].elements[j % kVec]);
 }
 
 __device__ __forceinline__ float warp_max(float x) {

@@ -29,7 +29,7 @@ __device__ __forceinline__ void write_segment(const float (&x)[kHeld], uint32 fi
     if (index >= vocab) continue;
     Vec<float, kPiece> y;
 #pragma unroll
-    for (int j = 0; j < kPiece; ++j) y.set(j, weigher.weight(x[i * kPiece + j]) * scale);
+    for (int j = 0; j < kPiece; ++j) y.elements[j] = weigher.weight(x[i * kPiece + j]) * scale;
     store(output + index, y);
   }
 }
