@@ -109,7 +109,6 @@ def test_float32_on_the_cpu(problem: Problem, rng: torch.Generator) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.large
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     "problem",

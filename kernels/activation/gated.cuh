@@ -26,8 +26,9 @@ __global__ void __launch_bounds__(kGatedThreads) gated(const __grid_constant__ G
   const T* source = input + row_offset(params.num_inner, params.input_strides, row) + column;
 
   pdl_wait();
-  const Vec<T, kVec> gate = load_once<kVec>(source);
-  const Vec<T, kVec> value = load_once<kVec>(source + params.hidden);
+  // Why not load_once: at 16,384 rows plain loads took 334 us, loads that pass L1 by 351 (H200).
+  const Vec<T, kVec> gate = load<kVec>(source);
+  const Vec<T, kVec> value = load<kVec>(source + params.hidden);
   pdl_launch_dependents();
 
   float gates[kVec], values[kVec];
