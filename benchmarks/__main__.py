@@ -30,8 +30,6 @@ NAMES = (
     "activation",
     "rope",
     "merge",
-    "page",
-    "sampling",
     "attention_decode",
     "attention_prefill",
     "host",
