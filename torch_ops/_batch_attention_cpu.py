@@ -186,9 +186,7 @@ def _heads_and_page(k: Tensor, paged: bool, flags: int) -> tuple[int, int]:
 
 
 @fake_impl("attention")
-def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, *options: object, **named: object
-) -> Tensor:
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *options: object, **named: object) -> Tensor:
     _check_inputs("attention", q, k, v, *options[:8])  # type: ignore[arg-type]
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
@@ -320,8 +318,7 @@ def _attend_batch(
         if begin == end:
             continue
         keys, values = (
-            _request_keys(cache, request, kv_indptr, kv_indices, kv_lens, flags)
-            for cache in (k, v)
+            _request_keys(cache, request, kv_indptr, kv_indices, kv_lens, flags) for cache in (k, v)
         )
         out[begin:end], lse[begin:end] = _attend(
             q[begin:end], keys, values, 1, bool(flags & CAUSAL), window_left, logits_soft_cap,

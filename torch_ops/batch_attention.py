@@ -179,7 +179,9 @@ def attention(
     if kv_last_page_len is not None and (kv_lens is not None or kv_indices is None):
         expected = "None beside kv_lens, or without kv_indices"
         _check.fail(op, "kv_last_page_len", expected, "a tensor", "Pass one of the two.")
-    flags = _flags(op, kv_layout, causal, batch_invariant, kv_lens is not None and kv_indices is not None)
+    flags = _flags(
+        op, kv_layout, causal, batch_invariant, kv_lens is not None and kv_indices is not None
+    )
     lens = kv_lens if kv_last_page_len is None else kv_last_page_len
     if validate:
         validate_contents(op, q, k, qo_indptr, kv_indptr, kv_indices, lens, flags)
@@ -283,8 +285,9 @@ def schedule(
     torch.Size([2, 4, 64])
     """
     op = "schedule"
-    if (page_size is not None) != (kv_last_page_len is not None or
-                                   (kv_lens is not None and kv_indptr is not None)):
+    if (page_size is not None) != (
+        kv_last_page_len is not None or (kv_lens is not None and kv_indptr is not None)
+    ):
         expected = "a number exactly when the cache is paged"
         _check.fail(op, "page_size", expected, page_size, "Pass it with kv_last_page_len.")
     if kv_last_page_len is not None and kv_lens is not None:

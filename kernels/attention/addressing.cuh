@@ -17,9 +17,10 @@ template <typename T>
 struct StridedRows {
   const T* base;
   int64 stride;
+  int first;
 
   __device__ __forceinline__ const T* row(int row, int /*pass*/) const {
-    return base + row * stride;
+    return base + (first + row) * stride;
   }
 };
 
@@ -40,13 +41,13 @@ struct StridedKv {
         value_stride(params.v_stride_token) {}
 
   // Requests one behind the other (ragged) or at one stride from each other (padded).
-  __device__ __forceinline__ StridedKv(const BatchAttentionParams& params, const WorkRecord& record)
+  __device__ __forceinline__ StridedKv(const BatchAttentionParams& params, const BatchItem& item)
       : first_key(static_cast<const T*>(params.attention.k) +
-                  record.kv_head * params.attention.k_stride_head +
-                  record.kv_origin * params.k_origin_stride),
+                  item.work.kv_head * params.attention.k_stride_head +
+                  item.kv_origin * params.k_origin_stride),
         first_value(static_cast<const T*>(params.attention.v) +
-                    record.kv_head * params.attention.v_stride_head +
-                    record.kv_origin * params.v_origin_stride),
+                    item.work.kv_head * params.attention.v_stride_head +
+                    item.kv_origin * params.v_origin_stride),
         key_stride(params.attention.k_stride_token),
         value_stride(params.attention.v_stride_token) {}
 
@@ -55,11 +56,11 @@ struct StridedKv {
 
   template <int kLoaders>
   __device__ __forceinline__ StridedRows<T> keys(int first_token, int /*end*/) const {
-    return {first_key + first_token * key_stride, key_stride};
+    return {first_key, key_stride, first_token};
   }
   template <int kLoaders>
   __device__ __forceinline__ StridedRows<T> values(int first_token, int /*end*/) const {
-    return {first_value + first_token * value_stride, value_stride};
+    return {first_value, value_stride, first_token};
   }
 };
 
@@ -83,11 +84,11 @@ struct PagedKv {
   using Element = T;
 
   const BatchAttentionParams& params;
-  const WorkRecord& record;  // in shared memory, so that it holds no registers
-  uint32 page;               // of this lane's row
+  const BatchItem& item;
+  uint32 page;  // of this lane's row
 
-  __device__ __forceinline__ PagedKv(const BatchAttentionParams& params, const WorkRecord& record)
-      : params(params), record(record), page(0) {}
+  __device__ __forceinline__ PagedKv(const BatchAttentionParams& params, const BatchItem& item)
+      : params(params), item(item), page(0) {}
 
   template <int kRows, int kLoaders>
   __device__ __forceinline__ void prefetch(int first_token, int end) {
@@ -95,14 +96,14 @@ struct PagedKv {
     const int row = lane_row<kLoaders>();
     if (row < kRows) {
       const int token = min(first_token + row, end - 1);
-      page = __ldg(params.kv_indices + record.kv_origin + params.page_size.quotient(token));
+      page = __ldg(params.kv_indices + item.kv_origin + params.page_size.quotient(token));
     }
   }
 
   template <int kLoaders>
   __device__ __forceinline__ PooledRows<T> keys(int first_token, int end) const {
     return {static_cast<const T*>(params.attention.k) +
-                record.kv_head * params.attention.k_stride_head,
+                item.work.kv_head * params.attention.k_stride_head,
             place(min(first_token + lane_row<kLoaders>(), end - 1), params.k_page_units,
                   params.k_token_units),
             params.k_unit};
@@ -110,7 +111,7 @@ struct PagedKv {
   template <int kLoaders>
   __device__ __forceinline__ PooledRows<T> values(int first_token, int end) const {
     return {static_cast<const T*>(params.attention.v) +
-                record.kv_head * params.attention.v_stride_head,
+                item.work.kv_head * params.attention.v_stride_head,
             place(min(first_token + lane_row<kLoaders>(), end - 1), params.v_page_units,
                   params.v_token_units),
             params.v_unit};

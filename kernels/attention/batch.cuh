@@ -19,35 +19,34 @@ __device__ __forceinline__ int held_to(int value, int low, int high) {
   return max(low, min(value, high));
 }
 
-// A record with every field in its range.
-__device__ __forceinline__ WorkRecord checked_record(const BatchAttentionParams& params, int index,
-                                                     int tile_q) {
+// A record of the list as an item whose fields are in their ranges.
+__device__ __forceinline__ BatchItem checked_item(const BatchAttentionParams& params, int index,
+                                                  int& height_idx) {
   const int4* words = reinterpret_cast<const int4*>(params.list + params.records_at) + index * 3ll;
   const int4 a = words[0], b = words[1], c = words[2];
-  WorkRecord record = {};
-  record.segment_height = a.x & 1;
-  record.request = a.y;
-  record.kv_head = held_to(a.z, 0, int(params.attention.num_kv_heads.divisor) - 1);
-  record.q_begin = held_to(b.x, 0, params.num_tokens - 1);
-  record.qo_len = held_to(b.y, 1, params.num_tokens - record.q_begin);
-  const int group_size = params.attention.group_size.divisor;
-  record.q_row_begin = held_to(a.w, 0, record.qo_len * group_size - 1);
+  height_idx = a.x & 1;
+  BatchItem item = {};
+  item.index = index;
+  item.work.request = a.y;
+  item.work.kv_head = held_to(a.z, 0, int(params.attention.num_kv_heads.divisor) - 1);
+  item.work.q_begin = held_to(b.x, 0, params.num_tokens - 1);
+  item.request.qo_len = held_to(b.y, 1, params.num_tokens - item.work.q_begin);
+  const int num_rows = item.request.qo_len * int(params.attention.group_size.divisor);
+  item.work.q_row_begin = held_to(a.w, 0, num_rows - 1);
   int64 most_keys = 0;
   if (params.form == KvForm::kPadded) {
-    record.kv_origin = held_to(b.z, 0, params.num_indices - 1);
+    item.kv_origin = held_to(b.z, 0, params.num_indices - 1);
     most_keys = params.max_kv_len;
   } else {
-    record.kv_origin = held_to(b.z, 0, params.num_indices);
-    most_keys = int64(params.num_indices - record.kv_origin);
+    item.kv_origin = held_to(b.z, 0, params.num_indices);
+    most_keys = int64(params.num_indices - item.kv_origin);
     if (is_paged(params.form)) most_keys *= params.page_size.divisor;
   }
-  record.kv_len = b.w < 0 ? 0 : b.w < most_keys ? b.w : int(most_keys);
-  record.kv_end = held_to(c.y, 0, record.kv_len);
-  record.kv_begin = held_to(c.x, 0, record.kv_end);
-  const int last_partial_row = params.num_partial_rows - tile_q;
-  record.index = index;
-  record.partial_row = c.z < 0 || last_partial_row < 0 ? -1 : min(c.z, last_partial_row);
-  return record;
+  item.request.kv_len = b.w < 0 ? 0 : b.w < most_keys ? b.w : int(most_keys);
+  item.work.kv_end = held_to(c.y, 0, item.request.kv_len);
+  item.work.kv_begin = held_to(c.x, 0, item.work.kv_end);
+  item.work.partial_row = c.z < 0 ? -1 : min(c.z, params.last_partial_row);
+  return item;
 }
 
 // The first record of a CTA.
@@ -56,21 +55,11 @@ __device__ __forceinline__ int first_record(const BatchAttentionParams& params, 
 }
 
 template <typename Traits>
-__device__ __forceinline__ void run_record(const BatchAttentionParams& params,
-                                           const WorkRecord& record, const Request& request,
-                                           unsigned char* smem) {
-  const auto get_work = [&](int) {
-    return WorkItem{0,
-                    record.request,
-                    record.kv_head,
-                    record.q_row_begin,
-                    record.kv_begin,
-                    record.kv_end,
-                    record.partial_row,
-                    record.q_begin};
-  };
-  const auto make_kv = [&](const WorkItem&) { return typename Traits::Kv(params, record); };
-  attend_tile<Traits>(params.attention, request, 0, get_work, make_kv, smem);
+__device__ __forceinline__ void run_item(const BatchAttentionParams& params, const BatchItem& item,
+                                         unsigned char* smem) {
+  const auto get_work = [&](int) -> const WorkItem& { return item.work; };
+  const auto make_kv = [&](const WorkItem&) { return typename Traits::Kv(params, item); };
+  attend_tile<Traits>(params.attention, item.request, 0, get_work, make_kv, smem);
 }
 
 template <typename T, typename Dims, typename Heights, typename Kv, typename Variant>
@@ -81,9 +70,9 @@ struct BatchKernel<T, Dims, Heights<kHeight>, Kv, Variant> {
   static constexpr int kLow = kHeight;
   static constexpr int kHigh = kHeight;
   static __device__ __forceinline__ void run(const BatchAttentionParams& params,
-                                             const WorkRecord& record, const Request& request,
+                                             const BatchItem& item, int /*height_idx*/,
                                              unsigned char* smem) {
-    run_record<TileTraits<T, Dims, kHeight, Kv, Variant>>(params, record, request, smem);
+    run_item<TileTraits<T, Dims, kHeight, Kv, Variant>>(params, item, smem);
   }
 };
 
@@ -92,12 +81,12 @@ struct BatchKernel<T, Dims, Heights<low, high>, Kv, Variant> {
   static constexpr int kLow = low;
   static constexpr int kHigh = high;
   static __device__ __forceinline__ void run(const BatchAttentionParams& params,
-                                             const WorkRecord& record, const Request& request,
+                                             const BatchItem& item, int height_idx,
                                              unsigned char* smem) {
-    if (record.segment_height == 0) {
-      run_record<TileTraits<T, Dims, low, Kv, Variant>>(params, record, request, smem);
+    if (height_idx == 0) {
+      run_item<TileTraits<T, Dims, low, Kv, Variant>>(params, item, smem);
     } else {
-      run_record<TileTraits<T, Dims, high, Kv, Variant>>(params, record, request, smem);
+      run_item<TileTraits<T, Dims, high, Kv, Variant>>(params, item, smem);
     }
   }
 };
@@ -111,20 +100,16 @@ __global__ void __launch_bounds__(
     batch_attention(const __grid_constant__ BatchAttentionParams params) {
   using Kernel = BatchKernel<T, Dims, Heights, Kv, Variant>;
   extern __shared__ __align__(1024) unsigned char smem[];
-  // Why shared: what is read again where it is used holds no registers.
-  __shared__ WorkRecord record;
-  __shared__ Request request;
+  __shared__ BatchItem item;
+  __shared__ int height_idx;
   pdl_wait();
   if (params.list[0] != params.tag) return;
-  for (int index = first_record(params, blockIdx.x);
-       index < first_record(params, blockIdx.x + 1); index = record.index + 1) {
+  for (int index = first_record(params, blockIdx.x); index < first_record(params, blockIdx.x + 1);
+       index = item.index + 1) {
     __syncthreads();
-    if (threadIdx.x == 0) {
-      record = checked_record(params, index, Kernel::kHigh);
-      request = {record.qo_len, record.kv_len};
-    }
+    if (threadIdx.x == 0) item = checked_item(params, index, height_idx);
     __syncthreads();
-    Kernel::run(params, record, request, smem);
+    Kernel::run(params, item, height_idx, smem + opaque(0));
   }
 }
 

@@ -40,8 +40,8 @@ __device__ __forceinline__ void add_pieces(const BatchCombineParams& params, int
     for (int half = 0; half < 2; ++half) {
       const int column = half * 128 + lane * 4;
       if (column >= params.head_dim_vo) continue;
-      const float4 sums = *reinterpret_cast<const float4*>(
-          params.partial_out + place * params.head_dim_vo + column);
+      const float4 sums = *reinterpret_cast<const float4*>(params.partial_out +
+                                                           place * params.head_dim_vo + column);
       values[half].x += empty ? 0.0f : weight * sums.x;
       values[half].y += empty ? 0.0f : weight * sums.y;
       values[half].z += empty ? 0.0f : weight * sums.z;
@@ -54,15 +54,14 @@ template <typename T>
 __device__ __forceinline__ void store_row(const BatchCombineParams& params, int token, int head,
                                           const float4 (&values)[2], float factor, float lse) {
   const int lane = threadIdx.x % 32;
-  T* out = static_cast<T*>(params.out) + token * params.out_stride_token +
-           head * params.out_stride_head;
+  T* out =
+      static_cast<T*>(params.out) + token * params.out_stride_token + head * params.out_stride_head;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int column = half * 128 + lane * 4;
     if (column >= params.head_dim_vo) continue;
-    store_four(out + column,
-               make_float4(values[half].x * factor, values[half].y * factor,
-                           values[half].z * factor, values[half].w * factor));
+    store_four(out + column, make_float4(values[half].x * factor, values[half].y * factor,
+                                         values[half].z * factor, values[half].w * factor));
   }
   if (lane == 0 && params.lse != nullptr) {
     params.lse[int64(token) * params.num_qo_heads + head] = lse;
@@ -148,8 +147,9 @@ __global__ void __launch_bounds__(kCombineThreads)
   // A list of another configuration: no number that could be taken for a result.
   const bool refused = params.list[0] != params.tag;
   const int num_tokens =
-      refused ? 0 : max(0, min(reinterpret_cast<const ListHeader*>(params.list)->num_tokens,
-                               params.num_tokens));
+      refused ? 0
+              : max(0, min(reinterpret_cast<const ListHeader*>(params.list)->num_tokens,
+                           params.num_tokens));
   const float4 fill[2] = {make_float4(1.0f, 1.0f, 1.0f, 1.0f), make_float4(1.0f, 1.0f, 1.0f, 1.0f)};
   const float nan = __uint_as_float(0x7fffffffu);
   const int64 num_heads = params.num_qo_heads;

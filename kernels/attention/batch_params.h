@@ -35,7 +35,7 @@ struct WorkRecord {
   int kv_len;
   int kv_begin, kv_end;  // keys to visit
   int partial_row;       // where the partial result goes, or -1: the result is final
-  int index;             // of the record; the kernel's own, not part of the list
+  int unused;
 };
 inline constexpr int kRecordWords = 12;
 static_assert(sizeof(WorkRecord) == kRecordWords * 4, "whole words");
@@ -73,7 +73,7 @@ inline constexpr int kInvariantTiles = 8;
 
 // Sizes and places of a list's parts, in words.
 struct ListLayout {
-  int64 max_items;      // query tiles, and parts of them where batch_invariant cuts them
+  int64 max_items;  // query tiles, and parts of them where batch_invariant cuts them
   int64 max_cut_tiles;
   int64 max_records;
   int64 records_at;
@@ -85,8 +85,8 @@ struct ListLayout {
 constexpr ListLayout list_layout(int64 batch_size, int64 num_tokens, int64 group_size,
                                  int64 num_kv_heads, bool invariant) {
   ListLayout layout = {};
-  layout.max_items = batch_size * (invariant ? kInvariantPieces : 1) +
-                     num_tokens * group_size / kMinTallTile;
+  layout.max_items =
+      batch_size * (invariant ? kInvariantPieces : 1) + num_tokens * group_size / kMinTallTile;
   layout.max_cut_tiles = invariant ? batch_size * num_kv_heads : kMaxBatchCtas;
   layout.max_records = layout.max_items * num_kv_heads + kMaxBatchCtas;
   layout.records_at = kCutTilesAt + layout.max_cut_tiles * kCutTileWords;
@@ -100,9 +100,9 @@ constexpr ListLayout list_layout(int64 batch_size, int64 num_tokens, int64 group
 struct TileHeight {
   int tile_q;
   int kv_tile;
-  int step_cost;      // time of one KV tile, relative
-  int tile_cost;      // time of a query tile beside its KV tiles
-  int min_kv_tiles;   // of a part: less is not worth a partial result
+  int step_cost;     // time of one KV tile, relative
+  int tile_cost;     // time of a query tile beside its KV tiles
+  int min_kv_tiles;  // of a part: less is not worth a partial result
 };
 
 struct ScheduleParams {
@@ -133,12 +133,14 @@ inline constexpr int kScheduleThreads = 1024;
 // A pool of pages, or dense keys, of which a request has the part from its origin on. Offsets into
 // a pool count units of 2^k elements that divide all strides, so that they fit 32 bits.
 struct BatchAttentionParams {
-  AttentionParams attention;  // its lengths, splits and token strides of k and v apply to no request
+  AttentionParams
+      attention;  // its lengths, splits and token strides of k and v apply to no request
   const int* list;
-  const int* kv_indices;         // [num_indices]; null: not paged
-  int64 records_at;              // words
+  const int* kv_indices;                   // [num_indices]; null: not paged
+  int64 records_at;                        // words
   int64 k_origin_stride, v_origin_stride;  // elements, dense: from an origin to the next
-  uint32 k_page_units, k_token_units, k_unit;  // paged: units a page, units a token, elements a unit
+  uint32 k_page_units, k_token_units,
+      k_unit;  // paged: units a page, units a token, elements a unit
   uint32 v_page_units, v_token_units, v_unit;
   int num_indices;  // entries of kv_indices; dense: tokens (ragged) or rows of the batch (padded)
   int num_pages;    // of the pool
@@ -146,8 +148,8 @@ struct BatchAttentionParams {
   KvForm form;
   Divider page_size;
   int max_records;
-  int num_tokens;  // rows of q
-  int num_partial_rows;
+  int num_tokens;        // rows of q
+  int last_partial_row;  // from which a whole tile fits the workspace
   int tag;
 };
 

@@ -2,8 +2,8 @@
 //
 // Items are query tiles (batch_invariant: and parts of them), numbered by request; each stands for
 // as many units as there are KV heads, all of one cost. The costs of all units, end to end, are cut
-// into num_ctas equal ranges, one a CTA. A cut within a unit falls between two KV tiles, or moves to
-// the unit's nearer end when less than min_kv_tiles would come off. Then
+// into num_ctas equal ranges, one a CTA. A cut within a unit falls between two KV tiles, or moves
+// to the unit's nearer end when less than min_kv_tiles would come off. Then
 //   record r of CTA c is unit(cut c) + r, from cut c's key in the first to cut c + 1's in the last,
 // so the place of every record follows from the number of cuts before it, and all are written at
 // once. Parts of one unit have consecutive slots of partial results, in the order of their keys.
@@ -76,7 +76,8 @@ __device__ __forceinline__ TileSpan tile_span(const ScheduleParams& params, cons
   const bool causal = params.causal != 0;
   const int begin =
       masked_keys(request, row_begin / params.group_size, causal, params.window_left).begin;
-  const int end = masked_keys(request, last_row / params.group_size, causal, params.window_left).end;
+  const int end =
+      masked_keys(request, last_row / params.group_size, causal, params.window_left).end;
   const int first = begin / height.kv_tile;
   const int num_tiles = max(0, (end + height.kv_tile - 1) / height.kv_tile - first);
   return {row_begin, first, num_tiles, end};
@@ -97,8 +98,7 @@ __device__ __forceinline__ int items_of(const ScheduleParams& params, int reques
   const TileHeight& height = params.heights[height_idx];
   const int num_q_tiles = (num_rows + height.tile_q - 1) / height.tile_q;
   if (num_q_tiles > 1) return num_q_tiles;
-  return invariant_pieces(params, height_idx,
-                          tile_span(params, lengths, height, 0).num_kv_tiles);
+  return invariant_pieces(params, height_idx, tile_span(params, lengths, height, 0).num_kv_tiles);
 }
 
 // Sums over the block of what the threads before this one hold; `total` gets the sum of all.
@@ -167,8 +167,7 @@ __device__ __forceinline__ Item item_at(const ScheduleParams& params, const int*
     const int num_tiles = item.span.num_kv_tiles;
     const int begin = num_tiles * item.piece / item.num_pieces;
     const int end = num_tiles * (item.piece + 1) / item.num_pieces;
-    item.span.end_key =
-        min(item.span.end_key, (item.span.first_kv_tile + end) * height.kv_tile);
+    item.span.end_key = min(item.span.end_key, (item.span.first_kv_tile + end) * height.kv_tile);
     item.span.first_kv_tile += begin;
     item.span.num_kv_tiles = end - begin;
   }
@@ -221,7 +220,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   __shared__ int64 few_costs[kStartsInSmem + 1];
   __shared__ Cut cuts[kMaxBatchCtas + 1];
   __shared__ int first_records[kMaxBatchCtas + 1];
-  __shared__ int cuts_before[kMaxBatchCtas + 1];  // inner cuts up to this one, distinct ones
+  __shared__ int cuts_before[kMaxBatchCtas + 1];       // inner cuts up to this one, distinct ones
   __shared__ int cut_tiles_before[kMaxBatchCtas + 1];  // units that they cut
   int* item_starts =
       params.batch_size <= kStartsInSmem ? few_starts : params.list + params.item_starts_at;
@@ -254,8 +253,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   int64 cost_before = 0;
   for (int base = 0; base < num_items; base += kScheduleThreads) {
     const int index = base + thread;
-    const int64 cost =
-        index < num_items ? cost_of(params, item_at(params, item_starts, index)) : 0;
+    const int64 cost = index < num_items ? cost_of(params, item_at(params, item_starts, index)) : 0;
     int64 sum;
     const int64 before = cost_before + exclusive_sum(cost, warp_sums, sum);
     if (index < num_items) costs[index] = before;
@@ -279,8 +277,8 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
     is_first = last.unit != cut.unit || last.kv_tile == 0;
   }
   int num_cuts;
-  const int before = exclusive_sum(is_inner + is_first * 65536, reinterpret_cast<int*>(warp_sums),
-                                   num_cuts);
+  const int before =
+      exclusive_sum(is_inner + is_first * 65536, reinterpret_cast<int*>(warp_sums), num_cuts);
   if (thread <= params.num_ctas && thread < kMaxBatchCtas) {
     cuts_before[thread] = before % 65536 + is_inner;
     cut_tiles_before[thread] = before / 65536 + is_first;
@@ -348,9 +346,14 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
       const int first = item_starts[request];
       if (item_starts[request + 1] - first > 1) {
         const Item item = item_at(params, item_starts, first);
-        tile = {item.of.q_begin, 0, head, item.num_rows,
-                (first * num_heads + head) * params.slot_rows, item.num_pieces > 1 ? item.num_pieces : 0,
-                num_heads * params.slot_rows, 0};
+        tile = {item.of.q_begin,
+                0,
+                head,
+                item.num_rows,
+                (first * num_heads + head) * params.slot_rows,
+                item.num_pieces > 1 ? item.num_pieces : 0,
+                num_heads * params.slot_rows,
+                0};
       }
       cut_tiles[i] = tile;
     }
@@ -362,9 +365,14 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
     const int num_rows =
         min(params.heights[item.height_idx].tile_q, item.num_rows - item.span.q_row_begin);
     const int slot = cuts_before[thread] + cut_tiles_before[thread] - 2;
-    cut_tiles[cut_tiles_before[thread] - 1] = {
-        item.of.q_begin, item.span.q_row_begin, int(params.num_kv_heads.remainder(unit)), num_rows,
-        slot * params.slot_rows, cuts_before[last] - cuts_before[thread] + 2, params.slot_rows, 0};
+    cut_tiles[cut_tiles_before[thread] - 1] = {item.of.q_begin,
+                                               item.span.q_row_begin,
+                                               int(params.num_kv_heads.remainder(unit)),
+                                               num_rows,
+                                               slot * params.slot_rows,
+                                               cuts_before[last] - cuts_before[thread] + 2,
+                                               params.slot_rows,
+                                               0};
   }
 }
 

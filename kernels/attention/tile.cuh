@@ -48,7 +48,7 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   constexpr int kStages = Traits::kStages;
   constexpr int kPending = 2 * (kStages - 1);  // groups younger than the one a step waits for
 
-  const WorkItem work = get_work(index);
+  const WorkItem& work = get_work(index);
   const int warp = threadIdx.x / 32;
   const int pipeline = Traits::kSplitsKeys ? warp : 0;
   const int loader = Traits::kSplitsKeys ? threadIdx.x % 32 : threadIdx.x;
@@ -76,8 +76,8 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   // What the addresses of a step need from memory, ahead of its keys; its values use it too.
   const auto prefetch = [&](int step) {
     if (step < num_steps) {
-      kv.template prefetch<Traits::kKeys, Traits::kLoaders>(
-          first_key + step * Traits::kKvTile, work.kv_end);
+      kv.template prefetch<Traits::kKeys, Traits::kLoaders>(first_key + step * Traits::kKvTile,
+                                                            work.kv_end);
     }
   };
   const auto start_values = [&](int step, int stage) {
@@ -158,7 +158,7 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   }
 
   pdl_launch_dependents();
-  const WorkItem target = get_work(opaque(index));
+  const WorkItem& target = get_work(opaque(index));
   const int target_rows = tile_rows<Traits>(params, request, target);
   if constexpr (Traits::kSplitsKeys) {
     merge_and_store<Traits>(params, target, state, scale, smem, smem + Traits::kQueryBytes,

@@ -25,6 +25,15 @@ struct WorkItem {
   int q_begin;      // the request's first token in q
 };
 
+// The record of a batch that a CTA works on, with every field in its range. It lies in shared
+// memory: what is read again where it is used holds no register.
+struct BatchItem {
+  WorkItem work;
+  Request request;
+  int kv_origin;  // where the request's keys begin: entry of kv_indices, token, or row of the batch
+  int index;      // of the record in the list
+};
+
 // The keys that a query sees. Query i stands at key i + kv_len - qo_len; causal queries see no key
 // after it, windowed ones none further back than window_left (-1: no window). The range may be
 // empty.

@@ -150,10 +150,18 @@ int window_of(int64_t window_left) {
 // Of everything that a list depends on beside the contents of the index tensors.
 int tag_of(const Lengths& of, const BatchProblem& problem, const BatchPlan& plan) {
   uint64_t hash = 14695981039346656037ull;
-  const int64_t given[] = {plan.dims,        plan.kernel,       plan.num_ctas,
-                           plan.slot_rows,   of.batch_size(),   of.num_tokens,
-                           of.num_qo_heads,  of.num_kv_heads,   problem.max_q_len,
-                           of.flags & ~kHnd, of.window_left,    int64_t(of.form()),
+  const int64_t given[] = {plan.dims,
+                           plan.kernel,
+                           plan.num_ctas,
+                           plan.slot_rows,
+                           of.batch_size(),
+                           of.num_tokens,
+                           of.num_qo_heads,
+                           of.num_kv_heads,
+                           problem.max_q_len,
+                           of.flags & ~kHnd,
+                           of.window_left,
+                           int64_t(of.form()),
                            is_paged(of.form()) ? of.page_size : 1};
   for (const int64_t value : given) {
     hash = (hash ^ static_cast<uint64_t>(value)) * 1099511628211ull;
@@ -187,31 +195,30 @@ void launch_schedule(const Lengths& of, const BatchProblem& problem, const Batch
     fail(of.op, "q", "fewer than 2^30 tiles of work", std::to_string(layout.max_records),
          "Split the call");
   }
-  const ScheduleParams params = {
-      .qo_indptr = ints(of.qo_indptr),
-      .kv_indptr = ints(of.kv_indptr),
-      .kv_lens = ints(of.kv_lens),
-      .list = static_cast<int*>(list.mutable_data_ptr()),
-      .records_at = layout.records_at,
-      .item_starts_at = layout.item_starts_at,
-      .costs_at = layout.costs_at,
-      .max_items = static_cast<int>(layout.max_items),
-      .batch_size = static_cast<int>(problem.batch_size),
-      .num_tokens = static_cast<int>(problem.num_tokens),
-      .max_q_len = static_cast<int>(problem.max_q_len),
-      .form = of.form(),
-      .page_size = static_cast<int>(of.page_size),
-      .causal = (of.flags & kCausal) != 0,
-      .window_left = window_of(of.window_left),
-      .num_ctas = plan.num_ctas,
-      .num_heights = plan.low == plan.high ? 1 : 2,
-      .heights = {tile_height(plan.dims, plan.low, gpu.sm),
-                  tile_height(plan.dims, plan.high, gpu.sm)},
-      .group_size = static_cast<int>(of.group_size()),
-      .num_kv_heads = make_divider(static_cast<uint32>(of.num_kv_heads)),
-      .invariant = problem.invariant,
-      .slot_rows = plan.slot_rows,
-      .tag = tag_of(of, problem, plan)};
+  const ScheduleParams params = {.qo_indptr = ints(of.qo_indptr),
+                                 .kv_indptr = ints(of.kv_indptr),
+                                 .kv_lens = ints(of.kv_lens),
+                                 .list = static_cast<int*>(list.mutable_data_ptr()),
+                                 .records_at = layout.records_at,
+                                 .item_starts_at = layout.item_starts_at,
+                                 .costs_at = layout.costs_at,
+                                 .max_items = static_cast<int>(layout.max_items),
+                                 .batch_size = static_cast<int>(problem.batch_size),
+                                 .num_tokens = static_cast<int>(problem.num_tokens),
+                                 .max_q_len = static_cast<int>(problem.max_q_len),
+                                 .form = of.form(),
+                                 .page_size = static_cast<int>(of.page_size),
+                                 .causal = (of.flags & kCausal) != 0,
+                                 .window_left = window_of(of.window_left),
+                                 .num_ctas = plan.num_ctas,
+                                 .num_heights = plan.low == plan.high ? 1 : 2,
+                                 .heights = {tile_height(plan.dims, plan.low, gpu.sm),
+                                             tile_height(plan.dims, plan.high, gpu.sm)},
+                                 .group_size = static_cast<int>(of.group_size()),
+                                 .num_kv_heads = make_divider(static_cast<uint32>(of.num_kv_heads)),
+                                 .invariant = problem.invariant,
+                                 .slot_rows = plan.slot_rows,
+                                 .tag = tag_of(of, problem, plan)};
   launch(schedule, gpu, {.block = kScheduleThreads}, &params);
 }
 
@@ -221,9 +228,9 @@ Tensor attention_schedule(const MaybeTensor& qo_indptr, const MaybeTensor& kv_in
                           int64_t head_dim_qk, int64_t head_dim_vo, int64_t max_q_len,
                           int64_t window_left) {
   constexpr const char* kOp = "attention_schedule";
-  const Lengths of = {kOp,           qo_indptr,    kv_indptr,   kv_lens,     flags,     page_size,
-                      num_qo_tokens, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo,
-                      max_q_len,     window_left};
+  const Lengths of = {kOp,         qo_indptr,     kv_indptr,    kv_lens,      flags,
+                      page_size,   num_qo_tokens, num_qo_heads, num_kv_heads, head_dim_qk,
+                      head_dim_vo, max_q_len,     window_left};
   const Arg as = kv_indptr ? Arg{kOp, "kv_indptr", *kv_indptr}
                  : kv_lens ? Arg{kOp, "kv_lens", *kv_lens}
                            : Arg{kOp, "qo_indptr", *qo_indptr};
@@ -248,8 +255,8 @@ Cache cache_of(const Tensor& k, bool ragged, bool hnd) {
   const int first = ragged ? 0 : 1;
   const int token_dim = first + (hnd ? 1 : 0);
   const int head_dim = first + (hnd ? 0 : 1);
-  return {ragged ? 1 : k.size(0), k.size(token_dim), k.size(head_dim), ragged ? -1 : 0, token_dim,
-          head_dim};
+  return {ragged ? 1 : k.size(0), k.size(token_dim), k.size(head_dim),
+          ragged ? -1 : 0,        token_dim,         head_dim};
 }
 
 struct Units {
@@ -264,7 +271,8 @@ Units units_of(const Arg& arg, const Cache& cache) {
   const int64_t unit = both == 0 ? 1 : std::min(both & -both, int64_t{1} << 30);
   if (page < 0 || token < 0 ||
       (page / unit) * cache.outer + (token / unit) * cache.tokens >= int64_t{1} << 32) {
-    fail(arg.op, arg.name, "a pool of fewer than 2^32 times the largest power of two that divides "
+    fail(arg.op, arg.name,
+         "a pool of fewer than 2^32 times the largest power of two that divides "
          "its strides",
          "strides of " + std::to_string(page) + " and " + std::to_string(token) + " elements",
          "Use a head_dim times heads that is a multiple of a larger power of two");
@@ -319,11 +327,11 @@ struct Inputs {
 };
 
 Kernel& attention_kernel(const BatchPlan& plan, bool paged, bool bf16, int variant) {
-  static std::array<std::atomic<Kernel*>,
-                    kNumBatchDims * kNumBatchKernels * kNumBatchVariants * 4>
+  static std::array<std::atomic<Kernel*>, kNumBatchDims * kNumBatchKernels * kNumBatchVariants * 4>
       kernels{};
-  auto& slot = kernels[((plan.dims * kNumBatchKernels + plan.kernel) * kNumBatchVariants +
-                        variant) * 4 + paged * 2 + bf16];
+  auto& slot =
+      kernels[((plan.dims * kNumBatchKernels + plan.kernel) * kNumBatchVariants + variant) * 4 +
+              paged * 2 + bf16];
   Kernel* found = slot.load(std::memory_order_acquire);
   if (!found) {
     found = &kernel(batch_name(plan.dims, plan.kernel, paged, bf16, variant));
@@ -340,8 +348,10 @@ Kernel& combine_kernel(bool bf16) {
 
 void check_options(const char* op, const BatchOptions& options) {
   if (options.flags < 0 || options.flags > 15) {
-    fail(op, "flags", "a sum of 1 (HND), 2 (causal), 4 (batch_invariant) and 8 (kv_lens of paged "
-         "keys are tokens)", std::to_string(options.flags), "Call ridgeline.attention");
+    fail(op, "flags",
+         "a sum of 1 (HND), 2 (causal), 4 (batch_invariant) and 8 (kv_lens of paged "
+         "keys are tokens)",
+         std::to_string(options.flags), "Call ridgeline.attention");
   }
   if (!(options.logits_soft_cap >= 0.0)) {
     fail(op, "logits_soft_cap", "a positive number, or 0", std::to_string(options.logits_soft_cap),
@@ -391,9 +401,8 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
   attention.rope_ratio =
       options.rotates ? std::pow(options.rope_theta, -2.0 / of.head_dim_qk) : 1.0;
 
-  const ListLayout layout =
-      list_layout(of.batch_size(), of.num_tokens, of.group_size(), of.num_kv_heads,
-                  options.has(kInvariant));
+  const ListLayout layout = list_layout(of.batch_size(), of.num_tokens, of.group_size(),
+                                        of.num_kv_heads, options.has(kInvariant));
   params.list = static_cast<const int*>(list.const_data_ptr());
   params.records_at = layout.records_at;
   params.form = form;
@@ -416,13 +425,13 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
     params.v_origin_stride = attention.v_stride_token;
   } else {
     params.num_indices = static_cast<int>(cache.outer);
-    params.max_kv_len = static_cast<int>(cache.tokens);
+    params.max_kv_len = cache.outer == 0 ? 0 : static_cast<int>(cache.tokens);
     params.k_origin_stride = k.stride(0);
     params.v_origin_stride = v.stride(0);
   }
   params.max_records = static_cast<int>(layout.max_records);
   params.num_tokens = static_cast<int>(of.num_tokens);
-  params.num_partial_rows = static_cast<int>(plan.num_partial_rows);
+  params.last_partial_row = static_cast<int>(plan.num_partial_rows) - plan.high;
   return params;
 }
 
@@ -530,14 +539,13 @@ void run(const Inputs& in, const Lengths& of, const BatchOptions& options, const
       .out_stride_token = params.attention.out_stride_token,
       .out_stride_head = params.attention.out_stride_head,
       .max_cut_tiles = static_cast<int>(layout.max_cut_tiles),
-      .num_partial_rows = params.num_partial_rows,
+      .num_partial_rows = static_cast<int>(plan.num_partial_rows),
       .num_tokens = params.num_tokens,
       .num_qo_heads = params.attention.num_qo_heads,
       .head_dim_vo = params.attention.head_dim_vo,
       .group_size = params.attention.group_size,
       .slot_rows = make_divider(static_cast<uint32>(plan.slot_rows)),
-      .exponent_scale =
-          exponent_scale(params.attention.sm_scale, params.attention.logits_soft_cap),
+      .exponent_scale = exponent_scale(params.attention.sm_scale, params.attention.logits_soft_cap),
       .tag = params.tag};
   launch(combine_kernel(problem.bf16), gpu,
          {.grid_x = static_cast<unsigned>(2 * gpu.num_sms),
@@ -601,9 +609,9 @@ std::tuple<Tensor, Tensor> attention_full(
   }
   const Inputs in = {{kOp, "q", q}, {kOp, "k", k}, {kOp, "v", v}, qo_indptr,
                      kv_indptr,     kv_indices,    kv_lens,       schedule};
-  const BatchOptions options = {flags,      window_left,           logits_soft_cap,
-                                sm_scale,   pos_encoding_mode == 1, rope_scale,
-                                rope_theta, use_fp16_qk_reduction};
+  const BatchOptions options = {
+      flags,      window_left, logits_soft_cap,      sm_scale, pos_encoding_mode == 1,
+      rope_scale, rope_theta,  use_fp16_qk_reduction};
   Cache cache;
   const Lengths of = check_inputs(in, options, max_q_len, cache);
   const Tensor out = empty(q, {of.num_tokens, of.num_qo_heads, of.head_dim_vo}, q.scalar_type());

@@ -34,7 +34,10 @@ TileConfig tile_of(int dims, int tile_q, int sm) {
   return attention_tile(kDims[dims].qk, kDims[dims].vo, tile_q, sm);
 }
 
+// Why no 128 rows for 64 wide heads: with steps of 128 keys they hold every register, and what a
+// batch needs beside them would spill.
 bool exists(int dims, int kernel, int sm) {
+  if (kDims[dims].qk == 64 && kKernels[kernel].high == 128) return false;
   const TileConfig low = tile_of(dims, kKernels[kernel].low, sm);
   const TileConfig high = tile_of(dims, kKernels[kernel].high, sm);
   return low.num_warps > 0 && high.num_warps == low.num_warps;
@@ -58,10 +61,9 @@ int kernel_of(const BatchProblem& problem, int dims, int sm) {
 int num_ctas_of(int dims, int kernel, const BatchGpu& gpu) {
   constexpr int kReserved = 1024;
   const Kernels& heights = kKernels[kernel];
-  const int by_smem =
-      gpu.smem_per_sm / (smem_of(dims, kernel, gpu.sm, false) + kReserved);
-  const int budget = batch_ctas_per_sm(kDims[dims].qk, kDims[dims].vo, heights.low, heights.high,
-                                       gpu.sm);
+  const int by_smem = gpu.smem_per_sm / (smem_of(dims, kernel, gpu.sm, false) + kReserved);
+  const int budget =
+      batch_ctas_per_sm(kDims[dims].qk, kDims[dims].vo, heights.low, heights.high, gpu.sm);
   int per_sm = std::clamp(by_smem, 1, budget);
   if (heights.high == 16) {
     const int bytes = attention_kv_bytes(kDims[dims].qk, kDims[dims].vo, 16, gpu.sm);

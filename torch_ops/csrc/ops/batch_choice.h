@@ -29,8 +29,8 @@ struct BatchGpu {
 };
 
 struct BatchPlan {
-  int dims;    // index of the head dims
-  int kernel;  // index of the tile heights
+  int dims;       // index of the head dims
+  int kernel;     // index of the tile heights
   int low, high;  // tile heights, equal where there is one
   int block;
   int dynamic_smem;  // bytes
