@@ -104,7 +104,7 @@ def large() -> list[Batch]:
     prefill = ((512, 512), (1000, 1000), (3, 3), (130, 700))
     draw = random.Random(3)
     many = tuple((1, draw.randint(0, 600)) for _ in range(300))
-    serving = tuple((1, draw.randint(1, 900)) for _ in range(40)) + ((300, 300), (128, 1500))
+    serving = (*tuple((1, draw.randint(1, 900)) for _ in range(40)), (300, 300), (128, 1500))
     batches = [
         Batch(lengths=skewed, name="skewed", max_q_len=1, **gqa),
         Batch(lengths=skewed, name="skewed", page_size=1, **gqa),
@@ -423,12 +423,12 @@ WRONG: list[tuple[str, Callable[[Inputs], dict[str, Any]], str]] = [
     ("int64-indptr", lambda i: {"qo_indptr": i.index["qo_indptr"].long()}, "qo_indptr"),
     ("short-indptr", lambda i: {"kv_indptr": i.index["kv_indptr"][:-1]}, "kv_indptr"),
     ("short-lens", lambda i: {"kv_last_page_len": i.index["kv_last_page_len"][1:]}, "kv_lens"),
-    ("no-lens", lambda i: {"kv_last_page_len": None}, "kv_last_page_len"),
+    ("no-lens", lambda _: {"kv_last_page_len": None}, "kv_last_page_len"),
     ("both-lens", lambda i: {"kv_lens": i.index["kv_last_page_len"]}, "kv_last_page_len"),
-    ("layout", lambda i: {"kv_layout": "HDN"}, "kv_layout"),
-    ("window", lambda i: {"window_left": -2}, "window_left"),
-    ("max-q-len", lambda i: {"max_q_len": -2}, "max_q_len"),
-    ("cap", lambda i: {"logits_soft_cap": -1.0}, "logits_soft_cap"),
+    ("layout", lambda _: {"kv_layout": "HDN"}, "kv_layout"),
+    ("window", lambda _: {"window_left": -2}, "window_left"),
+    ("max-q-len", lambda _: {"max_q_len": -2}, "max_q_len"),
+    ("cap", lambda _: {"logits_soft_cap": -1.0}, "logits_soft_cap"),
     ("schedule", lambda i: {"schedule": i.index["kv_indptr"]}, "schedule"),
     ("out", lambda i: {"out": i.q[1:]}, "out"),
 ]

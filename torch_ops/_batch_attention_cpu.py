@@ -6,6 +6,7 @@ The CPU runs request by request over the single-request implementation.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -186,14 +187,14 @@ def _heads_and_page(k: Tensor, paged: bool, flags: int) -> tuple[int, int]:
 
 
 @fake_impl("attention")
-def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *options: object, **named: object) -> Tensor:
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *options: object, **_named: object) -> Tensor:
     _check_inputs("attention", q, k, v, *options[:8])  # type: ignore[arg-type]
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
 @fake_impl("attention_full")
 def _attention_full_fake(
-    q: Tensor, k: Tensor, v: Tensor, *options: object, **named: object
+    q: Tensor, k: Tensor, v: Tensor, *options: object, **_named: object
 ) -> tuple[Tensor, Tensor]:
     _check_inputs("attention_full", q, k, v, *options[:8])  # type: ignore[arg-type]
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
@@ -428,7 +429,7 @@ def validate_contents(
         values = indptr.tolist()
         if values[0] != 0:
             _check.fail(op, name, "0 first", values[0], "Pass cumulated lengths.")
-        for request, (begin, end) in enumerate(zip(values, values[1:], strict=False)):
+        for request, (begin, end) in enumerate(pairwise(values)):
             if end < begin:
                 got = f"{begin} before {end} (request {request})"
                 _check.fail(op, name, "values that do not fall", got, "Pass cumulated lengths.")

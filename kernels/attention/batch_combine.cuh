@@ -1,5 +1,5 @@
 // Adds up the parts of a batch's cut tiles, in the order of their keys, and clears the output rows
-// that belong to no request:
+// that belong to no request, or to one beyond its max_q_len:
 //   out = sum_p 2^((max_p - max) scale) sums_p / sum_p 2^((max_p - max) scale) sum_p
 // A warp takes one row; with many parts, the eight warps of a CTA share one and are added up in
 // order. All SMs; any head_dim_vo that is a multiple of 8 up to 256.
@@ -65,6 +65,19 @@ __device__ __forceinline__ void store_row(const BatchCombineParams& params, int 
   }
   if (lane == 0 && params.lse != nullptr) {
     params.lse[int64(token) * params.num_qo_heads + head] = lse;
+  }
+}
+
+// The same value for every element of the tokens [begin, end), and one LSE.
+template <typename T>
+__device__ __forceinline__ void fill_tokens(const BatchCombineParams& params, int64 begin,
+                                            int64 end, float value, float lse, int first_warp,
+                                            int num_warps) {
+  const float4 ones = make_float4(1.0f, 1.0f, 1.0f, 1.0f);
+  const float4 values[2] = {ones, ones};
+  const int64 num_heads = params.num_qo_heads;
+  for (int64 i = begin * num_heads + first_warp; i < end * num_heads; i += num_warps) {
+    store_row<T>(params, int(i / num_heads), int(i % num_heads), values, value, lse);
   }
 }
 
@@ -150,15 +163,19 @@ __global__ void __launch_bounds__(kCombineThreads)
       refused ? 0
               : max(0, min(reinterpret_cast<const ListHeader*>(params.list)->num_tokens,
                            params.num_tokens));
-  const float4 fill[2] = {make_float4(1.0f, 1.0f, 1.0f, 1.0f), make_float4(1.0f, 1.0f, 1.0f, 1.0f)};
-  const float nan = __uint_as_float(0x7fffffffu);
-  const int64 num_heads = params.num_qo_heads;
-  for (int64 i = num_tokens * num_heads + blockIdx.x * kCombineWarps + warp;
-       i < params.num_tokens * num_heads; i += gridDim.x * kCombineWarps) {
-    store_row<T>(params, int(i / num_heads), int(i % num_heads), fill, refused ? nan : 0.0f,
-                 refused ? nan : -kInfinity);
-  }
+  const float value = refused ? __uint_as_float(0x7fffffffu) : 0.0f;
+  const float lse = refused ? value : -kInfinity;
+  const int warp_idx = blockIdx.x * kCombineWarps + warp;
+  const int num_warps = gridDim.x * kCombineWarps;
+  fill_tokens<T>(params, num_tokens, params.num_tokens, value, lse, warp_idx, num_warps);
   if (refused) return;
+  if (params.qo_indptr != nullptr) {
+    for (int request = warp_idx; request < params.batch_size; request += num_warps) {
+      const int64 begin = max(0, params.qo_indptr[request]);
+      const int64 end = min(params.qo_indptr[request + 1], params.num_tokens);
+      fill_tokens<T>(params, begin + params.max_q_len, end, 0.0f, -kInfinity, 0, 1);
+    }
+  }
 
   const int num_tiles = max(0, min(reinterpret_cast<const ListHeader*>(params.list)->num_cut_tiles,
                                    params.max_cut_tiles));

@@ -114,7 +114,7 @@ struct ScheduleParams {
   int max_items;
   int batch_size;
   int num_tokens;  // rows of q
-  int max_q_len;   // longer requests are cut off
+  int max_q_len;   // of longer requests no more is computed
   KvForm form;
   int page_size;
   int causal;
@@ -159,7 +159,10 @@ struct BatchCombineParams {
   void* out;                   // [num_tokens, num_qo_heads, head_dim_vo]
   float* lse;                  // [num_tokens, num_qo_heads]; null: not wanted
   const int* list;
+  const int* qo_indptr;  // [batch_size + 1]; null: no request can be longer than max_q_len
   int64 out_stride_token, out_stride_head;
+  int batch_size;
+  int max_q_len;
   int max_cut_tiles;
   int num_partial_rows;
   int num_tokens;
