@@ -7,7 +7,7 @@ _batch_attention_cpu.py.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -39,8 +39,34 @@ def attention(
     q: Tensor,
     kv_cache: Cache,
     *,
+    qo_indptr: Tensor | None = ...,
+    kv_indptr: Tensor | None = ...,
+    kv_indices: Tensor | None = ...,
+    kv_last_page_len: Tensor | None = ...,
+    kv_lens: Tensor | None = ...,
+    kv_layout: str = ...,
+    causal: bool = ...,
+    window_left: int = ...,
+    logits_soft_cap: float | None = ...,
+    sm_scale: float | None = ...,
+    pos_encoding_mode: str = ...,
+    rope_scale: float | None = ...,
+    rope_theta: float | None = ...,
+    use_fp16_qk_reduction: bool = ...,
+    custom_mask: Tensor | None = ...,
+    q_scale: float | Tensor | None = ...,
+    k_scale: float | Tensor | None = ...,
+    v_scale: float | Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    max_q_len: int | None = ...,
+    schedule: Tensor | None = ...,
+    batch_invariant: bool = ...,
+    validate: bool = ...,
+    out: Tensor | None = ...,
+    lse: Tensor | None = ...,
     return_lse: Literal[False] = ...,
-    **options: Any,
+    lse_base: str = ...,
+    lse_layout: str = ...,
 ) -> Tensor: ...
 
 
@@ -49,8 +75,34 @@ def attention(
     q: Tensor,
     kv_cache: Cache,
     *,
+    qo_indptr: Tensor | None = ...,
+    kv_indptr: Tensor | None = ...,
+    kv_indices: Tensor | None = ...,
+    kv_last_page_len: Tensor | None = ...,
+    kv_lens: Tensor | None = ...,
+    kv_layout: str = ...,
+    causal: bool = ...,
+    window_left: int = ...,
+    logits_soft_cap: float | None = ...,
+    sm_scale: float | None = ...,
+    pos_encoding_mode: str = ...,
+    rope_scale: float | None = ...,
+    rope_theta: float | None = ...,
+    use_fp16_qk_reduction: bool = ...,
+    custom_mask: Tensor | None = ...,
+    q_scale: float | Tensor | None = ...,
+    k_scale: float | Tensor | None = ...,
+    v_scale: float | Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    max_q_len: int | None = ...,
+    schedule: Tensor | None = ...,
+    batch_invariant: bool = ...,
+    validate: bool = ...,
+    out: Tensor | None = ...,
+    lse: Tensor | None = ...,
     return_lse: Literal[True],
-    **options: Any,
+    lse_base: str = ...,
+    lse_layout: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
