@@ -64,7 +64,8 @@ struct StridedKv {
   }
 };
 
-// Rows whose places in the pool the lanes of a warp know: lane l that of the warp's l-th row.
+// Rows whose places in the pool the lanes of a warp know. Eight lanes load a row of a pass
+// together; the p-th of them knows the place of their row in pass p.
 template <typename T>
 struct PooledRows {
   const T* pool;
@@ -72,13 +73,12 @@ struct PooledRows {
   uint32 unit;   // elements
 
   __device__ __forceinline__ const T* row(int /*row*/, int pass) const {
-    const int owner = pass * 4 + threadIdx.x % 32 / 8;
-    return pool + uint64(__shfl_sync(0xffffffffu, place, owner)) * unit;
+    return pool + uint64(__shfl_sync(0xffffffffu, place, pass, 8)) * unit;
   }
 };
 
-// Pages of page_size tokens, in the order of a table. A warp loads four rows of a pass, at most 32
-// of a step: each lane looks up the page of one of them, and the others ask it for the place.
+// Pages of page_size tokens, in the order of a table. A warp loads four rows of a pass and at most
+// 32 of a step: each lane looks up the page of one of them, and tells the others the place.
 template <typename T>
 struct PagedKv {
   using Element = T;
@@ -121,9 +121,8 @@ struct PagedKv {
   // This lane's row of a step, whose rows kLoaders threads load.
   template <int kLoaders>
   static __device__ __forceinline__ int lane_row() {
-    const int loader = opaque(int(threadIdx.x)) % kLoaders;
-    const int lane = loader % 32;
-    return lane / 4 * (kLoaders / 8) + loader / 32 * 4 + lane % 4;
+    const uint32 loader = uint32(opaque(int(threadIdx.x))) % kLoaders;
+    return loader % 8 * (kLoaders / 8) + loader / 8;
   }
 
   // A page number beyond the pool means the last page.

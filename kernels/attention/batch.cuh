@@ -55,11 +55,16 @@ __device__ __forceinline__ int first_record(const BatchAttentionParams& params, 
 }
 
 template <typename Traits>
-__device__ __forceinline__ void run_item(const BatchAttentionParams& params, const BatchItem& item,
+__device__ __forceinline__ void run_item(const BatchAttentionParams& params, BatchItem& item,
                                          unsigned char* smem) {
   const auto get_work = [&](int) -> const WorkItem& { return item.work; };
   const auto make_kv = [&](const WorkItem&) { return typename Traits::Kv(params, item); };
-  attend_tile<Traits>(params.attention, item.request, 0, get_work, make_kv, smem);
+  const auto keep = [&](KeyRange keys) -> const KeyRange& {
+    if (threadIdx.x == 0) item.seen_by_all = keys;
+    __syncthreads();
+    return item.seen_by_all;
+  };
+  attend_tile<Traits>(params.attention, item.request, 0, get_work, make_kv, keep, smem);
 }
 
 template <typename T, typename Dims, typename Heights, typename Kv, typename Variant>
@@ -69,9 +74,8 @@ template <typename T, typename Dims, int kHeight, typename Kv, typename Variant>
 struct BatchKernel<T, Dims, Heights<kHeight>, Kv, Variant> {
   static constexpr int kLow = kHeight;
   static constexpr int kHigh = kHeight;
-  static __device__ __forceinline__ void run(const BatchAttentionParams& params,
-                                             const BatchItem& item, int /*height_idx*/,
-                                             unsigned char* smem) {
+  static __device__ __forceinline__ void run(const BatchAttentionParams& params, BatchItem& item,
+                                             int /*height_idx*/, unsigned char* smem) {
     run_item<TileTraits<T, Dims, kHeight, Kv, Variant>>(params, item, smem);
   }
 };
@@ -80,9 +84,8 @@ template <typename T, typename Dims, int low, int high, typename Kv, typename Va
 struct BatchKernel<T, Dims, Heights<low, high>, Kv, Variant> {
   static constexpr int kLow = low;
   static constexpr int kHigh = high;
-  static __device__ __forceinline__ void run(const BatchAttentionParams& params,
-                                             const BatchItem& item, int height_idx,
-                                             unsigned char* smem) {
+  static __device__ __forceinline__ void run(const BatchAttentionParams& params, BatchItem& item,
+                                             int height_idx, unsigned char* smem) {
     if (height_idx == 0) {
       run_item<TileTraits<T, Dims, low, Kv, Variant>>(params, item, smem);
     } else {

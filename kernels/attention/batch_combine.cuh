@@ -150,7 +150,7 @@ __device__ __forceinline__ CutTile checked_tile(const BatchCombineParams& params
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kCombineThreads)
+__global__ void __launch_bounds__(kCombineThreads, 2)
     batch_combine(const __grid_constant__ BatchCombineParams params) {
   __shared__ float4 warp_values[kCombineWarps][64];
   const int warp = threadIdx.x / 32;

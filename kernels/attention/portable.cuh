@@ -24,7 +24,9 @@ __global__ void __launch_bounds__(attention_block_size(Dims::kQk, Dims::kVo, kTi
     return single_request_item<Variant, kTileQ, Traits::kKvTile>(params, index);
   };
   const auto make_kv = [&](const WorkItem& work) { return Kv(params, work); };
-  attend_tile<Traits>(params, {params.qo_len, params.kv_len}, blockIdx.x, get_work, make_kv, smem);
+  const auto keep = [](KeyRange keys) { return keys; };
+  attend_tile<Traits>(params, {params.qo_len, params.kv_len}, blockIdx.x, get_work, make_kv, keep,
+                      smem);
 }
 
 }  // namespace ridgeline

@@ -39,10 +39,10 @@ __device__ __forceinline__ int tile_rows(const AttentionParams& params, const Re
 
 // `get_work(index)` is the work item. Why not the item itself: it is made again after the loop, so
 // that what only the output needs holds no register that the accumulators want. `make_kv(work)` is
-// its addressing.
-template <typename Traits, typename GetWork, typename MakeKv>
+// its addressing, `keep(range)` the place of a range that every step asks for.
+template <typename Traits, typename GetWork, typename MakeKv, typename Keep>
 __device__ __forceinline__ void attend_tile(const AttentionParams& params, const Request& request,
-                                            int index, GetWork get_work, MakeKv make_kv,
+                                            int index, GetWork get_work, MakeKv make_kv, Keep keep,
                                             unsigned char* smem) {
   using Variant = typename Traits::Variant;
   constexpr int kStages = Traits::kStages;
@@ -115,8 +115,8 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   RowState<Traits> state;
 
   // Steps within this range are seen whole by every row.
-  const KeyRange first_row_keys = row_keys<Traits>(params, request, work, 0);
-  const KeyRange last_row_keys = row_keys<Traits>(params, request, work, num_rows - 1);
+  const KeyRange& seen_by_all = keep({row_keys<Traits>(params, request, work, num_rows - 1).begin,
+                                      row_keys<Traits>(params, request, work, 0).end});
   const float scale = Variant::exponent_scale(params);
 
   int stage = 0;
@@ -142,7 +142,7 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     if (Variant::transforms_logits(params)) {
       Variant::template logits<sizeof(logits) / sizeof(float)>(params, &logits[0][0][0]);
     }
-    if (step_key < last_row_keys.begin || step_key + Traits::kKeys > first_row_keys.end) {
+    if (step_key < seen_by_all.begin || step_key + Traits::kKeys > seen_by_all.end) {
       mask_logits<Traits>(logits, params, request, work, warp_row, step_key);
     }
     Exponentials<Traits> exponentials;

@@ -54,7 +54,7 @@ __device__ __forceinline__ void store_partial(const AttentionParams& params, con
         reinterpret_cast<float2*>(params.partial_stats)[target] =
             make_float2(state.maximum[m][half], sum);
       }
-      float* out = params.partial_out + target * params.head_dim_vo + 2 * (lane % 4);
+      float* out = params.partial_out + target * uint32(params.head_dim_vo) + 2 * (lane % 4);
 #pragma unroll
       for (int n = 0; n < Traits::kVoFrags; ++n) {
         if (n * 8 < params.head_dim_vo) {
@@ -194,7 +194,8 @@ __device__ __forceinline__ void merge_and_store(const AttentionParams& params, c
       *reinterpret_cast<uint4*>(target.out<T>(params) + unit * 8) = packed;
     } else {
       float4* out = reinterpret_cast<float4*>(
-          params.partial_out + (int64(work.partial_row) + row) * params.head_dim_vo + unit * 8);
+          params.partial_out + (int64(work.partial_row) + row) * uint32(params.head_dim_vo) +
+          unit * 8);
       out[0] = make_float4(values[0], values[1], values[2], values[3]);
       out[1] = make_float4(values[4], values[5], values[6], values[7]);
     }

@@ -30,6 +30,7 @@ struct WorkItem {
 struct BatchItem {
   WorkItem work;
   Request request;
+  KeyRange seen_by_all;  // keys that every row of the tile sees
   int kv_origin;  // where the request's keys begin: entry of kv_indices, token, or row of the batch
   int index;      // of the record in the list
 };

@@ -34,10 +34,7 @@ TileConfig tile_of(int dims, int tile_q, int sm) {
   return attention_tile(kDims[dims].qk, kDims[dims].vo, tile_q, sm);
 }
 
-// Why no 128 rows for 64 wide heads: with steps of 128 keys they hold every register, and what a
-// batch needs beside them would spill.
 bool exists(int dims, int kernel, int sm) {
-  if (kDims[dims].qk == 64 && kKernels[kernel].high == 128) return false;
   const TileConfig low = tile_of(dims, kKernels[kernel].low, sm);
   const TileConfig high = tile_of(dims, kKernels[kernel].high, sm);
   return low.num_warps > 0 && high.num_warps == low.num_warps;
