@@ -40,17 +40,6 @@ struct StridedKv {
         key_stride(params.k_stride_token),
         value_stride(params.v_stride_token) {}
 
-  // Requests one behind the other (ragged) or at one stride from each other (padded).
-  __device__ __forceinline__ StridedKv(const BatchAttentionParams& params, const BatchItem& item)
-      : first_key(static_cast<const T*>(params.attention.k) +
-                  item.work.kv_head * params.attention.k_stride_head +
-                  item.kv_origin * params.k_origin_stride),
-        first_value(static_cast<const T*>(params.attention.v) +
-                    item.work.kv_head * params.attention.v_stride_head +
-                    item.kv_origin * params.v_origin_stride),
-        key_stride(params.attention.k_stride_token),
-        value_stride(params.attention.v_stride_token) {}
-
   template <int kRows, int kLoaders>
   __device__ __forceinline__ void prefetch(int /*first_token*/, int /*end*/) {}
 
@@ -61,6 +50,36 @@ struct StridedKv {
   template <int kLoaders>
   __device__ __forceinline__ StridedRows<T> values(int first_token, int /*end*/) const {
     return {first_value, value_stride, first_token};
+  }
+};
+
+// Requests of a batch one behind the other (ragged), or at one stride from each other (padded).
+template <typename T>
+struct RaggedKv {
+  using Element = T;
+
+  const BatchAttentionParams& params;
+  const BatchItem& item;
+
+  __device__ __forceinline__ RaggedKv(const BatchAttentionParams& params, const BatchItem& item)
+      : params(params), item(item) {}
+
+  template <int kRows, int kLoaders>
+  __device__ __forceinline__ void prefetch(int /*first_token*/, int /*end*/) {}
+
+  template <int kLoaders>
+  __device__ __forceinline__ StridedRows<T> keys(int first_token, int /*end*/) const {
+    return {static_cast<const T*>(params.attention.k) +
+                item.work.kv_head * params.attention.k_stride_head +
+                item.kv_origin * params.k_origin_stride,
+            params.attention.k_stride_token, first_token};
+  }
+  template <int kLoaders>
+  __device__ __forceinline__ StridedRows<T> values(int first_token, int /*end*/) const {
+    return {static_cast<const T*>(params.attention.v) +
+                item.work.kv_head * params.attention.v_stride_head +
+                item.kv_origin * params.v_origin_stride,
+            params.attention.v_stride_token, first_token};
   }
 };
 

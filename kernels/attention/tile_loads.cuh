@@ -24,7 +24,8 @@ __device__ __forceinline__ void load_rows(uint32 tile, int thread, int dim, int 
   for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
     const int row = pass * kRowsPerPass;
     const bool valid = row <= last_row;
-    const Element* source = row_pointer(first_row + min(row, last_row), pass) + lane_element;
+    const Element* source =
+        row_pointer(first_row + min(row, last_row), pass) + uint32(lane_element);
     const uint32 destination = tile + swizzled_offset<kRowBytes>(first_row + row, thread % 8);
 #pragma unroll
     for (int line = 0; line < kRowBytes / 128; ++line) {

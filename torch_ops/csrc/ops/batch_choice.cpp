@@ -179,7 +179,7 @@ std::string batch_name(int dims, int kernel, bool paged, bool bf16, int variant)
   const char* type = bf16 ? "__nv_bfloat16" : "__half";
   return kernel_name("attention/batch.cuh:batch_attention", type,
                      kernel_name("HeadDims", kDims[dims].qk, kDims[dims].vo),
-                     kKernels[kernel].heights, kernel_name(paged ? "PagedKv" : "StridedKv", type),
+                     kKernels[kernel].heights, kernel_name(paged ? "PagedKv" : "RaggedKv", type),
                      kVariants[variant]);
 }
 
