@@ -150,6 +150,25 @@ class Inputs:
             **index, num_qo_tokens=self.q.shape[0], **self.batch.schedule_options()
         )
 
+    def operands(self, flags: int, schedule: Tensor | None = None) -> tuple[Any, ...]:
+        """Arguments of the narrow op."""
+        index = self.index
+        lens = index.get("kv_last_page_len", index.get("kv_lens"))
+        return (
+            self.q, *self.cache, index.get("qo_indptr"), index.get("kv_indptr"),
+            index.get("kv_indices"), lens, schedule, flags, -1, -1, 0.125,
+        )  # fmt: skip
+
+    def schedule_operands(self, flags: int) -> tuple[Any, ...]:
+        """Arguments of the op that makes the work list."""
+        index, batch = self.index, self.batch
+        lens = index.get("kv_last_page_len", index.get("kv_lens"))
+        page_size = batch.page_size if batch.paged else 1
+        return (
+            index.get("qo_indptr"), index.get("kv_indptr"), lens, flags, page_size, len(self.q),
+            *batch.heads, *batch.head_dims, -1, -1,
+        )  # fmt: skip
+
     def reference(self) -> oracle.Reference:
         """Each request alone, in float64; rows of no request see no key."""
         batch, parts, begin = self.batch, [], 0

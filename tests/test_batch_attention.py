@@ -15,7 +15,6 @@ from support import poisoned_call, sm_under_test, supports_bf16_attention
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-OPS = torch.ops.ridgeline
 HALVES = (torch.float16, torch.bfloat16)
 MIXED = Batch(
     lengths=((1, 300), (37, 90), (0, 50), (1, 0), (1, 1), (5, 5), (3, 17), (70, 200), (0, 0)),
@@ -360,34 +359,6 @@ def test_pool_beyond_32_bits(rng: torch.Generator) -> None:
     out, lse = inputs.call()
     assert torch.equal(out, expected[0])
     assert torch.equal(lse, expected[1])
-
-
-def operands(inputs: Inputs, schedule: Tensor | None = None) -> tuple[Any, ...]:
-    """Arguments of the narrow op up to the window and the scale."""
-    index = inputs.index
-    lens = index.get("kv_last_page_len", index.get("kv_lens"))
-    return (
-        inputs.q, *inputs.cache, index.get("qo_indptr"), index.get("kv_indptr"),
-        index.get("kv_indices"), lens, schedule, 2, -1, -1, 0.125,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("form", ["paged", "ragged", "padded"])
-def test_opcheck(form: str, device: torch.device, rng: torch.Generator) -> None:
-    inputs = MIXED.with_(form=form).inputs(device, rng)
-    index = inputs.index
-    lens = index.get("kv_last_page_len", index.get("kv_lens"))
-    torch.library.opcheck(OPS.attention.default, operands(inputs))
-    full = (*operands(inputs), 0.0, 1, 1.0, 1e4, False)
-    torch.library.opcheck(OPS.attention_full.default, full)
-    page = 16 if form == "paged" else 1
-    arguments = (
-        index["qo_indptr"], index.get("kv_indptr"), lens, 2, page, len(inputs.q), 4, 2, 64, 64,
-        -1, -1,
-    )  # fmt: skip
-    # Only the header and the records in use are written, so two lists may differ.
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(OPS.attention_schedule.default, arguments, test_utils=tests)
 
 
 def test_compiles_once_for_all_lengths(device: torch.device, rng: torch.Generator) -> None:
