@@ -1,7 +1,7 @@
 // Where the keys and values of a token lie. An addressing type names the element type of the cache
 // and is made once for a work item. Before the keys of a step are loaded, and never later than the
 // values of the step before, prefetch() reads what their addresses depend on. keys(first_token,
-// end) and values(...) answer with an object whose row(row, pass) is the address of token
+// end) and values(...) answer with an object whose at(row, pass, element) is the address in token
 // first_token + row, the row that the calling thread loads in that pass.
 #pragma once
 
@@ -19,8 +19,8 @@ struct StridedRows {
   int64 stride;
   int first;
 
-  __device__ __forceinline__ const T* row(int row, int /*pass*/) const {
-    return base + (first + row) * stride;
+  __device__ __forceinline__ const T* at(int row, int /*pass*/, int element) const {
+    return base + (first + row) * stride + element;
   }
 };
 
@@ -53,6 +53,18 @@ struct StridedKv {
   }
 };
 
+// As StridedRows. Why the cast: no register for the upper half of an offset.
+template <typename T>
+struct RaggedRows {
+  const T* base;
+  int64 stride;
+  int first;
+
+  __device__ __forceinline__ const T* at(int row, int /*pass*/, int element) const {
+    return base + (first + row) * stride + uint32(element);
+  }
+};
+
 // Requests of a batch one behind the other (ragged), or at one stride from each other (padded).
 template <typename T>
 struct RaggedKv {
@@ -68,14 +80,14 @@ struct RaggedKv {
   __device__ __forceinline__ void prefetch(int /*first_token*/, int /*end*/) {}
 
   template <int kLoaders>
-  __device__ __forceinline__ StridedRows<T> keys(int first_token, int /*end*/) const {
+  __device__ __forceinline__ RaggedRows<T> keys(int first_token, int /*end*/) const {
     return {static_cast<const T*>(params.attention.k) +
                 item.work.kv_head * params.attention.k_stride_head +
                 item.kv_origin * params.k_origin_stride,
             params.attention.k_stride_token, first_token};
   }
   template <int kLoaders>
-  __device__ __forceinline__ StridedRows<T> values(int first_token, int /*end*/) const {
+  __device__ __forceinline__ RaggedRows<T> values(int first_token, int /*end*/) const {
     return {static_cast<const T*>(params.attention.v) +
                 item.work.kv_head * params.attention.v_stride_head +
                 item.kv_origin * params.v_origin_stride,
@@ -91,8 +103,8 @@ struct PooledRows {
   uint32 place;  // units from the pool's begin to this lane's row
   uint32 unit;   // elements
 
-  __device__ __forceinline__ const T* row(int /*row*/, int pass) const {
-    return pool + uint64(__shfl_sync(0xffffffffu, place, pass, 8)) * unit;
+  __device__ __forceinline__ const T* at(int /*row*/, int pass, int element) const {
+    return pool + uint64(__shfl_sync(0xffffffffu, place, pass, 8)) * unit + uint32(element);
   }
 };
 
