@@ -15,6 +15,7 @@ from pathlib import Path
 from build_wheel import compiler_version
 from common import (
     BUILD,
+    PACKAGE_SOURCES,
     ROOT,
     Stopwatch,
     digest_of,
@@ -28,7 +29,6 @@ from common import (
 
 GPU_BUILD = BUILD / "gpu"
 SITE = GPU_BUILD / "site"
-PACKAGE = ("pyproject.toml", "setup.py", "README.md", "kernels", "torch_ops", "aot")
 
 
 def require_gpu() -> str:
@@ -66,7 +66,7 @@ def install_site() -> dict[str, str]:
         digest = digest_of([], str(Path(source).stat().st_mtime_ns), source)
     else:
         source, how = str(ROOT), "this checkout (no kernel packs: kernels come by JIT)"
-        digest = digest_of(files_of(PACKAGE), compiler_version(), sys.version)
+        digest = digest_of(files_of(PACKAGE_SOURCES), compiler_version(), sys.version)
     stamp_file = GPU_BUILD / "site.json"
     if read_stamp(stamp_file) != {"source": digest}:
         watch = Stopwatch()

@@ -7,7 +7,8 @@
 
 namespace ridgeline {
 
-// Measured on an H200: two or four vectors a thread, or larger blocks, are slower at every size.
+// Measured on an H200: with two or four vectors a thread, or larger blocks, no size gains more than
+// 1%, and the smallest and the largest lose.
 constexpr uint32 kGatedThreads = 128;
 
 struct GatedParams {
