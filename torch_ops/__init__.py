@@ -11,6 +11,7 @@ from .attention import (
     single_prefill_with_kv_cache,
     single_prefill_with_kv_cache_return_lse,
 )
+from .batch_attention import attention, schedule
 from .merge import merge_state, merge_state_in_place, merge_states
 from .norm import fused_add_rmsnorm, rmsnorm
 from .rope import apply_rope_pos_ids, apply_rope_pos_ids_inplace
@@ -24,11 +25,13 @@ __all__ = [
     "Warmup",
     "apply_rope_pos_ids",
     "apply_rope_pos_ids_inplace",
+    "attention",
     "fused_add_rmsnorm",
     "merge_state",
     "merge_state_in_place",
     "merge_states",
     "rmsnorm",
+    "schedule",
     "silu_and_mul",
     "single_decode_with_kv_cache",
     "single_prefill_with_kv_cache",

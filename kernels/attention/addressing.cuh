@@ -1,31 +1,165 @@
-// Where the keys and values of a token lie. An addressing type names the element type of the cache,
-// is made once for a work item, and answers with the first element of a token's key or value.
+// Where the keys and values of a token lie. An addressing type names the element type of the cache
+// and is made once for a work item. Before the keys of a step are loaded, and never later than the
+// values of the step before, prefetch() reads what their addresses depend on. keys(first_token,
+// end) and values(...) answer with an object whose at(row, pass, element) is the address in token
+// first_token + row, the row that the calling thread loads in that pass.
 #pragma once
 
+#include "attention/batch_params.h"
 #include "attention/params.h"
 #include "attention/work_item.cuh"
+#include "common/opaque.cuh"
 
 namespace ridgeline {
+
+// Rows at one stride.
+template <typename T>
+struct StridedRows {
+  const T* base;
+  int64 stride;
+  int first;
+
+  __device__ __forceinline__ const T* at(int row, int /*pass*/, int element) const {
+    return base + (first + row) * stride + element;
+  }
+};
 
 // One stride from token to token: dense caches, NHD and HND alike.
 template <typename T>
 struct StridedKv {
   using Element = T;
 
-  const T* keys;
-  const T* values;
+  const T* first_key;
+  const T* first_value;
   int64 key_stride;
   int64 value_stride;
 
   __device__ __forceinline__ StridedKv(const AttentionParams& params, const WorkItem& work)
-      : keys(static_cast<const T*>(params.k) + work.kv_head * params.k_stride_head),
-        values(static_cast<const T*>(params.v) + work.kv_head * params.v_stride_head),
+      : first_key(static_cast<const T*>(params.k) + work.kv_head * params.k_stride_head),
+        first_value(static_cast<const T*>(params.v) + work.kv_head * params.v_stride_head),
         key_stride(params.k_stride_token),
         value_stride(params.v_stride_token) {}
 
-  __device__ __forceinline__ const T* key(int token) const { return keys + token * key_stride; }
-  __device__ __forceinline__ const T* value(int token) const {
-    return values + token * value_stride;
+  template <int kRows, int kLoaders>
+  __device__ __forceinline__ void prefetch(int /*first_token*/, int /*end*/) {}
+
+  template <int kLoaders>
+  __device__ __forceinline__ StridedRows<T> keys(int first_token, int /*end*/) const {
+    return {first_key, key_stride, first_token};
+  }
+  template <int kLoaders>
+  __device__ __forceinline__ StridedRows<T> values(int first_token, int /*end*/) const {
+    return {first_value, value_stride, first_token};
+  }
+};
+
+// As StridedRows. Why the cast: no register for the upper half of an offset.
+template <typename T>
+struct RaggedRows {
+  const T* base;
+  int64 stride;
+  int first;
+
+  __device__ __forceinline__ const T* at(int row, int /*pass*/, int element) const {
+    return base + (first + row) * stride + uint32(element);
+  }
+};
+
+// Requests of a batch one behind the other (ragged), or at one stride from each other (padded).
+template <typename T>
+struct RaggedKv {
+  using Element = T;
+
+  const BatchAttentionParams& params;
+  const BatchItem& item;
+
+  __device__ __forceinline__ RaggedKv(const BatchAttentionParams& params, const BatchItem& item)
+      : params(params), item(item) {}
+
+  template <int kRows, int kLoaders>
+  __device__ __forceinline__ void prefetch(int /*first_token*/, int /*end*/) {}
+
+  template <int kLoaders>
+  __device__ __forceinline__ RaggedRows<T> keys(int first_token, int /*end*/) const {
+    return {static_cast<const T*>(params.attention.k) +
+                item.work.kv_head * params.attention.k_stride_head +
+                item.kv_origin * params.k_origin_stride,
+            params.attention.k_stride_token, first_token};
+  }
+  template <int kLoaders>
+  __device__ __forceinline__ RaggedRows<T> values(int first_token, int /*end*/) const {
+    return {static_cast<const T*>(params.attention.v) +
+                item.work.kv_head * params.attention.v_stride_head +
+                item.kv_origin * params.v_origin_stride,
+            params.attention.v_stride_token, first_token};
+  }
+};
+
+// Rows whose places in the pool the lanes of a warp know. Eight lanes load a row of a pass
+// together; the p-th of them knows the place of their row in pass p.
+template <typename T>
+struct PooledRows {
+  const T* pool;
+  uint32 place;  // units from the pool's begin to this lane's row
+  uint32 unit;   // elements
+
+  __device__ __forceinline__ const T* at(int /*row*/, int pass, int element) const {
+    return pool + uint64(__shfl_sync(0xffffffffu, place, pass, 8)) * unit + uint32(element);
+  }
+};
+
+// Pages of page_size tokens, in the order of a table. A warp loads four rows of a pass and at most
+// 32 of a step: each lane looks up the page of one of them, and tells the others the place.
+template <typename T>
+struct PagedKv {
+  using Element = T;
+
+  const BatchAttentionParams& params;
+  const BatchItem& item;
+  uint32 page;  // of this lane's row
+
+  __device__ __forceinline__ PagedKv(const BatchAttentionParams& params, const BatchItem& item)
+      : params(params), item(item), page(0) {}
+
+  template <int kRows, int kLoaders>
+  __device__ __forceinline__ void prefetch(int first_token, int end) {
+    static_assert(kRows <= kLoaders, "a warp has a lane for each of its rows");
+    const int row = lane_row<kLoaders>();
+    if (row < kRows) {
+      const int token = min(first_token + row, end - 1);
+      page = __ldg(params.kv_indices + item.kv_origin + params.page_size.quotient(token));
+    }
+  }
+
+  template <int kLoaders>
+  __device__ __forceinline__ PooledRows<T> keys(int first_token, int end) const {
+    return {static_cast<const T*>(params.attention.k) +
+                item.work.kv_head * params.attention.k_stride_head,
+            place(min(first_token + lane_row<kLoaders>(), end - 1), params.k_page_units,
+                  params.k_token_units),
+            params.k_unit};
+  }
+  template <int kLoaders>
+  __device__ __forceinline__ PooledRows<T> values(int first_token, int end) const {
+    return {static_cast<const T*>(params.attention.v) +
+                item.work.kv_head * params.attention.v_stride_head,
+            place(min(first_token + lane_row<kLoaders>(), end - 1), params.v_page_units,
+                  params.v_token_units),
+            params.v_unit};
+  }
+
+ private:
+  // This lane's row of a step, whose rows kLoaders threads load.
+  template <int kLoaders>
+  static __device__ __forceinline__ int lane_row() {
+    const uint32 loader = uint32(opaque(int(threadIdx.x))) % kLoaders;
+    return loader % 8 * (kLoaders / 8) + loader / 8;
+  }
+
+  // A page number beyond the pool means the last page.
+  __device__ __forceinline__ uint32 place(int token, uint32 page_units, uint32 token_units) const {
+    const uint32 entry = params.page_size.remainder(token);
+    return min(page, uint32(params.num_pages - 1)) * page_units + entry * token_units;
   }
 };
 

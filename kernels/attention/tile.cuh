@@ -38,15 +38,17 @@ __device__ __forceinline__ int tile_rows(const AttentionParams& params, const Re
 }
 
 // `get_work(index)` is the work item. Why not the item itself: it is made again after the loop, so
-// that what only the output needs holds no register that the accumulators want.
-template <typename Traits, typename GetWork>
+// that what only the output needs holds no register that the accumulators want. `make_kv(work)` is
+// its addressing, `keep(range)` the place of a range that every step asks for.
+template <typename Traits, typename GetWork, typename MakeKv, typename Keep>
 __device__ __forceinline__ void attend_tile(const AttentionParams& params, const Request& request,
-                                            int index, GetWork get_work, unsigned char* smem) {
+                                            int index, GetWork get_work, MakeKv make_kv, Keep keep,
+                                            unsigned char* smem) {
   using Variant = typename Traits::Variant;
   constexpr int kStages = Traits::kStages;
   constexpr int kPending = 2 * (kStages - 1);  // groups younger than the one a step waits for
 
-  const WorkItem work = get_work(index);
+  const WorkItem& work = get_work(index);
   const int warp = threadIdx.x / 32;
   const int pipeline = Traits::kSplitsKeys ? warp : 0;
   const int loader = Traits::kSplitsKeys ? threadIdx.x % 32 : threadIdx.x;
@@ -62,7 +64,7 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   const uint32 query_address = shared_address(smem);
   const uint32 key_address = shared_address(key_tiles);
   const uint32 value_address = shared_address(value_tiles);
-  const typename Traits::Kv kv(params, work);
+  typename Traits::Kv kv = make_kv(work);
 
   const auto start_keys = [&](int step, int stage) {
     if (step < num_steps) {
@@ -70,6 +72,13 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
                         first_key + step * Traits::kKvTile, work.kv_end);
     }
     cp_async_commit();
+  };
+  // What the addresses of a step need from memory, ahead of its keys; its values use it too.
+  const auto prefetch = [&](int step) {
+    if (step < num_steps) {
+      kv.template prefetch<Traits::kKeys, Traits::kLoaders>(first_key + step * Traits::kKvTile,
+                                                            work.kv_end);
+    }
   };
   const auto start_values = [&](int step, int stage) {
     if (step < num_steps) {
@@ -79,12 +88,14 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     cp_async_commit();
   };
 
+  prefetch(0);
   load_query<Traits>(params, work, num_rows, query_address);
   cp_async_commit();
   start_keys(0, 0);
 #pragma unroll
   for (int stage = 1; stage < kStages; ++stage) {
     start_values(stage - 1, stage - 1);
+    prefetch(stage);
     start_keys(stage, stage);
   }
 
@@ -104,8 +115,8 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   RowState<Traits> state;
 
   // Steps within this range are seen whole by every row.
-  const KeyRange first_row_keys = row_keys<Traits>(params, request, work, 0);
-  const KeyRange last_row_keys = row_keys<Traits>(params, request, work, num_rows - 1);
+  const KeyRange& seen_by_all = keep({row_keys<Traits>(params, request, work, num_rows - 1).begin,
+                                      row_keys<Traits>(params, request, work, 0).end});
   const float scale = Variant::exponent_scale(params);
 
   int stage = 0;
@@ -116,6 +127,7 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     cp_async_wait<kPending>();
     pipeline_barrier<Traits>();
     start_values(step + kStages - 1, previous_stage);
+    prefetch(step + kStages);
     if constexpr (Variant::kTransformsKey) {
       Variant::template key<typename Traits::Element, Traits::kQk>(
           params, scratch, key_tiles + stage * Traits::kKeyBytes, Traits::kKeys, loader,
@@ -130,7 +142,7 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     if (Variant::transforms_logits(params)) {
       Variant::template logits<sizeof(logits) / sizeof(float)>(params, &logits[0][0][0]);
     }
-    if (step_key < last_row_keys.begin || step_key + Traits::kKeys > first_row_keys.end) {
+    if (step_key < seen_by_all.begin || step_key + Traits::kKeys > seen_by_all.end) {
       mask_logits<Traits>(logits, params, request, work, warp_row, step_key);
     }
     Exponentials<Traits> exponentials;
@@ -146,12 +158,12 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   }
 
   pdl_launch_dependents();
-  const WorkItem target = get_work(opaque(index));
+  const WorkItem& target = get_work(opaque(index));
   const int target_rows = tile_rows<Traits>(params, request, target);
   if constexpr (Traits::kSplitsKeys) {
     merge_and_store<Traits>(params, target, state, scale, smem, smem + Traits::kQueryBytes,
                             target_rows);
-  } else if (target.partial_slot >= 0) {
+  } else if (target.partial_row >= 0) {
     store_partial<Traits>(params, target, state, warp_row, target_rows);
   } else {
     store_final<Traits>(params, target, state, scale, smem, warp_row, target_rows);

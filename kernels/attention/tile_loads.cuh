@@ -9,11 +9,11 @@ namespace ridgeline {
 
 // Copies rows of kDim elements, of which `dim` exist; missing elements and the rows from num_valid
 // on become zeros. Eight neighbouring threads take 128 bytes of a row at a time. In place of a
-// missing row, `row_pointer` is asked for row num_valid - 1, which must exist even where num_valid
-// is not positive.
-template <int kRows, int kDim, int kThreads, typename Element, typename RowPointer>
+// missing row, `pointer(row, pass, element)` is asked for row num_valid - 1, which must exist even
+// where num_valid is not positive; a thread's rows are thread / 8 + pass * (kThreads / 8).
+template <int kRows, int kDim, int kThreads, typename Element, typename Pointer>
 __device__ __forceinline__ void load_rows(uint32 tile, int thread, int dim, int num_valid,
-                                          RowPointer row_pointer) {
+                                          Pointer pointer) {
   constexpr int kRowBytes = kDim * int(sizeof(Element));
   constexpr int kChunk = 16 / int(sizeof(Element));
   constexpr int kRowsPerPass = kThreads / 8;
@@ -24,7 +24,7 @@ __device__ __forceinline__ void load_rows(uint32 tile, int thread, int dim, int 
   for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
     const int row = pass * kRowsPerPass;
     const bool valid = row <= last_row;
-    const Element* source = row_pointer(first_row + min(row, last_row)) + lane_element;
+    const Element* source = pointer(first_row + min(row, last_row), pass, lane_element);
     const uint32 destination = tile + swizzled_offset<kRowBytes>(first_row + row, thread % 8);
 #pragma unroll
     for (int line = 0; line < kRowBytes / 128; ++line) {
@@ -43,11 +43,11 @@ __device__ __forceinline__ void load_query(const AttentionParams& params, const 
   const T* base =
       static_cast<const T*>(params.q) + work.kv_head * group_size * params.q_stride_head;
   load_rows<Traits::kTileQ, Traits::kQk, Traits::kNumThreads, T>(
-      tile, threadIdx.x, params.head_dim_qk, num_rows, [&](int row) {
+      tile, threadIdx.x, params.head_dim_qk, num_rows, [&](int row, int /*pass*/, int element) {
         const int packed = work.q_row_begin + row;
         const int query = params.group_size.quotient(packed);
-        return base + query * params.q_stride_token +
-               (packed - query * group_size) * params.q_stride_head;
+        return base + (work.q_begin + query) * params.q_stride_token +
+               (packed - query * group_size) * params.q_stride_head + element;
       });
 }
 
@@ -55,18 +55,20 @@ template <typename Traits>
 __device__ __forceinline__ void load_keys(const AttentionParams& params,
                                           const typename Traits::Kv& kv, uint32 tile, int thread,
                                           int first_token, int end) {
+  const auto keys = kv.template keys<Traits::kLoaders>(first_token, end);
   load_rows<Traits::kKeys, Traits::kQk, Traits::kLoaders, typename Traits::Element>(
       tile, thread, params.head_dim_qk, end - first_token,
-      [&](int row) { return kv.key(first_token + row); });
+      [&](int row, int pass, int element) { return keys.at(row, pass, element); });
 }
 
 template <typename Traits>
 __device__ __forceinline__ void load_values(const AttentionParams& params,
                                             const typename Traits::Kv& kv, uint32 tile, int thread,
                                             int first_token, int end) {
+  const auto values = kv.template values<Traits::kLoaders>(first_token, end);
   load_rows<Traits::kKeys, Traits::kVo, Traits::kLoaders, typename Traits::Element>(
       tile, thread, params.head_dim_vo, end - first_token,
-      [&](int row) { return kv.value(first_token + row); });
+      [&](int row, int pass, int element) { return values.at(row, pass, element); });
 }
 
 }  // namespace ridgeline

@@ -7,18 +7,18 @@ namespace ridgeline {
 
 // Where a packed row's result goes.
 struct RowTarget {
-  int query;
+  int token;
   int head;
 
   template <typename T>
   __device__ __forceinline__ T* out(const AttentionParams& params) const {
-    return static_cast<T*>(params.out) + query * params.out_stride_token +
+    return static_cast<T*>(params.out) + token * params.out_stride_token +
            head * params.out_stride_head;
   }
   __device__ __forceinline__ void write_lse(const AttentionParams& params, float scale,
                                             float maximum, float sum) const {
     if (params.lse == nullptr) return;
-    params.lse[int64(query) * params.num_qo_heads + head] =
+    params.lse[int64(token) * params.num_qo_heads + head] =
         sum == 0.0f ? -kInfinity : maximum * (scale * kLn2) + logf(sum);
   }
 };
@@ -28,13 +28,7 @@ __device__ __forceinline__ RowTarget row_target(const AttentionParams& params, c
   const int packed = work.q_row_begin + row;
   const int query = params.group_size.quotient(packed);
   const int group_size = params.group_size.divisor;
-  return {query, work.kv_head * group_size + packed - query * group_size};
-}
-
-// Rows of partial results: [slot, row of the tile].
-template <typename Traits>
-__device__ __forceinline__ int64 partial_row(const WorkItem& work, int row) {
-  return int64(work.partial_slot) * Traits::kTileQ + row;
+  return {work.q_begin + query, work.kv_head * group_size + packed - query * group_size};
 }
 
 // A row's sum over the four lanes that hold it.
@@ -55,12 +49,12 @@ __device__ __forceinline__ void store_partial(const AttentionParams& params, con
       const int row = warp_row + m * 16 + half * 8 + lane / 4;
       const float sum = quad_sum(state.sum[m][half]);
       if (row >= num_rows) continue;
-      const int64 target = partial_row<Traits>(work, row);
+      const int64 target = int64(work.partial_row) + row;
       if (lane % 4 == 0) {
         reinterpret_cast<float2*>(params.partial_stats)[target] =
             make_float2(state.maximum[m][half], sum);
       }
-      float* out = params.partial_out + target * params.head_dim_vo + 2 * (lane % 4);
+      float* out = params.partial_out + target * uint32(params.head_dim_vo) + 2 * (lane % 4);
 #pragma unroll
       for (int n = 0; n < Traits::kVoFrags; ++n) {
         if (n * 8 < params.head_dim_vo) {
@@ -163,13 +157,13 @@ __device__ __forceinline__ void merge_and_store(const AttentionParams& params, c
     sum += weights[w] * stats[w * 16 + row].y;
   }
 
-  const bool final = work.partial_slot < 0;
+  const bool final = work.partial_row < 0;
   const RowTarget target = row_target(params, work, row);
   if (threadIdx.x % kThreadsPerRow == 0) {
     if (final) {
       target.write_lse(params, scale, maximum, sum);
     } else {
-      reinterpret_cast<float2*>(params.partial_stats)[partial_row<Traits>(work, row)] =
+      reinterpret_cast<float2*>(params.partial_stats)[int64(work.partial_row) + row] =
           make_float2(maximum, sum);
     }
   }
@@ -200,7 +194,8 @@ __device__ __forceinline__ void merge_and_store(const AttentionParams& params, c
       *reinterpret_cast<uint4*>(target.out<T>(params) + unit * 8) = packed;
     } else {
       float4* out = reinterpret_cast<float4*>(
-          params.partial_out + partial_row<Traits>(work, row) * params.head_dim_vo + unit * 8);
+          params.partial_out + (int64(work.partial_row) + row) * uint32(params.head_dim_vo) +
+          unit * 8);
       out[0] = make_float4(values[0], values[1], values[2], values[3]);
       out[1] = make_float4(values[4], values[5], values[6], values[7]);
     }

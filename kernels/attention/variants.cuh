@@ -23,14 +23,9 @@ struct StandardVariant {
 
   static constexpr int scratch_bytes(int /*head_dim_qk*/) { return 0; }
 
-  // Query i stands at key i + kv_len - qo_len; causal queries see no key after it, windowed ones
-  // none further back than window_left. The range may be empty.
   static __device__ __forceinline__ KeyRange mask(const AttentionParams& params,
                                                   const Request& request, int query) {
-    const int diagonal = query + request.kv_len - request.qo_len;
-    const int end = params.causal ? min(request.kv_len, diagonal + 1) : request.kv_len;
-    const int begin = params.window_left >= 0 ? max(0, diagonal - params.window_left) : 0;
-    return {begin, end};
+    return masked_keys(request, query, params.causal, params.window_left);
   }
 
   static __device__ __forceinline__ bool transforms_logits(const AttentionParams& params) {

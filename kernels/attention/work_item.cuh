@@ -21,8 +21,30 @@ struct WorkItem {
   int q_row_begin;  // first packed row (query * group_size + query head within the group)
   int kv_begin;     // keys to visit; kv_begin is a multiple of the KV tile
   int kv_end;
-  int partial_slot;  // where the partial result goes, or -1: the result is final
+  int partial_row;  // where the rows of the partial result go, or -1: the result is final
+  int q_begin;      // the request's first token in q
 };
+
+// The record of a batch that a CTA works on, with every field in its range. It lies in shared
+// memory: what is read again where it is used holds no register.
+struct BatchItem {
+  WorkItem work;
+  Request request;
+  KeyRange seen_by_all;  // keys that every row of the tile sees
+  int kv_origin;  // where the request's keys begin: entry of kv_indices, token, or row of the batch
+  int index;      // of the record in the list
+};
+
+// The keys that a query sees. Query i stands at key i + kv_len - qo_len; causal queries see no key
+// after it, windowed ones none further back than window_left (-1: no window). The range may be
+// empty.
+__device__ __forceinline__ KeyRange masked_keys(const Request& request, int query, bool causal,
+                                                int window_left) {
+  const int diagonal = query + request.kv_len - request.qo_len;
+  const int end = causal ? min(request.kv_len, diagonal + 1) : request.kv_len;
+  const int begin = window_left >= 0 ? max(0, diagonal - window_left) : 0;
+  return {begin, end};
+}
 
 // Keys that any of the packed rows [row_begin, row_end) sees. Bounds grow with the query, so its
 // ends decide.
@@ -65,7 +87,7 @@ __device__ __forceinline__ WorkItem single_request_item(const AttentionParams& p
   const int kv_end = min(keys.end, end_tile * kKvTile);
 
   const int slot = (q_tile * num_kv_heads + kv_head) * num_splits + split;
-  return {0, 0, kv_head, row_begin, kv_begin, kv_end, num_splits > 1 ? slot : -1};
+  return {0, 0, kv_head, row_begin, kv_begin, kv_end, num_splits > 1 ? slot * kTileQ : -1, 0};
 }
 
 }  // namespace ridgeline

@@ -1,0 +1,203 @@
+// What host and kernels of batched attention agree on: the work list and the parameters of the
+// kernels that make it, run it and combine its parts.
+//
+// A work list is an int32 tensor whose length follows from shapes alone:
+//   header | first record of each CTA | cut tiles | records | scratch of the scheduler
+#pragma once
+
+#include "attention/params.h"
+#include "common/divide.h"
+#include "common/types.h"
+
+namespace ridgeline {
+
+// Where a request's keys lie, and which tensor tells how many there are.
+enum class KvForm : int {
+  kPagedByLastPage,  // pages kv_indptr[b] .. kv_indptr[b + 1], kv_lens = tokens on the last page
+  kPagedByLength,    // pages from kv_indptr[b] on, kv_lens = tokens
+  kRagged,           // tokens kv_indptr[b] .. kv_indptr[b + 1]
+  kPadded,           // kv_lens tokens of row b
+};
+
+constexpr bool is_paged(KvForm form) {
+  return form == KvForm::kPagedByLastPage || form == KvForm::kPagedByLength;
+}
+
+// One query tile of one KV head against a range of keys.
+struct WorkRecord {
+  int segment_height;  // segment * 256 + index of the tile height in the kernel's list of heights
+  int request;
+  int kv_head;
+  int q_row_begin;  // first packed row, from the request's first on
+  int q_begin;      // the request's first token in q
+  int qo_len;
+  int kv_origin;  // where its keys begin: entry of kv_indices, token, or row of the batch
+  int kv_len;
+  int kv_begin, kv_end;  // keys to visit
+  int partial_row;       // where the partial result goes, or -1: the result is final
+  int unused;
+};
+inline constexpr int kRecordWords = 12;
+static_assert(sizeof(WorkRecord) == kRecordWords * 4, "whole words");
+
+// A tile whose keys were cut into parts, which lie piece_stride rows apart, in order.
+struct CutTile {
+  int q_begin;      // the request's first token in q
+  int q_row_begin;  // first packed row
+  int kv_head;
+  int num_rows;
+  int partial_row;
+  int num_pieces;
+  int piece_stride;
+  int unused;
+};
+inline constexpr int kCutTileWords = 8;
+static_assert(sizeof(CutTile) == kCutTileWords * 4, "whole words");
+
+struct ListHeader {
+  int tag;  // of the configuration that the list was made for
+  int num_ctas;
+  int num_records;
+  int num_cut_tiles;
+  int num_tokens;  // of all requests: rows of the output from here on are padding
+};
+
+inline constexpr int kMaxBatchCtas = 1024;
+inline constexpr int kFirstRecordsAt = 16;  // words; kMaxBatchCtas + 1 of them
+inline constexpr int kCutTilesAt = kFirstRecordsAt + kMaxBatchCtas + 16;
+inline constexpr int kMinTallTile = 64;  // rows of the smallest tile for more than 16 rows
+// batch_invariant: a decoding request's keys are cut by its own length, into at most so many parts
+// of at least so many KV tiles.
+inline constexpr int kInvariantPieces = 8;
+inline constexpr int kInvariantTiles = 8;
+
+// Sizes and places of a list's parts, in words.
+struct ListLayout {
+  int64 max_items;  // query tiles, and parts of them where batch_invariant cuts them
+  int64 max_cut_tiles;
+  int64 max_records;
+  int64 records_at;
+  int64 item_starts_at;  // [batch_size + 1]
+  int64 costs_at;        // [max_items + 1], int64
+  int64 num_words;
+};
+
+constexpr ListLayout list_layout(int64 batch_size, int64 num_tokens, int64 group_size,
+                                 int64 num_kv_heads, bool invariant) {
+  ListLayout layout = {};
+  layout.max_items =
+      batch_size * (invariant ? kInvariantPieces : 1) + num_tokens * group_size / kMinTallTile;
+  layout.max_cut_tiles = invariant ? batch_size * num_kv_heads : kMaxBatchCtas;
+  layout.max_records = layout.max_items * num_kv_heads + kMaxBatchCtas;
+  layout.records_at = kCutTilesAt + layout.max_cut_tiles * kCutTileWords;
+  layout.item_starts_at = layout.records_at + layout.max_records * kRecordWords;
+  layout.costs_at = (layout.item_starts_at + batch_size + 2) / 2 * 2;
+  layout.num_words = layout.costs_at + 2 * (layout.max_items + 1);
+  return layout;
+}
+
+// A tile height of the kernel, and what the scheduler must know of it.
+struct TileHeight {
+  int tile_q;
+  int kv_tile;
+  int step_cost;     // time of one KV tile, relative
+  int tile_cost;     // time of a query tile beside its KV tiles
+  int min_kv_tiles;  // of a part: less is not worth a partial result
+};
+
+struct ScheduleParams {
+  const int* qo_indptr;  // [batch_size + 1]; null: one token a request
+  const int* kv_indptr;  // [batch_size + 1]; null: padded
+  const int* kv_lens;    // [batch_size]; null: ragged
+  int* list;
+  int64 records_at, item_starts_at, costs_at;  // words
+  int max_items;
+  int batch_size;
+  int num_tokens;  // rows of q
+  int max_q_len;   // of longer requests no more is computed
+  KvForm form;
+  int page_size;
+  int causal;
+  int window_left;
+  int num_ctas;
+  int num_heights;  // 1 or 2; with two, requests of up to tile_q rows of the first take it
+  TileHeight heights[2];
+  int group_size;
+  Divider num_kv_heads;
+  int invariant;
+  int slot_rows;  // rows of a partial result
+  int tag;
+};
+inline constexpr int kScheduleThreads = 1024;
+
+// A pool of pages, or dense keys, of which a request has the part from its origin on. Offsets into
+// a pool count units of 2^k elements that divide all strides, so that they fit 32 bits.
+struct BatchAttentionParams {
+  AttentionParams
+      attention;  // its lengths, splits and token strides of k and v apply to no request
+  const int* list;
+  const int* kv_indices;                   // [num_indices]; null: not paged
+  int64 records_at;                        // words
+  int64 k_origin_stride, v_origin_stride;  // elements, dense: from an origin to the next
+  uint32 k_page_units, k_token_units,
+      k_unit;  // paged: units a page, units a token, elements a unit
+  uint32 v_page_units, v_token_units, v_unit;
+  int num_indices;  // entries of kv_indices; dense: tokens (ragged) or rows of the batch (padded)
+  int num_pages;    // of the pool
+  int max_kv_len;   // padded: tokens of a row
+  KvForm form;
+  Divider page_size;
+  int max_records;
+  int num_tokens;        // rows of q
+  int last_partial_row;  // from which a whole tile fits the workspace
+  int tag;
+};
+
+struct BatchCombineParams {
+  const float* partial_out;    // [num_partial_rows, head_dim_vo]
+  const float* partial_stats;  // [num_partial_rows, 2]
+  void* out;                   // [num_tokens, num_qo_heads, head_dim_vo]
+  float* lse;                  // [num_tokens, num_qo_heads]; null: not wanted
+  const int* list;
+  const int* qo_indptr;  // [batch_size + 1]; null: no request can be longer than max_q_len
+  int64 out_stride_token, out_stride_head;
+  int batch_size;
+  int max_q_len;
+  int max_cut_tiles;
+  int num_partial_rows;
+  int num_tokens;
+  int num_qo_heads;
+  int head_dim_vo;
+  Divider group_size;
+  Divider slot_rows;
+  float exponent_scale;
+  int tag;
+};
+
+// Tile heights that one kernel holds, ascending.
+template <int... heights>
+struct Heights {};
+
+constexpr int max_int(int a, int b) {
+  return a > b ? a : b;
+}
+constexpr int min_int(int a, int b) {
+  return a < b ? a : b;
+}
+
+// Threads, CTAs of an SM and shared memory of a kernel that holds two heights (or one, twice).
+constexpr int batch_block_size(int head_dim_qk, int head_dim_vo, int low, int high, int sm) {
+  return max_int(attention_block_size(head_dim_qk, head_dim_vo, low, sm),
+                 attention_block_size(head_dim_qk, head_dim_vo, high, sm));
+}
+constexpr int batch_ctas_per_sm(int head_dim_qk, int head_dim_vo, int low, int high, int sm) {
+  return min_int(attention_tile(head_dim_qk, head_dim_vo, low, sm).ctas_per_sm,
+                 attention_tile(head_dim_qk, head_dim_vo, high, sm).ctas_per_sm);
+}
+constexpr int batch_smem_bytes(int head_dim_qk, int head_dim_vo, int low, int high, int sm,
+                               bool rotates) {
+  return max_int(attention_smem_bytes(head_dim_qk, head_dim_vo, low, sm, rotates),
+                 attention_smem_bytes(head_dim_qk, head_dim_vo, high, sm, rotates));
+}
+
+}  // namespace ridgeline

@@ -1,0 +1,460 @@
+"""Fakes, checks and the CPU implementation of the batch attention ops.
+
+The CPU runs request by request over the single-request implementation.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from . import _check
+from ._attention_cpu import _DTYPES, _attend, check_values, one_of, refuse_given
+from ._ops import cpu_impl, fake_impl
+
+# The argument `flags`, as csrc/ops/batch_attention.cpp has it.
+HND, CAUSAL, BATCH_INVARIANT, LENS_ARE_TOKENS = 1, 2, 4, 8
+
+# Of kernels/attention/batch_params.h.
+_MAX_CTAS = 1024
+_CUT_TILES_AT = 16 + _MAX_CTAS + 16
+_CUT_TILE_WORDS = 8
+_RECORD_WORDS = 12
+_INVARIANT_PIECES = 8
+_MIN_TALL_TILE = 64
+_TAG_SIZES = 1021
+
+
+def _list_length(
+    batch_size: int,
+    num_tokens: int,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dims: tuple[int, int],
+    flags: int,
+    page_size: int,
+) -> int:
+    """Words of a work list; its remainder tells configurations apart."""
+    invariant = bool(flags & BATCH_INVARIANT)
+    group_size = num_qo_heads // num_kv_heads
+    items = (
+        batch_size * (_INVARIANT_PIECES if invariant else 1)
+        + num_tokens * group_size // _MIN_TALL_TILE
+    )
+    cut_tiles = batch_size * num_kv_heads if invariant else _MAX_CTAS
+    records = items * num_kv_heads + _MAX_CTAS
+    item_starts_at = _CUT_TILES_AT + cut_tiles * _CUT_TILE_WORDS + records * _RECORD_WORDS
+    costs_at = (item_starts_at + batch_size + 2) // 2 * 2
+    config = num_qo_heads
+    for value in (
+        num_kv_heads, *head_dims, flags & (CAUSAL | BATCH_INVARIANT | LENS_ARE_TOKENS), page_size
+    ):  # fmt: skip
+        config = (config * 31 + value) % _TAG_SIZES
+    return costs_at + 2 * (items + 1) + config
+
+
+def _check_index(
+    op: str, name: str, tensor: Tensor | None, as_name: str, like: Tensor, length: int | None
+) -> None:
+    if tensor is None:
+        return
+    _check.same_device(op, name, tensor, as_name, like)
+    _check.dtype(op, name, tensor, (torch.int32,))
+    _check.rank(op, name, tensor, 1)
+    _check.last_stride(op, name, tensor)
+    if length is not None:
+        _check.shape(op, name, tensor, (length,), "[batch_size] or [batch_size + 1]")
+
+
+def _check_lengths(
+    op: str,
+    like: tuple[str, Tensor],
+    qo_indptr: Tensor | None,
+    kv_indptr: Tensor | None,
+    kv_lens: Tensor | None,
+    num_tokens: int,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dims: tuple[int, int],
+    page_size: int,
+    max_q_len: int,
+    window_left: int,
+) -> int:
+    """Check what shapes alone can tell; returns the batch size."""
+    _check_index(op, "qo_indptr", qo_indptr, *like, None)
+    if kv_indptr is None and kv_lens is None:
+        expected = "kv_indptr (ragged or paged keys) or kv_lens (padded keys)"
+        way_out = "Pass the tensor that tells where each request's keys are."
+        _check.fail(op, "kv_indptr", expected, "neither of them", way_out)
+    batch_size = num_tokens if qo_indptr is None else qo_indptr.shape[0] - 1
+    if batch_size < 0:
+        way_out = "An empty batch has [0]."
+        _check.fail(op, "qo_indptr", "batch_size + 1 elements", "none", way_out)
+    _check_index(op, "kv_indptr", kv_indptr, *like, batch_size + 1)
+    _check_index(op, "kv_lens", kv_lens, *like, batch_size)
+    if num_qo_heads < 1 or num_kv_heads < 1 or num_qo_heads % num_kv_heads:
+        expected = f"a multiple of the {num_kv_heads} heads of the keys"
+        way_out = (
+            "Check kv_layout: NHD is [..., tokens, heads, head_dim], HND [..., heads, tokens, "
+            "head_dim]."
+        )
+        _check.fail(op, "num_qo_heads", expected, num_qo_heads, way_out)
+    for name, head_dim in zip(("head_dim_qk", "head_dim_vo"), head_dims, strict=True):
+        if head_dim % 8 or not 8 <= head_dim <= 256:
+            way_out = "Pad q, k and v with zeros to the next multiple of 8."
+            _check.fail(op, name, "a multiple of 8, at most 256", head_dim, way_out)
+    if page_size < 1:
+        way_out = "Pass the tokens that a page holds."
+        _check.fail(op, "page_size", "at least 1", page_size, way_out)
+    if max_q_len < -1:
+        _check.fail(op, "max_q_len", "at least 0", max_q_len, "Leave it out.")
+    if window_left < -1:
+        _check.fail(op, "window_left", "at least -1", window_left, "-1 turns it off.")
+    return batch_size
+
+
+def _check_inputs(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qo_indptr: Tensor | None,
+    kv_indptr: Tensor | None,
+    kv_indices: Tensor | None,
+    kv_lens: Tensor | None,
+    schedule: Tensor | None,
+    flags: int,
+    max_q_len: int,
+    window_left: int,
+) -> None:
+    """Check what shapes, dtypes and devices alone can tell (fakes call it as well)."""
+    if not 0 <= flags <= 15:
+        _check.fail(op, "flags", "a sum of 1, 2, 4 and 8", flags, "Call ridgeline.attention.")
+    paged = kv_indices is not None
+    ragged = not paged and kv_indptr is not None
+    _check.dtype(op, "q", q, _DTYPES)
+    _check.rank(op, "q", q, 3)
+    for name, tensor in (("k", k), ("v", v)):
+        _check.same_device(op, name, tensor, "q", q)
+        _check.same_dtype(op, name, tensor, "q", q)
+        _check.rank(op, name, tensor, 3 if ragged else 4)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check.last_stride(op, name, tensor)
+    if k.shape[-1] != q.shape[-1]:
+        expected = f"head_dim {q.shape[-1]}, as in 'q'"
+        _check.fail(op, "k", expected, k.shape[-1], "Pass the keys that belong to these queries.")
+    if k.shape[:-1] != v.shape[:-1]:
+        expected = f"the leading dimensions of 'k', {list(k.shape[:-1])}"
+        _check.fail(op, "v", expected, list(v.shape[:-1]), "Pass one value for each key.")
+    _check_index(op, "kv_indices", kv_indices, "q", q, None)
+    if paged and (kv_indptr is None or kv_lens is None):
+        name = "kv_indptr" if kv_indptr is None else "kv_last_page_len"
+        way_out = "A page table is kv_indptr, kv_indices and kv_last_page_len (or kv_lens)."
+        _check.fail(op, name, "a tensor, since kv_indices is one", "None", way_out)
+    if ragged and kv_lens is not None:
+        expected = "None for ragged keys (kv_indptr without kv_indices)"
+        way_out = "Pass kv_indices for paged keys, or leave kv_indptr out for padded ones."
+        _check.fail(op, "kv_lens", expected, "a tensor", way_out)
+    num_kv_heads, page_size = _heads_and_page(k, paged, flags)
+    head_dims = (q.shape[-1], v.shape[-1])
+    batch_size = _check_lengths(
+        op, ("q", q), qo_indptr, kv_indptr, kv_lens, q.shape[0], q.shape[1], num_kv_heads,
+        head_dims, page_size, max_q_len, window_left,
+    )  # fmt: skip
+    if not paged and not ragged and k.shape[0] != batch_size:
+        way_out = "Padded keys are [batch_size, max_kv_len, ...]."
+        _check.fail(op, "k", f"batch_size {batch_size} rows", k.shape[0], way_out)
+    if schedule is not None:
+        _check.same_device(op, "schedule", schedule, "q", q)
+        _check.dtype(op, "schedule", schedule, (torch.int32,))
+        expected_length = _list_length(
+            batch_size, q.shape[0], q.shape[1], num_kv_heads, head_dims, flags, page_size
+        )
+        meaning = (
+            "the work list of these shapes, heads, mask and page size; make one with "
+            "ridgeline.schedule and the arguments of this call"
+        )
+        _check.shape(op, "schedule", schedule, (expected_length,), meaning)
+
+
+def _heads_and_page(k: Tensor, paged: bool, flags: int) -> tuple[int, int]:
+    """Number of KV heads, and tokens of a page (1 where there are none)."""
+    heads_dim, tokens_dim = (-3, -2) if flags & HND else (-2, -3)
+    return k.shape[heads_dim], k.shape[tokens_dim] if paged else 1
+
+
+@fake_impl("attention")
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *options: object, **_named: object) -> Tensor:
+    _check_inputs("attention", q, k, v, *options[:8])  # type: ignore[arg-type]
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+@fake_impl("attention_full")
+def _attention_full_fake(
+    q: Tensor, k: Tensor, v: Tensor, *options: object, **_named: object
+) -> tuple[Tensor, Tensor]:
+    _check_inputs("attention_full", q, k, v, *options[:8])  # type: ignore[arg-type]
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def _schedule_like(
+    qo_indptr: Tensor | None, kv_indptr: Tensor | None, kv_lens: Tensor | None
+) -> tuple[str, Tensor]:
+    for name, tensor in (
+        ("kv_indptr", kv_indptr), ("kv_lens", kv_lens), ("qo_indptr", qo_indptr)
+    ):  # fmt: skip
+        if tensor is not None:
+            return name, tensor
+    raise AssertionError("the dispatcher found a tensor")
+
+
+def _empty_schedule(
+    qo_indptr: Tensor | None,
+    kv_indptr: Tensor | None,
+    kv_lens: Tensor | None,
+    flags: int,
+    page_size: int,
+    num_qo_tokens: int,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    max_q_len: int,
+    window_left: int,
+) -> Tensor:
+    like = _schedule_like(qo_indptr, kv_indptr, kv_lens)
+    head_dims = (head_dim_qk, head_dim_vo)
+    batch_size = _check_lengths(
+        "attention_schedule", like, qo_indptr, kv_indptr, kv_lens, num_qo_tokens, num_qo_heads,
+        num_kv_heads, head_dims, page_size, max_q_len, window_left,
+    )  # fmt: skip
+    paged = kv_indptr is not None and kv_lens is not None
+    length = _list_length(
+        batch_size, num_qo_tokens, num_qo_heads, num_kv_heads, head_dims, flags,
+        page_size if paged else 1,
+    )  # fmt: skip
+    return like[1].new_empty((length,), dtype=torch.int32)
+
+
+@fake_impl("attention_schedule")
+def _attention_schedule_fake(*arguments: object, **_named: object) -> Tensor:
+    return _empty_schedule(*arguments)  # type: ignore[arg-type]
+
+
+@cpu_impl("attention_schedule")
+def _attention_schedule_cpu(*arguments: object) -> Tensor:
+    return _empty_schedule(*arguments).zero_()  # type: ignore[arg-type]
+
+
+def _clamped(value: int, low: int, high: int) -> int:
+    return max(low, min(value, high))
+
+
+def _request_keys(
+    cache: Tensor,
+    request: int,
+    kv_indptr: Tensor | None,
+    kv_indices: Tensor | None,
+    kv_lens: Tensor | None,
+    flags: int,
+) -> Tensor:
+    """Keys (or values) of a request as ``[num_kv_heads, kv_len, head_dim]``."""
+    hnd = bool(flags & HND)
+    if kv_indptr is None:
+        assert kv_lens is not None
+        rows = cache[request] if hnd else cache[request].transpose(0, 1)
+        return rows[:, : _clamped(int(kv_lens[request]), 0, rows.shape[1])]
+    begin, end = int(kv_indptr[request]), int(kv_indptr[request + 1])
+    if kv_indices is None:
+        rows = cache if hnd else cache.transpose(0, 1)
+        begin = _clamped(begin, 0, rows.shape[1])
+        return rows[:, begin : _clamped(end, begin, rows.shape[1])]
+    assert kv_lens is not None
+    num_pages = cache.shape[0]
+    page_size = cache.shape[2 if hnd else 1]
+    begin = _clamped(begin, 0, kv_indices.shape[0])
+    available = (kv_indices.shape[0] - begin) * page_size if num_pages else 0
+    given = int(kv_lens[request])
+    if flags & LENS_ARE_TOKENS:
+        kv_len = given
+    else:
+        kv_len = (end - begin - 1) * page_size + _clamped(given, 0, page_size)
+        kv_len = kv_len if end > begin else 0
+    kv_len = _clamped(kv_len, 0, available)
+    pages = kv_indices[begin : begin + -(-kv_len // page_size)].long()
+    # A negative number, as the kernels see it, is a large one.
+    pages = torch.where(pages < 0, num_pages - 1, pages.clamp_max(num_pages - 1))
+    rows = cache[pages] if not hnd else cache[pages].transpose(1, 2)
+    return rows.reshape(-1, *rows.shape[2:])[:kv_len].transpose(0, 1)
+
+
+def _attend_batch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qo_indptr: Tensor | None,
+    kv_indptr: Tensor | None,
+    kv_indices: Tensor | None,
+    kv_lens: Tensor | None,
+    flags: int,
+    max_q_len: int,
+    window_left: int,
+    logits_soft_cap: float,
+    sm_scale: float,
+    rope: tuple[float, float] | None,
+) -> tuple[Tensor, Tensor]:
+    out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
+    lse = q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
+    num_tokens = q.shape[0]
+    indptr = list(range(num_tokens + 1)) if qo_indptr is None else qo_indptr.tolist()
+    for request in range(len(indptr) - 1):
+        begin = _clamped(indptr[request], 0, num_tokens)
+        end = _clamped(indptr[request + 1], begin, num_tokens)
+        if max_q_len >= 0:
+            end = min(end, begin + max_q_len)
+        if begin == end:
+            continue
+        keys, values = (
+            _request_keys(cache, request, kv_indptr, kv_indices, kv_lens, flags) for cache in (k, v)
+        )
+        out[begin:end], lse[begin:end] = _attend(
+            q[begin:end], keys, values, 1, bool(flags & CAUSAL), window_left, logits_soft_cap,
+            sm_scale, rope,
+        )  # fmt: skip
+    return out, lse
+
+
+@cpu_impl("attention")
+def _attention_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qo_indptr: Tensor | None,
+    kv_indptr: Tensor | None,
+    kv_indices: Tensor | None,
+    kv_lens: Tensor | None,
+    schedule: Tensor | None,
+    flags: int,
+    max_q_len: int,
+    window_left: int,
+    sm_scale: float,
+) -> Tensor:
+    _check_inputs(
+        "attention", q, k, v, qo_indptr, kv_indptr, kv_indices, kv_lens, schedule, flags,
+        max_q_len, window_left,
+    )  # fmt: skip
+    return _attend_batch(
+        q, k, v, qo_indptr, kv_indptr, kv_indices, kv_lens, flags, max_q_len, window_left, 0.0,
+        sm_scale, None,
+    )[0]  # fmt: skip
+
+
+@cpu_impl("attention_full")
+def _attention_full_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qo_indptr: Tensor | None,
+    kv_indptr: Tensor | None,
+    kv_indices: Tensor | None,
+    kv_lens: Tensor | None,
+    schedule: Tensor | None,
+    flags: int,
+    max_q_len: int,
+    window_left: int,
+    sm_scale: float,
+    logits_soft_cap: float,
+    pos_encoding_mode: int,
+    rope_scale: float,
+    rope_theta: float,
+    use_fp16_qk_reduction: bool,
+    custom_mask: Tensor | None = None,
+    mask_indptr: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    sinks: Tensor | None = None,
+    extra_tensors: list[Tensor] | None = None,
+    extra_scalars: list[float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    op = "attention_full"
+    _check_inputs(
+        op, q, k, v, qo_indptr, kv_indptr, kv_indices, kv_lens, schedule, flags, max_q_len,
+        window_left,
+    )  # fmt: skip
+    check_values(op, window_left, logits_soft_cap, rope_scale, rope_theta)
+    refuse_given(
+        op, custom_mask=custom_mask, mask_indptr=mask_indptr, q_scale=q_scale, k_scale=k_scale,
+        v_scale=v_scale, sinks=sinks, extra_tensors=extra_tensors, extra_scalars=extra_scalars,
+    )  # fmt: skip
+    if pos_encoding_mode == 2:
+        _check.not_yet(op, "pos_encoding_mode", "2 (ALIBI)", "Pass 0 (NONE) or 1 (ROPE_LLAMA).")
+    one_of(op, "pos_encoding_mode", pos_encoding_mode, (0, 1))
+    if use_fp16_qk_reduction and q.dtype != torch.float16:
+        got = f"True with {str(q.dtype).removeprefix('torch.')}"
+        way_out = "Leave it out, or convert q, k and v to float16."
+        _check.fail(op, "use_fp16_qk_reduction", "False unless q is float16", got, way_out)
+    rope = (rope_scale, rope_theta) if pos_encoding_mode == 1 else None
+    return _attend_batch(
+        q, k, v, qo_indptr, kv_indptr, kv_indices, kv_lens, flags, max_q_len, window_left,
+        logits_soft_cap, sm_scale, rope,
+    )  # fmt: skip
+
+
+def validate_contents(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    qo_indptr: Tensor | None,
+    kv_indptr: Tensor | None,
+    kv_indices: Tensor | None,
+    kv_lens: Tensor | None,
+    flags: int,
+) -> None:
+    """Raise ValueError, naming the request, where index tensors hold what they must not."""
+    paged = kv_indices is not None
+    page_size = _heads_and_page(k, paged, flags)[1]
+    tokens_dim = -2 if flags & HND else -3
+    limits = (
+        ("qo_indptr", qo_indptr, q.shape[0]),
+        ("kv_indptr", kv_indptr, k.shape[tokens_dim] if kv_indices is None else len(kv_indices)),
+    )
+    for name, indptr, limit in limits:
+        if indptr is None:
+            continue
+        values = indptr.tolist()
+        if values[0] != 0:
+            _check.fail(op, name, "0 first", values[0], "Pass cumulated lengths.")
+        for request, (begin, end) in enumerate(pairwise(values)):
+            if end < begin:
+                got = f"{begin} before {end} (request {request})"
+                _check.fail(op, name, "values that do not fall", got, "Pass cumulated lengths.")
+            if end > limit:
+                got = f"{end} (request {request})"
+                _check.fail(op, name, f"at most {limit}", got, "Pass cumulated lengths.")
+    if kv_lens is None:
+        return
+    counts = None if kv_indptr is None else kv_indptr.diff().tolist()
+    for request, length in enumerate(kv_lens.tolist()):
+        if counts is None:
+            low, high, name = 0, k.shape[tokens_dim], "kv_lens"
+        elif flags & LENS_ARE_TOKENS:
+            low, high, name = 0, counts[request] * page_size, "kv_lens"
+        else:
+            low, high, name = min(counts[request], 1), page_size, "kv_last_page_len"
+        if not low <= length <= high and not (name == "kv_last_page_len" and low == 0):
+            got = f"{length} (request {request})"
+            _check.fail(op, name, f"{low} to {high}", got, "Pass the tokens that there are.")
+    if kv_indices is None or kv_indptr is None:
+        return
+    pages = kv_indices[: int(kv_indptr[-1])]
+    wrong = ((pages < 0) | (pages >= k.shape[0])).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        request = int((kv_indptr.cpu() <= place).sum()) - 1
+        got = f"{int(pages[place])} at {place} (request {request})"
+        _check.fail(op, "kv_indices", f"page numbers below {k.shape[0]}", got, "Check the table.")

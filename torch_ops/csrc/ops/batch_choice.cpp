@@ -1,0 +1,228 @@
+#include "ops/batch_choice.h"
+
+#include <algorithm>
+#include <array>
+
+#include "runtime/names.h"
+
+namespace ridgeline {
+namespace {
+
+struct Dims {
+  int qk, vo;
+};
+// A problem takes the first that holds it.
+constexpr std::array<Dims, kNumBatchDims> kDims = {{{64, 64}, {128, 128}, {192, 128}, {256, 256}}};
+
+struct Kernels {
+  int low, high;
+  const char* heights;
+  const char* why;
+};
+constexpr std::array<Kernels, kNumBatchKernels> kKernels = {{
+    {16, 16, "Heights<16>", "decode: no request has more than 16 rows"},
+    {16, 64, "Heights<16, 64>", "few queries, or heads too wide for 128 rows"},
+    {16, 128, "Heights<16, 128>", "prefill, alone or beside decode"},
+    {64, 64, "Heights<64>", "where tiles of 16 and 64 rows differ in threads"},
+}};
+
+constexpr std::array<const char*, kNumBatchVariants> kVariants = {
+    "StandardVariant", "RopeLlamaVariant", "Fp16Logits<StandardVariant>",
+    "Fp16Logits<RopeLlamaVariant>"};
+
+TileConfig tile_of(int dims, int tile_q, int sm) {
+  return attention_tile(kDims[dims].qk, kDims[dims].vo, tile_q, sm);
+}
+
+bool exists(int dims, int kernel, int sm) {
+  const TileConfig low = tile_of(dims, kKernels[kernel].low, sm);
+  const TileConfig high = tile_of(dims, kKernels[kernel].high, sm);
+  return low.num_warps > 0 && high.num_warps == low.num_warps;
+}
+
+int smem_of(int dims, int kernel, int sm, bool rotates) {
+  return batch_smem_bytes(kDims[dims].qk, kDims[dims].vo, kKernels[kernel].low,
+                          kKernels[kernel].high, sm, rotates);
+}
+
+int kernel_of(const BatchProblem& problem, int dims, int sm) {
+  const int64 rows = problem.max_q_len * (problem.num_qo_heads / problem.num_kv_heads);
+  if (rows <= 16) return 0;
+  // Why not by size with batch_invariant: a request's tile must not depend on the others' lengths.
+  if (exists(dims, 2, sm) && (rows > 64 || problem.invariant)) return 2;
+  return exists(dims, 1, sm) ? 1 : 3;
+}
+
+// One wave of CTAs. Decode is limited to as many as keep memory busy: 64 KiB in flight on each SM
+// (H200), of which a single stage has half.
+int num_ctas_of(int dims, int kernel, const BatchGpu& gpu) {
+  constexpr int kReserved = 1024;
+  const Kernels& heights = kKernels[kernel];
+  const int by_smem = gpu.smem_per_sm / (smem_of(dims, kernel, gpu.sm, false) + kReserved);
+  const int budget =
+      batch_ctas_per_sm(kDims[dims].qk, kDims[dims].vo, heights.low, heights.high, gpu.sm);
+  int per_sm = std::clamp(by_smem, 1, budget);
+  if (heights.high == 16) {
+    const int bytes = attention_kv_bytes(kDims[dims].qk, kDims[dims].vo, 16, gpu.sm);
+    const int in_flight = tile_of(dims, 16, gpu.sm).stages == 1 ? bytes / 2 : bytes;
+    per_sm = std::min(per_sm, (64 * 1024 + in_flight - 1) / in_flight);
+  }
+  return std::min(gpu.num_sms * per_sm, kMaxBatchCtas);
+}
+
+int dims_of(int head_dim_qk, int head_dim_vo) {
+  int dims = 0;
+  while (kDims[dims].qk < head_dim_qk || kDims[dims].vo < head_dim_vo) ++dims;
+  return dims;
+}
+
+Choice choose_batch(const std::string& op, const Config& config, int sm) {
+  if (op == "attention_schedule") return {{schedule_name()}, {}};
+  BatchProblem problem;
+  const std::string dtype = config.get("dtype", "float16");
+  if (dtype != "float16" && dtype != "bfloat16") {
+    return {{}, {"dtype " + dtype + ": expected float16 or bfloat16"}};
+  }
+  problem.bf16 = dtype == "bfloat16";
+  if (problem.bf16 && sm < 80) {
+    return {{}, {"dtype bfloat16: GPUs before compute capability 8.0 have no bf16 tensor cores"}};
+  }
+  problem.head_dim_qk = static_cast<int>(config.get_int("head_dim_qk", 128));
+  problem.head_dim_vo = static_cast<int>(config.get_int("head_dim_vo", problem.head_dim_qk));
+  for (const int head_dim : {problem.head_dim_qk, problem.head_dim_vo}) {
+    if (head_dim % 8 != 0 || head_dim < 8 || head_dim > 256) {
+      return {{},
+              {"head_dim " + std::to_string(head_dim) + ": expected a multiple of 8, at most 256"}};
+    }
+  }
+  problem.num_qo_heads = config.get_int("num_qo_heads", 32);
+  problem.num_kv_heads = config.get_int("num_kv_heads", problem.num_qo_heads);
+  if (problem.num_kv_heads < 1 || problem.num_qo_heads < 1 ||
+      problem.num_qo_heads % problem.num_kv_heads != 0) {
+    return {{}, {"num_qo_heads: expected a multiple of num_kv_heads"}};
+  }
+  problem.max_q_len = std::max(1L, config.get_int("max_q_len", 1));
+  problem.num_tokens = problem.max_q_len;
+  problem.paged = config.get_int("paged", 1) != 0;
+  problem.invariant = config.get_int("batch_invariant", 0) != 0;
+  const std::string mode = config.get("pos_encoding_mode", "NONE");
+  if (mode != "NONE" && mode != "ROPE_LLAMA") {
+    return {{}, {"pos_encoding_mode " + mode + ": expected NONE or ROPE_LLAMA"}};
+  }
+  problem.rotates = mode == "ROPE_LLAMA";
+  const int dims = dims_of(problem.head_dim_qk, problem.head_dim_vo);
+  return {{schedule_name(),
+           batch_name(dims, kernel_of(problem, dims, sm), problem.paged, problem.bf16,
+                      batch_variant(problem)),
+           batch_combine_name(problem.bf16)},
+          {}};
+}
+
+void add_rows(std::vector<Row>& rows, const char* op, int dims, int kernel, int variant) {
+  for (const bool paged : {true, false}) {
+    for (const bool bf16 : {false, true}) {
+      if (bf16 && variant >= 2) continue;
+      for (const auto& [min_sm, max_sm] : {std::pair{75, 79}, std::pair{80, 999}}) {
+        if (!exists(dims, kernel, min_sm) || (bf16 && min_sm < 80)) continue;
+        if (kernel == 3 && exists(dims, 1, min_sm)) continue;
+        rows.push_back({.op = op,
+                        .kernel = batch_name(dims, kernel, paged, bf16, variant),
+                        .min_sm = min_sm,
+                        .max_sm = max_sm,
+                        .core = variant == 0,
+                        .block = tile_of(dims, kKernels[kernel].high, min_sm).num_warps * 32,
+                        .dynamic_smem = smem_of(dims, kernel, min_sm, variant % 2 == 1),
+                        .why = kKernels[kernel].why});
+      }
+    }
+  }
+}
+
+std::vector<Row> batch_rows() {
+  std::vector<Row> rows;
+  rows.push_back({.op = "attention_schedule",
+                  .kernel = schedule_name(),
+                  .block = kScheduleThreads,
+                  .why = "lengths to a balanced work list"});
+  for (const char* op : {"attention", "attention_full"}) {
+    for (int dims = 0; dims < kNumBatchDims; ++dims) {
+      for (int kernel = 0; kernel < kNumBatchKernels; ++kernel) {
+        for (int variant = 0; variant < kNumBatchVariants; ++variant) {
+          if (variant == 0 || std::string(op) == "attention_full") {
+            add_rows(rows, op, dims, kernel, variant);
+          }
+        }
+      }
+    }
+    for (const bool bf16 : {false, true}) {
+      rows.push_back({.op = op,
+                      .kernel = batch_combine_name(bf16),
+                      .min_sm = bf16 ? 80 : 75,
+                      .block = kCombineThreads,
+                      .why = "adds up the parts of cut tiles"});
+    }
+  }
+  return rows;
+}
+
+const RegisterFamily family({{"attention", "attention_full", "attention_schedule"},
+                             batch_rows,
+                             choose_batch});
+
+}  // namespace
+
+const char* schedule_name() {
+  return "attention/schedule.cuh:schedule";
+}
+
+std::string batch_name(int dims, int kernel, bool paged, bool bf16, int variant) {
+  const char* type = bf16 ? "__nv_bfloat16" : "__half";
+  return kernel_name("attention/batch.cuh:batch_attention", type,
+                     kernel_name("HeadDims", kDims[dims].qk, kDims[dims].vo),
+                     kKernels[kernel].heights, kernel_name(paged ? "PagedKv" : "RaggedKv", type),
+                     kVariants[variant]);
+}
+
+std::string batch_combine_name(bool bf16) {
+  return kernel_name("attention/batch_combine.cuh:batch_combine",
+                     bf16 ? "__nv_bfloat16" : "__half");
+}
+
+// Costs in quarters of the time that an SM takes for 64 keys of a decoding tile; those of 128 rows
+// take as long (H200).
+TileHeight tile_height(int dims, int tile_q, int sm) {
+  const int kv_tile = tile_of(dims, tile_q, sm).kv_tile;
+  const int per_64_keys = tile_q == 64 ? 3 : 4;
+  const bool tall = tile_q > 16;
+  return {.tile_q = tile_q,
+          .kv_tile = kv_tile,
+          .step_cost = std::max(1, per_64_keys * kv_tile / 64),
+          .tile_cost = tall ? 6 : 2,
+          .min_kv_tiles = tall ? std::max(1, 512 / kv_tile) : 1};
+}
+
+BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu) {
+  const int dims = dims_of(problem.head_dim_qk, problem.head_dim_vo);
+  const int kernel = kernel_of(problem, dims, gpu.sm);
+  const Kernels& heights = kKernels[kernel];
+  const int64 group_size = problem.num_qo_heads / problem.num_kv_heads;
+  const int num_ctas = num_ctas_of(dims, kernel, gpu);
+  const int tallest_part = problem.invariant ? 16 : heights.high;
+  const auto slot_rows = static_cast<int>(
+      std::min<int64>(tallest_part, std::max<int64>(1, problem.max_q_len * group_size)));
+  const ListLayout layout = list_layout(problem.batch_size, problem.num_tokens, group_size,
+                                        problem.num_kv_heads, problem.invariant);
+  const int64 slots =
+      problem.invariant ? layout.max_items * problem.num_kv_heads : int64{2} * num_ctas;
+  return {.dims = dims,
+          .kernel = kernel,
+          .low = heights.low,
+          .high = heights.high,
+          .block = tile_of(dims, heights.high, gpu.sm).num_warps * 32,
+          .dynamic_smem = smem_of(dims, kernel, gpu.sm, problem.rotates),
+          .num_ctas = num_ctas,
+          .slot_rows = slot_rows,
+          .num_partial_rows = slots * slot_rows + heights.high};
+}
+
+}  // namespace ridgeline

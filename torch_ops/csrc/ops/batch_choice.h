@@ -1,0 +1,56 @@
+// Which batch kernel a call gets, its grid and workspace, and what the scheduler is told of its
+// tiles: from shapes, the longest query and the GPU alone.
+#pragma once
+
+#include <string>
+
+#include "attention/batch_params.h"
+#include "runtime/catalog.h"
+
+namespace ridgeline {
+
+struct BatchProblem {
+  bool bf16 = false;
+  int head_dim_qk = 128, head_dim_vo = 128;
+  int64 batch_size = 1;
+  int64 num_tokens = 1;
+  int64 max_q_len = 1;  // at most num_tokens
+  int64 num_qo_heads = 1, num_kv_heads = 1;
+  bool paged = true;
+  bool invariant = false;
+  bool rotates = false;
+  bool fp16_logits = false;
+};
+
+struct BatchGpu {
+  int sm;
+  int num_sms;
+  int smem_per_sm;  // bytes
+};
+
+struct BatchPlan {
+  int dims;       // index of the head dims
+  int kernel;     // index of the tile heights
+  int low, high;  // tile heights, equal where there is one
+  int block;
+  int dynamic_smem;  // bytes
+  int num_ctas;
+  int slot_rows;
+  int64 num_partial_rows;
+};
+
+inline constexpr int kNumBatchDims = 4;
+inline constexpr int kNumBatchKernels = 4;
+inline constexpr int kNumBatchVariants = 4;
+
+BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu);
+std::string batch_name(int dims, int kernel, bool paged, bool bf16, int variant);
+std::string batch_combine_name(bool bf16);
+const char* schedule_name();
+TileHeight tile_height(int dims, int tile_q, int sm);
+
+constexpr int batch_variant(const BatchProblem& problem) {
+  return (problem.rotates ? 1 : 0) + (problem.fp16_logits ? 2 : 0);
+}
+
+}  // namespace ridgeline
