@@ -30,6 +30,8 @@ NAMES = (
     "activation",
     "rope",
     "merge",
+    "page",
+    "sampling",
     "attention_decode",
     "attention_prefill",
     "host",

@@ -62,6 +62,28 @@ def merge_states(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.
     return (v.float() * weight).sum(dim=1).to(v.dtype), total
 
 
+def sample_by_sort(logits: torch.Tensor, top_k: int | None, top_p: float) -> None:
+    """Top-k, then top-p, by sorting whole rows, as engines without a sampling kernel do."""
+    ordered, order = logits.float().sort(dim=-1, descending=True)
+    if top_k is not None:
+        ordered[:, top_k:] = -torch.inf
+    probs = torch.softmax(ordered, dim=-1)
+    probs[probs.cumsum(-1) - probs >= top_p] = 0
+    order.gather(1, torch.multinomial(probs, 1))
+
+
+def sample_by_topk(logits: torch.Tensor, top_k: int, top_p: float) -> None:
+    """The same on the k largest alone."""
+    ordered, order = logits.topk(top_k, dim=-1)
+    probs = torch.softmax(ordered.float(), dim=-1)
+    probs[probs.cumsum(-1) - probs >= top_p] = 0
+    order.gather(1, torch.multinomial(probs, 1))
+
+
+def multinomial(probs: torch.Tensor) -> None:
+    torch.multinomial(probs, 1)
+
+
 def compiled(function: Callable[..., object], *arguments: object) -> Callable[[], Call]:
     """A peer made by torch.compile for exactly these shapes."""
 

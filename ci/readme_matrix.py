@@ -22,12 +22,13 @@ ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a")
 
 
 DTYPES = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32"}
+ORDER = (*DTYPES.values(), "any")
 
 
 def dtype_of(kernel: str) -> str:
-    """The first template argument is the type that a kernel works on."""
+    """The first template argument is the type that a kernel works on, if it works on one."""
     found = re.search(r"<(\w+)", kernel)
-    return DTYPES.get(found[1], found[1]) if found else "any"
+    return DTYPES.get(found[1], "any") if found else "any"
 
 
 def head_dims_of(kernels: Sequence[str]) -> list[str]:
@@ -45,8 +46,7 @@ def in_pack(rows: Sequence[CoreRow], arch: str) -> str:
     packed = [row.kernel for row in rows if row.core and row.serves(arch)]
     if not packed:
         return "JIT" if any(row.serves(arch) for row in rows) else "no"
-    order = list(DTYPES.values())
-    dtypes = " ".join(sorted({dtype_of(kernel) for kernel in packed}, key=order.index))
+    dtypes = " ".join(sorted({dtype_of(kernel) for kernel in packed}, key=ORDER.index))
     dims = head_dims_of(packed)
     return dtypes + (f": {', '.join(dims)}" if dims else "")
 

@@ -91,12 +91,73 @@ def batch_cases(device: torch.device) -> dict[str, list[Arguments]]:
     return cases
 
 
+def page_cases(device: torch.device) -> dict[str, list[Arguments]]:
+    def numbers(*values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    key, latent = half(3, 2, 8, device=device), half(3, 16, device=device)
+    pool, other = half(5, 2, 4, 2, 8, device=device), half(6, 2, 4, 2, 8, device=device)
+    pair = [half(5, 2, 4, 8, device=device) for _ in range(2)]
+    pages = (pool[:, 0, :, 0], pool[:, 1].flatten(2))
+    tokens = (numbers(0, 1, -1), numbers(3, 0, -1))
+    table = (numbers(2, 4), numbers(0, 1, 2), numbers(4, 1))
+    scales = torch.ones(2, device=device)
+    views = (pool[:, 0], pool[:, 1])
+    others = (other[:, 0], other[:, 1])
+    copies = (numbers(0, 3), numbers(1, 4))
+    return {
+        "append_paged_kv_cache": [
+            ((key, key, *tokens, *views, *table, 0), {}),
+            ((key.float(), key.float(), *tokens, *pair, *table, 1, 0.5, 1.0, None, scales), {}),
+        ],
+        "append_paged_mla_kv_cache": [((latent[:, :8], latent, *tokens, *pages, *table), {})],
+        "get_batch_indices_positions": [((numbers(0, 1, 3), numbers(4, 2), 5), {})],
+        "get_seq_lens": [((numbers(0, 1, 3), numbers(4, 2), 5), {})],
+        "copy_pages": [((*views, *others, *copies), {})],
+        "copy_pages_inplace": [((*views, *copies), {})],
+    }
+
+
+def quantization_cases(device: torch.device) -> dict[str, list[Arguments]]:
+    x = torch.rand(103, device=device) < 0.5
+    indptr = torch.tensor([0, 3, 3, 103], dtype=torch.int32, device=device)
+    return {
+        "packbits": [((x,), {}), ((x[::2].byte(), False), {})],
+        "segment_packbits": [((x, indptr), {}), ((x[::2], indptr[:1], False), {})],
+    }
+
+
+def sampling_cases(device: torch.device) -> dict[str, list[Arguments]]:
+    logits, seed = torch.randn(3, 40, device=device), torch.arange(3, device=device)
+    probs = torch.softmax(logits, dim=-1)
+    rows = torch.tensor([2, 0, 0], device=device)
+    k, p = torch.tensor([2, 5, 40], device=device), torch.full((3,), 0.7, device=device)
+    off = (None, 1.0, None, 0, None, 1.0, None, 0.0)
+    draft, target = probs.expand(2, 3, 40), torch.softmax(torch.randn(2, 4, 40), -1).to(device)
+    ids = torch.zeros(2, 3, dtype=torch.int32, device=device)
+    return {
+        "sample": [
+            ((logits.half(), seed, None, True, False, None, *off), {}),
+            ((probs, seed[:1], seed, False, True, rows, p, 1.0, k, 0, p, 1.0, p, 0.0), {}),
+        ],
+        "softmax": [((logits, None, 0.7), {}), ((logits.bfloat16(), p, 1.0), {})],
+        "top_p_renorm_probs": [((probs, None, 0.7), {}), ((probs[:, :30], p, 1.0), {})],
+        "top_k_renorm_probs": [((probs, None, 7), {}), ((probs, k, 0), {})],
+        "top_k_mask_logits": [((logits.half(), None, 7), {}), ((logits, k, 0), {})],
+        "top_k": [((logits, 7), {}), ((logits.bfloat16()[::2], 1), {})],
+        "chain_speculative_sampling": [((draft, ids, target, seed[:2], None), {})],
+    }
+
+
 CASES: list[Callable[[torch.device], dict[str, list[Arguments]]]] = [
     norm_cases,
     rope_cases,
     attention_cases,
     merge_cases,
     batch_cases,
+    page_cases,
+    quantization_cases,
+    sampling_cases,
 ]
 
 

@@ -14,7 +14,31 @@ from .attention import (
 from .batch_attention import attention, schedule
 from .merge import merge_state, merge_state_in_place, merge_states
 from .norm import fused_add_rmsnorm, rmsnorm
+from .page import (
+    append_paged_kv_cache,
+    append_paged_mla_kv_cache,
+    get_batch_indices_positions,
+    get_seq_lens,
+)
+from .page_copy import copy_pages
+from .quantization import packbits, segment_packbits
 from .rope import apply_rope_pos_ids, apply_rope_pos_ids_inplace
+from .sampling import (
+    chain_speculative_sampling,
+    min_p_sampling_from_probs,
+    sample_from_logits,
+    sampling_from_logits,
+    sampling_from_probs,
+    softmax,
+    top_k,
+    top_k_mask_logits,
+    top_k_renorm_probs,
+    top_k_sampling_from_probs,
+    top_k_top_p_sampling_from_logits,
+    top_k_top_p_sampling_from_probs,
+    top_p_renorm_probs,
+    top_p_sampling_from_probs,
+)
 from .supports import Support, supports
 from .warmup import Warmup, warmup
 
@@ -23,19 +47,40 @@ __version__ = "0.1.0"
 __all__ = [
     "Support",
     "Warmup",
+    "append_paged_kv_cache",
+    "append_paged_mla_kv_cache",
     "apply_rope_pos_ids",
     "apply_rope_pos_ids_inplace",
     "attention",
+    "chain_speculative_sampling",
+    "copy_pages",
     "fused_add_rmsnorm",
+    "get_batch_indices_positions",
+    "get_seq_lens",
     "merge_state",
     "merge_state_in_place",
     "merge_states",
+    "min_p_sampling_from_probs",
+    "packbits",
     "rmsnorm",
+    "sample_from_logits",
+    "sampling_from_logits",
+    "sampling_from_probs",
     "schedule",
+    "segment_packbits",
     "silu_and_mul",
     "single_decode_with_kv_cache",
     "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse",
+    "softmax",
     "supports",
+    "top_k",
+    "top_k_mask_logits",
+    "top_k_renorm_probs",
+    "top_k_sampling_from_probs",
+    "top_k_top_p_sampling_from_logits",
+    "top_k_top_p_sampling_from_probs",
+    "top_p_renorm_probs",
+    "top_p_sampling_from_probs",
     "warmup",
 ]

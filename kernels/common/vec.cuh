@@ -40,6 +40,10 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 template <int kBytes>
 struct Words;
 template <>
+struct Words<1> {
+  using type = uint8;
+};
+template <>
 struct Words<2> {
   using type = unsigned short;
 };

@@ -46,6 +46,10 @@ std::string dtype_name(Dtype dtype) {
       return "torch.uint8";
     case Dtype::Bool:
       return "torch.bool";
+    case Dtype::Float8_e4m3fn:
+      return "torch.float8_e4m3fn";
+    case Dtype::Float8_e5m2:
+      return "torch.float8_e5m2";
     default:
       return std::string("torch.") + torch::headeronly::toString(dtype);
   }
@@ -57,6 +61,10 @@ const char* device_type(Dtype dtype) {
       return "__half";
     case Dtype::BFloat16:
       return "__nv_bfloat16";
+    case Dtype::Float8_e4m3fn:
+      return "__nv_fp8_e4m3";
+    case Dtype::Float8_e5m2:
+      return "__nv_fp8_e5m2";
     default:
       return "float";
   }

@@ -18,7 +18,7 @@ std::string device_name(const Tensor& t);                // "cuda:0"
 std::string shape_text(std::span<const int64_t> shape);  // "[2, 3]"
 std::string shape_text(const Tensor& t);
 
-// The element type's name in device code: "__half", "__nv_bfloat16" or "float".
+// The element type's name in device code: "__half", "__nv_fp8_e4m3"; "float" for other types.
 const char* device_type(Dtype dtype);
 
 }  // namespace ridgeline

@@ -1,0 +1,48 @@
+// What happens to a vector on its way into a cache: it is copied byte for byte, or converted.
+#pragma once
+
+#include "common/fp8.cuh"
+#include "common/vec.cuh"
+
+namespace ridgeline {
+
+// 1 / x rounded to nearest, for x and 1 / x of normal size (and a mantissa that is not all ones).
+// Why not a division: its slow path is a call, around which registers are spilled.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return fmaf(y, fmaf(-x, y, 1.0f), y);
+}
+
+template <int kBytes>
+struct Copy {
+  using From = uint8;
+  using To = uint8;
+  static constexpr int kVec = kBytes;
+  static constexpr bool kScales = false;
+
+  static __device__ __forceinline__ Vec<uint8, kVec> apply(const Vec<uint8, kVec>& x, float) {
+    return x;
+  }
+};
+
+// x * inverse_scale in float32, rounded once. 8-bit targets saturate.
+template <class F, class T, int kElements>
+struct Convert {
+  using From = F;
+  using To = T;
+  static constexpr int kVec = kElements;
+  static constexpr bool kScales = true;
+
+  static __device__ __forceinline__ Vec<T, kVec> apply(const Vec<F, kVec>& x, float inverse_scale) {
+    float values[kVec];
+    x.to_floats(values);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) values[i] *= inverse_scale;
+    Vec<T, kVec> y;
+    y.from_floats(values);
+    return y;
+  }
+};
+
+}  // namespace ridgeline

@@ -1,0 +1,82 @@
+// Words of a block of kRowThreads (or kSoftmaxThreads) threads: reductions, and the place where a
+// running sum passes a number.
+#pragma once
+
+#include "common/reduce.cuh"
+#include "sampling/params.h"
+#include "sampling/rows.cuh"
+
+namespace ridgeline {
+
+// Shared memory of the functions below; they synchronise before they return.
+struct BlockScratch {
+  uint64 sums[32];
+  float maxima[32];
+};
+
+__device__ __forceinline__ uint64 block_total(uint64 x, BlockScratch& scratch) {
+  x = warp_sum(x);
+  if (threadIdx.x % kWarpSize == 0) scratch.sums[threadIdx.x / kWarpSize] = x;
+  __syncthreads();
+  const uint32 lane = threadIdx.x % kWarpSize;
+  x = warp_sum(lane < blockDim.x / kWarpSize ? scratch.sums[lane] : uint64{0});
+  __syncthreads();
+  return x;
+}
+
+__device__ __forceinline__ float block_max(float x, BlockScratch& scratch) {
+  x = warp_max(x);
+  if (threadIdx.x % kWarpSize == 0) scratch.maxima[threadIdx.x / kWarpSize] = x;
+  __syncthreads();
+  const uint32 lane = threadIdx.x % kWarpSize;
+  x = warp_max(scratch.maxima[lane < blockDim.x / kWarpSize ? lane : 0]);
+  __syncthreads();
+  return x;
+}
+
+// The sum of `mine` over the threads before this one.
+__device__ __forceinline__ uint64 sum_before(uint64 mine, BlockScratch& scratch) {
+  const uint32 lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  uint64 inclusive = mine;
+#pragma unroll
+  for (uint32 offset = 1; offset < kWarpSize; offset *= 2) {
+    const uint64 other = __shfl_up_sync(kFullWarp, inclusive, offset);
+    if (lane >= offset) inclusive += other;
+  }
+  if (lane == kWarpSize - 1) scratch.sums[warp] = inclusive;
+  __syncthreads();
+  const uint64 before = warp_sum(lane < warp ? scratch.sums[lane] : uint64{0});
+  __syncthreads();
+  return before + inclusive - mine;
+}
+
+// What all segments of a row come to.
+struct RowSummary {
+  float max;
+  uint64 mass;
+  bool valid;
+};
+
+template <class Kind>
+__device__ __forceinline__ RowSummary summarize(const SegmentStats* segments, uint32 num_segments,
+                                                float rate, BlockScratch& scratch) {
+  float max = Kind::padding();
+  bool bad = false;
+  for (uint32 i = threadIdx.x; i < num_segments; i += blockDim.x) {
+    const float segment_max = segments[i].max;
+    bad |= segment_max != segment_max;
+    max = fmaxf(max, segment_max);
+  }
+  bad = __syncthreads_or(bad);
+  max = block_max(max, scratch);
+  const typename Kind::Weigher weigher = Kind::weigher(max, rate);
+  uint64 mass = 0;
+  for (uint32 i = threadIdx.x; i < num_segments; i += blockDim.x) {
+    const SegmentStats stats = segments[i];
+    mass += scaled_mass(stats.mass, Kind::weigher(stats.max, rate).scale_in(weigher));
+  }
+  mass = block_total(mass, scratch);
+  return {max, mass, !bad && mass > 0};
+}
+
+}  // namespace ridgeline

@@ -1,0 +1,186 @@
+// Checks, kernels and scratch memory of the sampling ops.
+
+#include "ops/sampling.h"
+
+#include <array>
+#include <bit>
+#include <cmath>
+
+#include "runtime/access.h"
+#include "runtime/names.h"
+
+namespace ridgeline {
+namespace {
+
+constexpr std::array kKindNames{"Logits<__half>", "Logits<__nv_bfloat16>", "Logits<float>",
+                                "Probs"};
+constexpr int64_t kMaxVocab = int64_t{1} << 21;  // sums of so many masses fit 63 bits
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+
+// A vector of one element a row, or of one for all.
+int64_t per_row_stride(const Arg& arg, const Arg& input, int64_t num_rows) {
+  check_same_device(arg, input);
+  check_rank(arg, {1});
+  if (arg.tensor.size(0) == num_rows) return num_rows == 1 ? 0 : arg.tensor.stride(0);
+  if (arg.tensor.size(0) == 1) return 0;
+  fail(arg.op, arg.name, "shape [" + std::to_string(num_rows) + "] = one value a row, or [1]",
+       shape_text(arg.tensor), "Pass a tensor of that shape");
+}
+
+constexpr size_t aligned(size_t bytes) {
+  return (bytes + 15) / 16 * 16;
+}
+
+}  // namespace
+
+RowKind logits_kind(Dtype dtype) {
+  return dtype == Dtype::Half       ? RowKind::HalfLogits
+         : dtype == Dtype::BFloat16 ? RowKind::BFloat16Logits
+                                    : RowKind::FloatLogits;
+}
+
+std::string kind_name(RowKind kind) {
+  return kKindNames[static_cast<size_t>(kind)];
+}
+
+int wide_vec(RowKind kind) {
+  return kind == RowKind::HalfLogits || kind == RowKind::BFloat16Logits ? 8 : 4;
+}
+
+std::string kind_kernel(const std::string& entry, RowKind kind, int vec_size) {
+  return vec_size == 0 ? kernel_name(entry, kind_name(kind))
+                       : kernel_name(entry, kind_name(kind), vec_size);
+}
+
+KindKernels::KindKernels(const std::string& entry, bool has_widths) {
+  for (size_t i = 0; i < kKindNames.size(); ++i) {
+    const auto kind = static_cast<RowKind>(i);
+    wide_[i] = &kernel(kind_kernel(entry, kind, has_widths ? wide_vec(kind) : 0));
+    narrow_[i] = has_widths ? &kernel(kind_kernel(entry, kind, 1)) : wide_[i];
+  }
+}
+
+Kernel& KindKernels::of(RowKind kind, int vec_size) const {
+  return *(vec_size == 1 ? narrow_ : wide_)[static_cast<size_t>(kind)];
+}
+
+Setting setting_of(const RowValue& value, const Arg& input, int64_t num_rows) {
+  if (!value.tensor) {
+    if (!std::isfinite(value.value) || value.value < 0) {
+      fail(input.op, value.name, "a finite number >= 0", std::to_string(value.value),
+           "Leave it out to switch it off");
+    }
+    return {nullptr, 0, value.value};
+  }
+  const Arg arg{input.op, value.name, *value.tensor};
+  const int64_t stride = per_row_stride(arg, input, num_rows);
+  check_dtype(arg, {Dtype::Float});
+  return {static_cast<const float*>(value.tensor->const_data_ptr()), stride, 0.0};
+}
+
+IntSetting integer_of(const RowInteger& value, const Arg& input, int64_t num_rows) {
+  if (!value.tensor) return {nullptr, 0, value.value, 0};
+  const Arg arg{input.op, value.name, *value.tensor};
+  const int64_t stride = per_row_stride(arg, input, num_rows);
+  check_dtype(arg, {Dtype::Int, Dtype::Long});
+  return {value.tensor->const_data_ptr(), stride, 0, value.tensor->scalar_type() == Dtype::Long};
+}
+
+RandomKeys keys_of(const char* op, const Tensor& seed, const std::optional<Tensor>& offset,
+                   const Arg& input, int64_t num_rows) {
+  RandomKeys keys{};
+  const Arg seed_arg{op, "seed", seed};
+  keys.seed_stride = per_row_stride(seed_arg, input, num_rows);
+  check_dtype(seed_arg, {Dtype::Long});
+  keys.seeds = static_cast<const int64*>(seed.const_data_ptr());
+  if (offset) {
+    const Arg offset_arg{op, "offset", *offset};
+    keys.offset_stride = per_row_stride(offset_arg, input, num_rows);
+    check_dtype(offset_arg, {Dtype::Long});
+    keys.offsets = static_cast<const int64*>(offset->const_data_ptr());
+  }
+  return keys;
+}
+
+uint32 index_bits_of(uint32 vocab) {
+  return static_cast<uint32>(std::bit_width(vocab - 1));
+}
+
+RowInput row_input(const Arg& input, std::initializer_list<Dtype> dtypes,
+                   const std::optional<Tensor>& indices) {
+  check_cuda(input);
+  check_dtype(input, dtypes);
+  check_rank(input, {2});
+  check_last_stride(input);
+  const int64_t num_inputs = input.tensor.size(0), vocab = input.tensor.size(1);
+  if (vocab < 1 || vocab > kMaxVocab) {
+    fail(input.op, input.name, "a vocabulary of 1 to " + std::to_string(kMaxVocab),
+         shape_text(input.tensor), "Split the vocabulary");
+  }
+  int64_t num_rows = num_inputs;
+  IntSetting selected{};
+  if (indices) {
+    const Arg arg{input.op, "indices", *indices};
+    check_same_device(arg, input);
+    check_dtype(arg, {Dtype::Int, Dtype::Long});
+    check_rank(arg, {1});
+    num_rows = indices->size(0);
+    selected = {indices->const_data_ptr(), indices->stride(0), 0,
+                indices->scalar_type() == Dtype::Long};
+    if (num_inputs == 0 && num_rows > 0) {
+      fail(input.op, input.name, "at least one row, since 'indices' selects some",
+           shape_text(input.tensor), "Pass empty indices with an empty batch");
+    }
+  }
+  if (num_rows * num_slices_of(static_cast<uint32>(vocab)) > kMaxBlocks) {
+    fail(input.op, input.name, "fewer rows", std::to_string(num_rows), "Split the call");
+  }
+  return {input.tensor.const_data_ptr(),
+          input.tensor.stride(0),
+          selected,
+          static_cast<uint32>(num_inputs),
+          static_cast<uint32>(num_rows),
+          static_cast<uint32>(vocab),
+          index_bits_of(static_cast<uint32>(vocab))};
+}
+
+RowScratch::RowScratch(const Tensor& like, const RowInput& input, Lists lists) {
+  const size_t rows = input.num_rows;
+  const size_t slices = rows * num_slices_of(input.vocab);
+  const size_t segment_bytes = aligned(rows * num_segments_of(input.vocab) * sizeof(SegmentStats));
+  const size_t cut_bytes = aligned(rows * sizeof(RowCut));
+  const size_t slice_bytes = lists == Lists::Candidates ? aligned(slices * sizeof(SliceInfo)) : 0;
+  const size_t list_bytes = lists != Lists::None ? slices * kSliceCapacity * sizeof(uint64) : 0;
+  const auto size = static_cast<int64_t>(segment_bytes + cut_bytes + slice_bytes + list_bytes);
+  memory_ = empty(like, {size}, Dtype::Byte);
+  auto* place = static_cast<uint8*>(memory_.mutable_data_ptr());
+  scratch_ = {};
+  scratch_.segments = reinterpret_cast<SegmentStats*>(place);
+  scratch_.cuts = reinterpret_cast<RowCut*>(place + segment_bytes);
+  if (lists == Lists::Candidates) {
+    scratch_.slices = reinterpret_cast<SliceInfo*>(place + segment_bytes + cut_bytes);
+  }
+  scratch_.candidates = reinterpret_cast<uint64*>(place + segment_bytes + cut_bytes + slice_bytes);
+}
+
+unsigned num_slice_blocks(const RowInput& input) {
+  return input.num_rows * num_slices_of(input.vocab);
+}
+
+void launch_collect(const Device& gpu, RowKind kind, const Tensor& input,
+                    const CollectParams& how) {
+  static const KindKernels segments("sampling/row_segments.cuh:row_segments", true);
+  static const KindKernels candidates("sampling/collect_candidates.cuh:collect_candidates", true);
+  const KindKernels& kernels = how.scratch.slices ? candidates : segments;
+  launch(kernels.of(kind, access_width({&input}, {input.size(1)})), gpu,
+         {.grid_x = num_slice_blocks(how.input), .block = kCollectThreads}, &how);
+}
+
+Filters no_filters() {
+  Filters filters{};
+  filters.temperature.value = 1.0;
+  filters.top_p.value = 1.0;
+  return filters;
+}
+
+}  // namespace ridgeline

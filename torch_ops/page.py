@@ -1,0 +1,471 @@
+"""The paged key-value cache: appending tokens, and the numbers that go with a page table.
+
+Index tensors are never read on the host, and their contents are not trusted: a token whose place
+does not exist (a request, a page of it or a page of the pool that is not there) is skipped, and
+nothing outside the pool is read or written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _check, _overlap, _paged
+from ._ops import call, cpu_impl, fake_impl, refuse_grad
+from ._paged import PagedCache, Pool
+
+__all__ = [
+    "append_paged_kv_cache",
+    "append_paged_mla_kv_cache",
+    "get_batch_indices_positions",
+    "get_seq_lens",
+]
+
+_APPEND = torch.ops.ridgeline.append_paged_kv_cache.default
+_APPEND_MLA = torch.ops.ridgeline.append_paged_mla_kv_cache.default
+_BATCH_INDICES = torch.ops.ridgeline.get_batch_indices_positions.default
+_SEQ_LENS = torch.ops.ridgeline.get_seq_lens.default
+
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_NARROWER = {
+    torch.float16: _FLOAT8,
+    torch.bfloat16: _FLOAT8,
+    torch.float32: (*_FLOAT8, torch.float16, torch.bfloat16),
+}
+
+
+def append_paged_kv_cache(
+    append_key: Tensor,
+    append_value: Tensor,
+    batch_indices: Tensor,
+    positions: Tensor,
+    paged_kv_cache: PagedCache,
+    kv_indices: Tensor,
+    kv_indptr: Tensor,
+    kv_last_page_len: Tensor,
+    kv_layout: str = "NHD",
+    *,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
+) -> None:
+    """Write new keys and values to their places in a paged cache, in place.
+
+    Token i goes to slot ``positions[i] % page_size`` of the page
+    ``kv_indices[kv_indptr[b] + positions[i] // page_size]``, with ``b = batch_indices[i]``. Rows
+    of -1 (padding), and rows whose request, position or page does not exist, are skipped. Two rows
+    for one place leave either of them there.
+
+    Parameters
+    ----------
+    append_key, append_value : Tensor
+        ``[nnz, num_kv_heads, head_dim]``, of one dtype; the head_dim of values may differ. Any
+        strides but a last one of 1; what is aligned to 16 bytes is faster.
+    batch_indices, positions : Tensor
+        ``[nnz]``, int32 or int64: each token's request and its position there, as
+        `get_batch_indices_positions` gives them.
+    paged_kv_cache : (Tensor, Tensor) or Tensor
+        ``(k, v)``, each ``[max_num_pages, page_size, num_kv_heads, head_dim]`` (NHD) or
+        ``[max_num_pages, num_kv_heads, page_size, head_dim]`` (HND), or both in one tensor with a
+        dimension of 2 after the pages. Any strides but a last one of 1. Any dtype, if it is that of
+        `append_key`; otherwise one of lower precision: float8_e4m3fn or float8_e5m2 for float16,
+        bfloat16 and float32 (saturating; NaN stays NaN), float16 or bfloat16 for float32.
+    kv_indices : Tensor
+        ``[kv_indptr[-1]]`` or longer, int32: pages of the requests.
+    kv_indptr : Tensor
+        ``[batch_size + 1]``, int32.
+    kv_last_page_len : Tensor
+        ``[batch_size]``, int32. Its contents are not looked at: positions say where tokens go.
+    kv_layout : {"NHD", "HND"}
+    k_scale, v_scale : float or Tensor, optional
+        What keys and values are divided by on their way into a cache of lower precision (multiplied
+        by the reciprocal in float32), so that attention with the same scales sees them as they
+        were: a number, or float32 of one number or ``[num_kv_heads]``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On the CPU, for an argument that does not fit; the message names it.
+    RuntimeError
+        The same on CUDA; on both, when grad mode is on and an argument requires grad.
+
+    Examples
+    --------
+    >>> import torch, ridgeline
+    >>> cache = torch.zeros(3, 2, 4, 1, 2)  # 3 pages of 4 tokens, 1 head of 2
+    >>> indices, indptr, last = (torch.tensor(x, dtype=torch.int32) for x in ([2], [0, 1], [2]))
+    >>> batch, positions = torch.tensor([0]), torch.tensor([1])
+    >>> key = torch.ones(1, 1, 2)
+    >>> ridgeline.append_paged_kv_cache(
+    ...     key, 2 * key, batch, positions, cache, indices, indptr, last
+    ... )
+    >>> cache[2, :, 1].flatten().tolist()
+    [1.0, 1.0, 2.0, 2.0]
+    """
+    op = "append_paged_kv_cache"
+    k_cache, v_cache = _paged.split(op, "paged_kv_cache", paged_kv_cache)
+    refuse_grad(op, append_key, append_value, k_cache, v_cache)
+    k_value, k_scales = _scale(k_scale)
+    v_value, v_scales = _scale(v_scale)
+    layout = _paged.layout_code(op, kv_layout)
+    call(
+        _APPEND, append_key, append_value, batch_indices, positions, k_cache, v_cache, kv_indices,
+        kv_indptr, kv_last_page_len, layout, k_value, v_value, k_scales, v_scales,
+    )  # fmt: skip
+
+
+def append_paged_mla_kv_cache(
+    append_ckv: Tensor,
+    append_kpe: Tensor,
+    batch_indices: Tensor,
+    positions: Tensor,
+    ckv_cache: Tensor,
+    kpe_cache: Tensor,
+    kv_indices: Tensor,
+    kv_indptr: Tensor,
+    kv_last_page_len: Tensor,
+    *,
+    ckv_scale: float | None = None,
+    kpe_scale: float | None = None,
+) -> None:
+    """Write new latent vectors and rotated keys to their places in a paged MLA cache, in place.
+
+    Parameters
+    ----------
+    append_ckv, append_kpe : Tensor
+        ``[nnz, head_dim_ckv]`` and ``[nnz, head_dim_kpe]``, of one dtype.
+    batch_indices, positions : Tensor
+        As in `append_paged_kv_cache`.
+    ckv_cache, kpe_cache : Tensor
+        ``[max_num_pages, page_size, head_dim_ckv]`` and ``[max_num_pages, page_size,
+        head_dim_kpe]``; dtypes as in `append_paged_kv_cache`.
+    kv_indices, kv_indptr, kv_last_page_len : Tensor
+        As in `append_paged_kv_cache`.
+    ckv_scale, kpe_scale : float, optional
+        What the values are divided by on their way into a cache of lower precision.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `append_paged_kv_cache`.
+
+    Examples
+    --------
+    >>> import torch, ridgeline
+    >>> ckv_cache, kpe_cache = torch.zeros(3, 4, 2), torch.zeros(3, 4, 1)
+    >>> indices, indptr, last = (torch.tensor(x, dtype=torch.int32) for x in ([2], [0, 1], [2]))
+    >>> batch, positions = torch.tensor([0]), torch.tensor([1])
+    >>> ridgeline.append_paged_mla_kv_cache(
+    ...     torch.ones(1, 2), torch.ones(1, 1), batch, positions, ckv_cache, kpe_cache, indices,
+    ...     indptr, last
+    ... )
+    >>> ckv_cache[2, 1].tolist()
+    [1.0, 1.0]
+    """
+    refuse_grad("append_paged_mla_kv_cache", append_ckv, append_kpe, ckv_cache, kpe_cache)
+    call(
+        _APPEND_MLA, append_ckv, append_kpe, batch_indices, positions, ckv_cache, kpe_cache,
+        kv_indices, kv_indptr, kv_last_page_len,
+        1.0 if ckv_scale is None else ckv_scale, 1.0 if kpe_scale is None else kpe_scale,
+    )  # fmt: skip
+
+
+def get_batch_indices_positions(
+    append_indptr: Tensor, seq_lens: Tensor, nnz: int
+) -> tuple[Tensor, Tensor]:
+    """Tell for every appended token its request and its position there.
+
+    Parameters
+    ----------
+    append_indptr : Tensor
+        ``[batch_size + 1]``, int32: where each request's new tokens begin.
+    seq_lens : Tensor
+        ``[batch_size]``, int32: the requests' lengths with the new tokens.
+    nnz : int
+        How many rows to tell of; those past ``append_indptr[-1]`` are padding.
+
+    Returns
+    -------
+    batch_indices, positions : Tensor
+        ``[nnz]``, int32; -1 and -1 for padding, which `append_paged_kv_cache` skips.
+
+    Examples
+    --------
+    >>> import torch, ridgeline
+    >>> indptr = torch.tensor([0, 1, 3], dtype=torch.int32)
+    >>> seq_lens = torch.tensor([4, 2], dtype=torch.int32)
+    >>> batch_indices, positions = ridgeline.get_batch_indices_positions(indptr, seq_lens, 4)
+    >>> batch_indices.tolist(), positions.tolist()
+    ([0, 1, 1, -1], [3, 0, 1, -1])
+    """
+    result: tuple[Tensor, Tensor] = call(_BATCH_INDICES, append_indptr, seq_lens, nnz)
+    return result
+
+
+def get_seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) -> Tensor:
+    """Tell how many tokens each request's pages hold.
+
+    Parameters
+    ----------
+    kv_indptr : Tensor
+        ``[batch_size + 1]``, int32: pages.
+    kv_last_page_len : Tensor
+        ``[batch_size]``, int32: tokens in each request's last page; taken as at most `page_size`.
+    page_size : int
+
+    Returns
+    -------
+    Tensor
+        ``[batch_size]``, int32; 0 for requests without pages.
+
+    Examples
+    --------
+    >>> import torch, ridgeline
+    >>> indptr = torch.tensor([0, 2, 2], dtype=torch.int32)
+    >>> last_page_len = torch.tensor([3, 0], dtype=torch.int32)
+    >>> ridgeline.get_seq_lens(indptr, last_page_len, 16)
+    tensor([19,  0], dtype=torch.int32)
+    """
+    lens: Tensor = call(_SEQ_LENS, kv_indptr, kv_last_page_len, page_size)
+    return lens
+
+
+def _scale(scale: float | Tensor | None) -> tuple[float, Tensor | None]:
+    if isinstance(scale, Tensor):
+        return 1.0, scale
+    return 1.0 if scale is None else scale, None
+
+
+class _Side:
+    """New keys or values, their pool and their scale, checked."""
+
+    def __init__(
+        self,
+        op: str,
+        source_arg: str,
+        source: Tensor,
+        target_arg: str,
+        target: Tensor,
+        pool: Pool,
+        scale_arg: str,
+        scale: float,
+        scales: Tensor | None,
+    ) -> None:
+        self.op = op
+        self.source_arg, self.source = source_arg, source
+        self.target_arg, self.target = target_arg, target
+        self.pool = pool
+        self.scale_arg, self.scale, self.scales = scale_arg, scale, scales
+
+    def check_shapes(self, nnz: int) -> None:
+        op, arg, source = self.op, self.source_arg, self.source
+        _check.same_device(op, arg, source, self.target_arg, self.target)
+        expected = (nnz, *self.pool.tokens.shape[2:])
+        names = "[nnz, num_kv_heads, head_dim]" if len(expected) == 3 else "[nnz, head_dim]"
+        _check.rank(op, arg, source, len(expected))
+        _check.shape(op, arg, source, expected, f"{names}, as the cache's")
+        _check.last_stride(op, arg, source)
+        _overlap.writable(op, self.target_arg, self.target)
+        _overlap.distinct(op, self.target_arg, self.target, arg, source)
+
+    def check_conversion(self) -> None:
+        source, target = self.source.dtype, self.target.dtype
+        if source == target:
+            if self.scales is not None or self.scale != 1.0:
+                _check.fail(
+                    self.op,
+                    self.scale_arg,
+                    "None or 1, since the cache has the dtype of what is appended",
+                    "a tensor" if self.scales is not None else self.scale,
+                    "Use a cache of lower precision, or divide beforehand.",
+                )
+            return
+        if target not in _NARROWER.get(source, ()):
+            expected = (
+                f"dtype {source} (that of '{self.source_arg}') or a lower precision: float8_e4m3fn "
+                "or float8_e5m2 from float16, bfloat16 or float32, float16 or bfloat16 from float32"
+            )
+            way_out = f"Convert '{self.source_arg}' first."
+            raise TypeError(_check.message(self.op, self.target_arg, expected, target, way_out))
+
+    def check_scale(self) -> None:
+        op, arg, scales = self.op, self.scale_arg, self.scales
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            _check.fail(op, arg, "a finite number > 0", self.scale, "1 changes nothing.")
+        if scales is None:
+            return
+        _check.same_device(op, arg, scales, self.target_arg, self.target)
+        _check.dtype(op, arg, scales, (torch.float32,))
+        _check.rank(op, arg, scales, 0, 1)
+        num_heads = self.pool.tokens.shape[2]
+        if scales.numel() not in (1, num_heads):
+            expected = f"1 number or one for each of the {num_heads} heads"
+            _check.fail(op, arg, expected, list(scales.shape), "Pass a tensor of that shape.")
+
+    def write(self, rows: Tensor, pages: Tensor, slots: Tensor) -> None:
+        values = self.source[rows]
+        tokens = self.pool.tokens
+        if values.dtype != tokens.dtype:
+            scale = torch.tensor(self.scale) if self.scales is None else self.scales
+            if scale.numel() > 1:
+                scale = scale[:, None]
+            values = values.float() * scale.float().reciprocal()
+            if tokens.dtype in _FLOAT8:
+                limit = torch.finfo(tokens.dtype).max
+                values = values.clamp(-limit, limit)
+            values = values.to(tokens.dtype)
+        if tokens.dtype in _FLOAT8:  # which torch does not index
+            tokens, values = tokens.view(torch.uint8), values.view(torch.uint8)
+        tokens[pages, slots] = values
+
+
+def _append_cpu(
+    sides: Sequence[_Side],
+    batch_indices: Tensor,
+    positions: Tensor,
+    kv_indices: Tensor,
+    kv_indptr: Tensor,
+    kv_last_page_len: Tensor,
+) -> None:
+    k, v = sides
+    op, arg, cache = k.op, k.target_arg, k.target
+    _check.same_device(op, v.target_arg, v.target, arg, cache)
+    _check.same_dtype(op, v.target_arg, v.target, arg, cache)
+    if k.pool.tokens.shape[:-1] != v.pool.tokens.shape[:-1]:
+        _check.fail(
+            op,
+            v.target_arg,
+            f"the shape of '{arg}', {list(cache.shape)}, but for the last dimension",
+            list(v.target.shape),
+            "Keys and values of a token have the same page, slot and head.",
+        )
+    nnz = positions.shape[0] if positions.dim() == 1 else 0
+    _paged.check_indices(op, "positions", positions, nnz, "[nnz]", arg, cache)
+    meaning = "[nnz], as 'positions'"
+    _paged.check_indices(op, "batch_indices", batch_indices, nnz, meaning, arg, cache)
+    _paged.check_page_table(op, kv_indices, kv_indptr, kv_last_page_len, arg, cache)
+    for side in sides:
+        side.check_shapes(nnz)
+    _check.same_dtype(op, v.source_arg, v.source, k.source_arg, k.source)
+    _overlap.distinct(op, v.target_arg, v.target, arg, cache)
+    for side in sides:
+        side.check_conversion()
+        side.check_scale()
+    at = _paged.places(k.pool, batch_indices, positions, kv_indices, kv_indptr)
+    for side in sides:
+        side.write(*at)
+
+
+@cpu_impl("append_paged_kv_cache")
+def _append_kv_cpu(
+    append_key: Tensor,
+    append_value: Tensor,
+    batch_indices: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_indices: Tensor,
+    kv_indptr: Tensor,
+    kv_last_page_len: Tensor,
+    kv_layout: int = 0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
+    op = "append_paged_kv_cache"
+    k_pool = _paged.checked_pool(op, "k_cache", k_cache, kv_layout)
+    v_pool = _paged.checked_pool(op, "v_cache", v_cache, kv_layout)
+    sides = (
+        _Side(op, "append_key", append_key, "k_cache", k_cache, k_pool,
+              "k_scale", k_scale, k_scales),
+        _Side(op, "append_value", append_value, "v_cache", v_cache, v_pool,
+              "v_scale", v_scale, v_scales),
+    )  # fmt: skip
+    _append_cpu(sides, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
+
+
+@cpu_impl("append_paged_mla_kv_cache")
+def _append_mla_cpu(
+    append_ckv: Tensor,
+    append_kpe: Tensor,
+    batch_indices: Tensor,
+    positions: Tensor,
+    ckv_cache: Tensor,
+    kpe_cache: Tensor,
+    kv_indices: Tensor,
+    kv_indptr: Tensor,
+    kv_last_page_len: Tensor,
+    ckv_scale: float = 1.0,
+    kpe_scale: float = 1.0,
+) -> None:
+    op = "append_paged_mla_kv_cache"
+    ckv_pool = _paged.checked_latent_pool(op, "ckv_cache", ckv_cache)
+    kpe_pool = _paged.checked_latent_pool(op, "kpe_cache", kpe_cache)
+    sides = (
+        _Side(op, "append_ckv", append_ckv, "ckv_cache", ckv_cache, ckv_pool,
+              "ckv_scale", ckv_scale, None),
+        _Side(op, "append_kpe", append_kpe, "kpe_cache", kpe_cache, kpe_pool,
+              "kpe_scale", kpe_scale, None),
+    )  # fmt: skip
+    _append_cpu(sides, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
+
+
+@cpu_impl("get_batch_indices_positions")
+def _batch_indices_cpu(append_indptr: Tensor, seq_lens: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
+    op = "get_batch_indices_positions"
+    as_arg = "append_indptr", append_indptr
+    batch_size = _paged.check_indptr(op, *as_arg, *as_arg)
+    _paged.check_int32_vector(op, "seq_lens", seq_lens, *as_arg, batch_size, "[batch_size]")
+    if not 0 <= nnz < 2**31:
+        expected = "a number of tokens from 0 to 2^31 - 1"
+        _check.fail(op, "nnz", expected, nnz, "It is the number of rows to append.")
+    batch_indices = torch.full((nnz,), -1, dtype=torch.int32)
+    positions = batch_indices.clone()
+    if batch_size == 0:
+        return batch_indices, positions
+    tokens = torch.arange(nnz)
+    begins = append_indptr[:-1].long()
+    requests = (torch.searchsorted(begins, tokens, right=True) - 1).clamp(0, batch_size - 1)
+    ends = append_indptr[1:].long()[requests]
+    found = (begins[requests] <= tokens) & (tokens < ends)
+    batch_indices[found] = requests[found].int()
+    positions[found] = (seq_lens.long()[requests] - ends + tokens)[found].int()
+    return batch_indices, positions
+
+
+@cpu_impl("get_seq_lens")
+def _seq_lens_cpu(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) -> Tensor:
+    op = "get_seq_lens"
+    as_arg = "kv_indptr", kv_indptr
+    batch_size = _paged.check_indptr(op, *as_arg, *as_arg)
+    last, meaning = kv_last_page_len, "[batch_size]"
+    _paged.check_int32_vector(op, "kv_last_page_len", last, *as_arg, batch_size, meaning)
+    if not 1 <= page_size < 2**31:
+        expected = "a number of tokens from 1 to 2^31 - 1"
+        _check.fail(op, "page_size", expected, page_size, "Pass the page_size of the cache.")
+    num_pages = kv_indptr[1:].long() - kv_indptr[:-1].long()
+    lens = (num_pages - 1) * page_size + last.long().clamp(0, page_size)
+    return lens.where(num_pages > 0, 0).int()
+
+
+@fake_impl("append_paged_kv_cache")
+def _append_fake(*_: object) -> None:
+    return None
+
+
+@fake_impl("append_paged_mla_kv_cache")
+def _append_mla_fake(*_: object) -> None:
+    return None
+
+
+@fake_impl("get_batch_indices_positions")
+def _batch_indices_fake(append_indptr: Tensor, _: Tensor, nnz: int) -> tuple[Tensor, Tensor]:
+    return append_indptr.new_empty((nnz,)), append_indptr.new_empty((nnz,))
+
+
+@fake_impl("get_seq_lens")
+def _seq_lens_fake(_: Tensor, kv_last_page_len: Tensor, *__: object) -> Tensor:
+    return torch.empty_like(kv_last_page_len)
