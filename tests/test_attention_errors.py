@@ -40,7 +40,7 @@ def call_decode(inputs: Inputs) -> Tensor:
 def operands(inputs: Inputs) -> tuple[Any, ...]:
     window, cap = inputs.get("window_left", -1), inputs.get("logits_soft_cap", 0.0)
     layout = inputs.get("kv_layout", 0)
-    return inputs["q"], inputs["k"], inputs["v"], layout, False, window, cap, 0.125
+    return inputs["q"], inputs["k"], inputs["v"], False, 0.125, layout, window, cap
 
 
 def call_op(inputs: Inputs) -> Tensor:

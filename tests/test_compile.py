@@ -51,18 +51,18 @@ def attention_cases(device: torch.device) -> dict[str, list[Arguments]]:
     v = half(9, 2, 40, device=device)
     hnd = [t.transpose(0, 1).contiguous() for t in (k, v)]
     narrow: list[Arguments] = [
-        ((q, k, v, 0, True, -1, 0.0, 0.125), {}),
-        ((q[0], *hnd, 1, False, 3, 30.0, 0.125), {}),
-        ((q, k[:0], v[:0], 0, False, -1, 0.0, 0.125), {}),
+        ((q, k, v, True, 0.125, 0, -1, 0.0), {}),
+        ((q[0], *hnd, False, 0.125, 1, 3, 30.0), {}),
+        ((q, k[:0], v[:0], False, 0.125, 0, -1, 0.0), {}),
     ]
     if supports_bf16_attention(device):
         bf16 = [t.bfloat16() for t in (q, k, v)]
-        narrow.append(((*bf16, 0, False, -1, 0.0, 0.125), {}))
+        narrow.append(((*bf16, False, None, 0, -1, 0.0), {}))
     full: list[Arguments] = [
         ((*arguments, 0, 1.0, 1e4, False), options) for arguments, options in narrow
     ]
-    full.append(((q, k, v, 0, True, -1, 0.0, 0.125, 1, 8.0, 5e5, False), {}))
-    full.append(((q, k, v, 0, True, -1, 0.0, 0.125, 0, 1.0, 1e4, True), {"sinks": None}))
+    full.append(((q, k, v, True, 0.125, 0, -1, 0.0, 1, 8.0, 5e5, False), {}))
+    full.append(((q, k, v, True, 0.125, 0, -1, 0.0, 0, 1.0, 1e4, True), {"sinks": None}))
     return {"single_attention": narrow, "single_attention_full": full}
 
 

@@ -37,7 +37,7 @@ q = torch.randn(4, 64, device="cuda").half()
 k = torch.randn(9, 2, 64, device="cuda").half()
 for call in (
     lambda: ridgeline.single_decode_with_kv_cache(q, k, k),
-    lambda: torch.ops.ridgeline.single_attention(q, k, k, 0, False, -1, 0.0, 0.125),
+    lambda: torch.ops.ridgeline.single_attention(q, k, k),
 ):
     try:
         call()

@@ -97,16 +97,32 @@ def _check_alignment(op: str, **tensors: Tensor) -> None:
 
 @fake_impl("single_attention")
 def _single_attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, kv_layout: int, *_options: object, **_named: object
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    kv_layout: int = 0,
+    *_options: object,
+    **_named: object,
 ) -> Tensor:
+    del causal, sm_scale
     _check_inputs("single_attention", q, k, v, kv_layout)
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
 @fake_impl("single_attention_full")
 def _single_attention_full_fake(
-    q: Tensor, k: Tensor, v: Tensor, kv_layout: int, *_options: object, **_named: object
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    sm_scale: float | None,
+    kv_layout: int,
+    *_options: object,
+    **_named: object,
 ) -> tuple[Tensor, Tensor]:
+    del causal, sm_scale
     _check_inputs("single_attention_full", q, k, v, kv_layout)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     return out, q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -117,11 +133,11 @@ def _single_attention_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kv_layout: int,
-    causal: bool,
-    window_left: int,
-    logits_soft_cap: float,
-    sm_scale: float | None,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    kv_layout: int = 0,
+    window_left: int = -1,
+    logits_soft_cap: float = 0.0,
 ) -> Tensor:
     op = "single_attention"
     _check_inputs(op, q, k, v, kv_layout)
@@ -135,11 +151,11 @@ def _single_attention_full_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kv_layout: int,
     causal: bool,
+    sm_scale: float | None,
+    kv_layout: int,
     window_left: int,
     logits_soft_cap: float,
-    sm_scale: float | None,
     pos_encoding_mode: int,
     rope_scale: float,
     rope_theta: float,

@@ -11,13 +11,12 @@ from . import _library as _library  # registers the schemas
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-_cpu = torch.library.Library("ridgeline", "IMPL", "CPU")
-_autograd = torch.library.Library("ridgeline", "IMPL", "Autograd")
-_fragment = torch.library.Library("ridgeline", "FRAGMENT")
+# csrc/runtime/ops.h says why there are two.
+_NAMESPACES = ("ridgeline", "ridgeline_unguarded")
+_cpu = [torch.library.Library(name, "IMPL", "CPU") for name in _NAMESPACES]
+_autograd, _no_autograd = [torch.library.Library(name, "IMPL", "Autograd") for name in _NAMESPACES]
+_fragments = [torch.library.Library(name, "FRAGMENT") for name in _NAMESPACES]
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
-_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
-_AUTOGRAD_CUDA = torch._C.DispatchKey.AutogradCUDA
 is_compiling = torch.compiler.is_compiling
 is_grad_enabled = torch.is_grad_enabled
 
@@ -26,7 +25,8 @@ def cpu_impl(name: str) -> Callable[[_Function], _Function]:
     """Registers a function as the CPU implementation of an op."""
 
     def register(function: _Function) -> _Function:
-        _cpu.impl(name, function)
+        for library in _cpu:
+            library.impl(name, function)
         return function
 
     return register
@@ -36,26 +36,29 @@ def fake_impl(name: str) -> Callable[[_Function], _Function]:
     """Registers a function as the fake of an op, and the guard against missing gradients."""
 
     def register(function: _Function) -> _Function:
-        torch.library.register_fake(f"ridgeline::{name}", function, lib=_fragment)
+        for library in _fragments:
+            torch.library.register_fake(f"{library.ns}::{name}", function, lib=library)
         _guard_gradients(name)
+        _no_autograd.impl(name, torch.library.fallthrough_kernel)
         return function
 
     return register
 
 
-def call(op: torch._ops.OpOverload, *args: Any) -> Any:
-    """Calls an op whose inputs `refuse_grad` has checked, without the autograd key's own check."""
-    if is_compiling():
-        return op(*args)
-    # Why not a guard object: this does the same for CUDA tensors, at half of what the guard costs.
+def find_op(name: str) -> Callable[..., Any]:
+    """A function that calls an op on tensors that `refuse_grad` has checked.
+
+    Trailing arguments that have the schema's default are best left out: one that is passed costs
+    0.2 us, one that is not next to nothing.
+    """
+    traced = getattr(torch.ops.ridgeline, name).default
     # Why _op: what the overload's own __call__ calls, without its frame.
-    if _is_excluded(_AUTOGRAD_CUDA):
-        return op._op(*args)
-    _exclude(_AUTOGRAD_CUDA, True)
-    try:
-        return op._op(*args)
-    finally:
-        _exclude(_AUTOGRAD_CUDA, False)
+    eager = getattr(torch.ops.ridgeline_unguarded, name).default._op
+
+    def call(*args: Any) -> Any:
+        return traced(*args) if is_compiling() else eager(*args)
+
+    return call
 
 
 def refuse_grad(name: str, *tensors: torch.Tensor | None) -> None:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from . import _check, _overlap
-from ._ops import call, cpu_impl, fake_impl, refuse_grad
+from ._ops import cpu_impl, fake_impl, find_op, refuse_grad
 
 __all__ = ["silu_and_mul"]
 
-_SILU_AND_MUL = torch.ops.ridgeline.silu_and_mul.default
-_SILU_AND_MUL_OUT = torch.ops.ridgeline.silu_and_mul_out.default
+_SILU_AND_MUL = find_op("silu_and_mul")
+_SILU_AND_MUL_OUT = find_op("silu_and_mul_out")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -55,9 +55,10 @@ def silu_and_mul(
     """
     if out is None:
         refuse_grad("silu_and_mul", input)
-        return call(_SILU_AND_MUL, input, enable_pdl is True)  # type: ignore[no-any-return]
+        options = (True,) if enable_pdl is True else ()
+        return _SILU_AND_MUL(input, *options)  # type: ignore[no-any-return]
     refuse_grad("silu_and_mul", input, out)
-    call(_SILU_AND_MUL_OUT, out, input, enable_pdl is True)
+    _SILU_AND_MUL_OUT(out, input, enable_pdl is True)
     return out
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _check
 from ._attention_cpu import check_values, one_of, refuse_given
-from ._ops import call, is_grad_enabled, refuse_grad
+from ._ops import find_op, is_grad_enabled, refuse_grad
 
 __all__ = [
     "single_decode_with_kv_cache",
@@ -23,8 +23,8 @@ __all__ = [
     "single_prefill_with_kv_cache_return_lse",
 ]
 
-_SINGLE = torch.ops.ridgeline.single_attention.default
-_SINGLE_FULL = torch.ops.ridgeline.single_attention_full.default
+_SINGLE = find_op("single_attention")
+_SINGLE_FULL = find_op("single_attention_full")
 
 _KV_LAYOUTS = {"NHD": 0, "HND": 1}
 _POS_ENCODING_MODES = {"NONE": 0, "ROPE_LLAMA": 1}
@@ -158,13 +158,7 @@ def single_decode_with_kv_cache(
         and (lse_base == "ln" and lse_layout == "NH")
         and (use_tensor_cores is False or use_tensor_cores is True)
     ):
-        # Why asked here: the call that finds the culprit costs more than the answer.
-        if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            refuse_grad("single_attention", q, k, v)
-        result: Tensor = call(
-            _SINGLE, q, k, v, _KV_LAYOUTS[kv_layout], False, window_left, cap, sm_scale
-        )
-        return result
+        return _narrow(q, k, v, False, sm_scale, kv_layout, window_left, cap)
     op = "single_decode_with_kv_cache"
     refuse_given(op, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
     one_of(op, "use_tensor_cores", use_tensor_cores, (False, True))
@@ -336,13 +330,7 @@ def single_prefill_with_kv_cache(
         and (lse_base == "ln" and lse_layout == "NH")
         and backend in ("auto", "fa2")
     ):
-        # Why asked here: the call that finds the culprit costs more than the answer.
-        if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            refuse_grad("single_attention", q, k, v)
-        result: Tensor = call(
-            _SINGLE, q, k, v, _KV_LAYOUTS[kv_layout], causal, window_left, cap, sm_scale
-        )
-        return result
+        return _narrow(q, k, v, causal, sm_scale, kv_layout, window_left, cap)
     op = "single_prefill_with_kv_cache"
     refuse_given(
         op, scale_q=scale_q, scale_k=scale_k, scale_v=scale_v, k_scale=k_scale, v_scale=v_scale,
@@ -409,6 +397,33 @@ def single_prefill_with_kv_cache_return_lse(
     )  # fmt: skip
 
 
+def _narrow(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    sm_scale: float | None,
+    kv_layout: str,
+    window_left: int,
+    logits_soft_cap: float,
+) -> Tensor:
+    """Call the narrow op with no more arguments than differ from its defaults: each costs time."""
+    # Why asked here: the call that finds the culprit costs more than the answer.
+    if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        refuse_grad("single_attention", q, k, v)
+    result: Tensor
+    if window_left != -1 or logits_soft_cap != 0.0 or kv_layout != "NHD":
+        layout = _KV_LAYOUTS[kv_layout]
+        result = _SINGLE(q, k, v, causal, sm_scale, layout, window_left, logits_soft_cap)
+    elif sm_scale is not None:
+        result = _SINGLE(q, k, v, causal, sm_scale)
+    elif causal:
+        result = _SINGLE(q, k, v, True)
+    else:
+        result = _SINGLE(q, k, v)
+    return result
+
+
 def _full(
     op: str,
     q: Tensor,
@@ -441,17 +456,18 @@ def _full(
             _check.fail(op, name, "None with pos_encoding_mode NONE", value, way_out)
     options = (
         causal,
+        sm_scale,
+        _KV_LAYOUTS[kv_layout],
         window_left,
         logits_soft_cap,
-        sm_scale,
         _POS_ENCODING_MODES[pos_encoding_mode],
         1.0 if rope_scale is None else rope_scale,
         1e4 if rope_theta is None else rope_theta,
         use_fp16_qk_reduction,
     )
-    check_values(op, window_left, logits_soft_cap, options[5], options[6])
+    check_values(op, window_left, logits_soft_cap, options[6], options[7])
     refuse_grad("single_attention_full", q, k, v)
-    both: tuple[Tensor, Tensor] = call(_SINGLE_FULL, q, k, v, _KV_LAYOUTS[kv_layout], *options)
+    both: tuple[Tensor, Tensor] = _SINGLE_FULL(q, k, v, *options)
     out, lse = both
     if not return_lse:
         return out

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from . import _check
-from ._ops import call, cpu_impl, fake_impl, refuse_grad
+from ._ops import cpu_impl, fake_impl, find_op, refuse_grad
 
 __all__ = ["merge_state", "merge_state_in_place", "merge_states"]
 
-_MERGE_STATE = torch.ops.ridgeline.merge_state.default
-_MERGE_STATE_IN_PLACE = torch.ops.ridgeline.merge_state_in_place.default
-_MERGE_STATES = torch.ops.ridgeline.merge_states.default
+_MERGE_STATE = find_op("merge_state")
+_MERGE_STATE_IN_PLACE = find_op("merge_state_in_place")
+_MERGE_STATES = find_op("merge_states")
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LN2 = math.log(2.0)
@@ -56,10 +56,10 @@ def merge_state(
     """
     refuse_grad("merge_state", v_a, s_a, v_b, s_b)
     if lse_base == "ln":
-        merged: tuple[Tensor, Tensor] = call(_MERGE_STATE, v_a, s_a, v_b, s_b)
+        merged: tuple[Tensor, Tensor] = _MERGE_STATE(v_a, s_a, v_b, s_b)
         return merged
     _check_log2("merge_state", lse_base)
-    v, s = call(_MERGE_STATE, v_a, s_a * _LN2, v_b, s_b * _LN2)
+    v, s = _MERGE_STATE(v_a, s_a * _LN2, v_b, s_b * _LN2)
     return v, s / _LN2
 
 
@@ -99,11 +99,11 @@ def merge_state_in_place(
     """
     refuse_grad("merge_state_in_place", v, s, v_other, s_other)
     if lse_base == "ln":
-        call(_MERGE_STATE_IN_PLACE, v, s, v_other, s_other, mask)
+        _MERGE_STATE_IN_PLACE(v, s, v_other, s_other, mask)
         return
     _check_log2("merge_state_in_place", lse_base)
     merged = s * _LN2
-    call(_MERGE_STATE_IN_PLACE, v, merged, v_other, s_other * _LN2, mask)
+    _MERGE_STATE_IN_PLACE(v, merged, v_other, s_other * _LN2, mask)
     merged /= _LN2
     s.copy_(merged if mask is None else torch.where(mask.unsqueeze(1), merged, s))
 
@@ -137,10 +137,10 @@ def merge_states(v: Tensor, s: Tensor, *, lse_base: str = "ln") -> tuple[Tensor,
     """
     refuse_grad("merge_states", v, s)
     if lse_base == "ln":
-        merged: tuple[Tensor, Tensor] = call(_MERGE_STATES, v, s)
+        merged: tuple[Tensor, Tensor] = _MERGE_STATES(v, s)
         return merged
     _check_log2("merge_states", lse_base)
-    merged_v, merged_s = call(_MERGE_STATES, v, s * _LN2)
+    merged_v, merged_s = _MERGE_STATES(v, s * _LN2)
     return merged_v, merged_s / _LN2
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from . import _check, _overlap
-from ._ops import call, cpu_impl, fake_impl, refuse_grad
+from ._ops import cpu_impl, fake_impl, find_op, refuse_grad
 
 __all__ = ["fused_add_rmsnorm", "rmsnorm"]
 
-_RMSNORM = torch.ops.ridgeline.rmsnorm.default
-_RMSNORM_OUT = torch.ops.ridgeline.rmsnorm_out.default
-_FUSED_ADD_RMSNORM = torch.ops.ridgeline.fused_add_rmsnorm.default
+_RMSNORM = find_op("rmsnorm")
+_RMSNORM_OUT = find_op("rmsnorm_out")
+_FUSED_ADD_RMSNORM = find_op("fused_add_rmsnorm")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -66,9 +66,9 @@ def rmsnorm(
     """
     if out is None:
         refuse_grad("rmsnorm", input, weight)
-        return call(_RMSNORM, input, weight, eps, enable_pdl is True)  # type: ignore[no-any-return]
+        return _RMSNORM(input, weight, *_options(eps, enable_pdl))  # type: ignore[no-any-return]
     refuse_grad("rmsnorm", input, weight, out)
-    call(_RMSNORM_OUT, out, input, weight, eps, enable_pdl is True)
+    _RMSNORM_OUT(out, input, weight, *_options(eps, enable_pdl))
     return out
 
 
@@ -112,18 +112,27 @@ def fused_add_rmsnorm(
     (tensor([[3., 4.]]), tensor([[0.8485, 1.1314]]))
     """
     refuse_grad("fused_add_rmsnorm", input, residual, weight)
-    call(_FUSED_ADD_RMSNORM, input, residual, weight, eps, enable_pdl is True)
+    _FUSED_ADD_RMSNORM(input, residual, weight, *_options(eps, enable_pdl))
+
+
+def _options(eps: float, enable_pdl: bool | None) -> tuple[float | bool, ...]:
+    """The last arguments of an op, without those that have its defaults."""
+    if enable_pdl is True:
+        return (eps, True)
+    return () if eps == 1e-6 else (eps,)
 
 
 @cpu_impl("rmsnorm")
-def _rmsnorm_cpu(input: Tensor, weight: Tensor, eps: float, enable_pdl: bool = False) -> Tensor:
+def _rmsnorm_cpu(
+    input: Tensor, weight: Tensor, eps: float = 1e-6, enable_pdl: bool = False
+) -> Tensor:
     _check_arguments("rmsnorm", input, weight, eps, enable_pdl)
     return _normalized(input, weight, eps)
 
 
 @cpu_impl("rmsnorm_out")
 def _rmsnorm_out_cpu(
-    out: Tensor, input: Tensor, weight: Tensor, eps: float, enable_pdl: bool = False
+    out: Tensor, input: Tensor, weight: Tensor, eps: float = 1e-6, enable_pdl: bool = False
 ) -> None:
     _check_arguments("rmsnorm", input, weight, eps, enable_pdl)
     _check_like_input("rmsnorm", "out", out, input)
@@ -135,7 +144,7 @@ def _rmsnorm_out_cpu(
 
 @cpu_impl("fused_add_rmsnorm")
 def _fused_add_rmsnorm_cpu(
-    input: Tensor, residual: Tensor, weight: Tensor, eps: float, enable_pdl: bool = False
+    input: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, enable_pdl: bool = False
 ) -> None:
     op = "fused_add_rmsnorm"
     _check_arguments(op, input, weight, eps, enable_pdl)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from . import _check, _overlap
-from ._ops import call, cpu_impl, fake_impl, refuse_grad
+from ._ops import cpu_impl, fake_impl, find_op, refuse_grad
 
 __all__ = ["apply_rope_pos_ids", "apply_rope_pos_ids_inplace"]
 
-_POS_IDS = torch.ops.ridgeline.apply_rope_pos_ids.default
-_POS_IDS_INPLACE = torch.ops.ridgeline.apply_rope_pos_ids_inplace.default
+_POS_IDS = find_op("apply_rope_pos_ids")
+_POS_IDS_INPLACE = find_op("apply_rope_pos_ids_inplace")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_ROTARY_DIM = 512  # kRopeMaxPairs of kernels/rope/params.h, twice
@@ -75,9 +75,8 @@ def apply_rope_pos_ids(
     """
     refuse_grad("apply_rope_pos_ids", q, k)
     rotary_dim = _rotary_dim(q, rotary_dim)
-    return call(  # type: ignore[no-any-return]
-        _POS_IDS, q, k, pos_ids, rotary_dim, interleave, rope_scale, rope_theta
-    )
+    options = _options(interleave, rope_scale, rope_theta)
+    return _POS_IDS(q, k, pos_ids, rotary_dim, *options)  # type: ignore[no-any-return]
 
 
 def apply_rope_pos_ids_inplace(
@@ -114,7 +113,16 @@ def apply_rope_pos_ids_inplace(
     """
     refuse_grad("apply_rope_pos_ids_inplace", q, k)
     rotary_dim = _rotary_dim(q, rotary_dim)
-    call(_POS_IDS_INPLACE, q, k, pos_ids, rotary_dim, interleave, rope_scale, rope_theta)
+    _POS_IDS_INPLACE(q, k, pos_ids, rotary_dim, *_options(interleave, rope_scale, rope_theta))
+
+
+def _options(
+    interleave: bool, rope_scale: float, rope_theta: float
+) -> tuple[bool, float, float] | tuple[()]:
+    """The last arguments of an op, or none when all have its defaults."""
+    if interleave or rope_scale != 1 or rope_theta != 1e4:
+        return (interleave, rope_scale, rope_theta)
+    return ()
 
 
 @cpu_impl("apply_rope_pos_ids")
@@ -123,9 +131,9 @@ def _pos_ids_cpu(
     k: Tensor,
     pos_ids: Tensor,
     rotary_dim: int,
-    interleave: bool,
-    rope_scale: float,
-    rope_theta: float,
+    interleave: bool = False,
+    rope_scale: float = 1.0,
+    rope_theta: float = 1e4,
 ) -> tuple[Tensor, Tensor]:
     _check_arguments("apply_rope_pos_ids", q, k, pos_ids, rotary_dim, rope_scale, rope_theta)
     cos_sin = _cos_sin(pos_ids, rotary_dim, rope_scale, rope_theta)
@@ -142,9 +150,9 @@ def _pos_ids_inplace_cpu(
     k: Tensor,
     pos_ids: Tensor,
     rotary_dim: int,
-    interleave: bool,
-    rope_scale: float,
-    rope_theta: float,
+    interleave: bool = False,
+    rope_scale: float = 1.0,
+    rope_theta: float = 1e4,
 ) -> None:
     op = "apply_rope_pos_ids_inplace"
     _check_arguments(op, q, k, pos_ids, rotary_dim, rope_scale, rope_theta)

@@ -14,7 +14,8 @@
 namespace ridgeline {
 
 template <class T, int kVec, class Activation>
-__global__ void __launch_bounds__(kGatedThreads) gated(const __grid_constant__ GatedParams params) {
+__global__ void __launch_bounds__(kGatedThreads, kGatedBlocksPerSm)
+    gated(const __grid_constant__ GatedParams params) {
   constexpr bool kExact = sizeof(T) == 4;
   const T* input = static_cast<const T*>(params.input);
   T* output = static_cast<T*>(params.output);
@@ -22,8 +23,18 @@ __global__ void __launch_bounds__(kGatedThreads) gated(const __grid_constant__ G
   const uint32 row_in_range = params.vecs_per_row.quotient(vec);
   const uint32 row = blockIdx.y * params.rows_per_range + row_in_range;
   if (vec >= params.vecs_per_range || row >= params.num_rows) return;
-  const int64 column = int64{vec - row_in_range * params.vecs_per_row.divisor} * kVec;
-  const T* source = input + row_offset(params.num_inner, params.input_strides, row) + column;
+  int64 from, to;
+  if (params.packed) {
+    // Why apart: the shorter way to the loads makes 3% at 16,384 rows (H200).
+    const int64 done = blockIdx.y * int64{params.vecs_per_range} + vec;
+    from = (done + int64{row} * params.vecs_per_row.divisor) * kVec;
+    to = done * kVec;
+  } else {
+    const int64 column = int64{vec - row_in_range * params.vecs_per_row.divisor} * kVec;
+    from = row_offset(params.num_inner, params.input_strides, row) + column;
+    to = row_offset(params.num_inner, params.output_strides, row) + column;
+  }
+  const T* source = input + from;
 
   pdl_wait();
   // Why not load_once: at 16,384 rows plain loads took 334 us, loads that pass L1 by 351 (H200).
@@ -39,7 +50,7 @@ __global__ void __launch_bounds__(kGatedThreads) gated(const __grid_constant__ G
   Vec<T, kVec> result;
   result.from_floats(values);
   // Why not a streaming store: the down projection reads the output next, from L2 when it fits.
-  store(output + row_offset(params.num_inner, params.output_strides, row) + column, result);
+  store(output + to, result);
 }
 
 }  // namespace ridgeline

@@ -1,7 +1,5 @@
 // silu_and_mul: schemas, checks, choice of kernel, launch.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <array>
 #include <vector>
@@ -13,6 +11,7 @@
 #include "runtime/check.h"
 #include "runtime/kernel.h"
 #include "runtime/names.h"
+#include "runtime/ops.h"
 #include "runtime/overlap.h"
 #include "runtime/pdl.h"
 #include "runtime/rows.h"
@@ -49,14 +48,10 @@ Choice gated_choose(const std::string& op, const Config& config, int) {
 
 const RegisterFamily family({{"silu_and_mul"}, gated_rows, gated_choose});
 
-int64_t row_length(const Tensor& tensor) {
-  return tensor.size(tensor.dim() - 1);
-}
-
 void check_input(const Arg& input) {
   check_cuda(input);
   check_dtype(input, {Dtype::Half, Dtype::BFloat16, Dtype::Float});
-  if (input.tensor.dim() == 0 || row_length(input.tensor) % 2 != 0) {
+  if (input.rank() == 0 || input.sizes.back() % 2 != 0) {
     fail(input.op, input.name, "an even last dimension (gate and value side by side)",
          "shape " + shape_text(input.tensor),
          "Concatenate the two projections along the last dimension");
@@ -64,9 +59,8 @@ void check_input(const Arg& input) {
   check_last_stride(input);
 }
 
-std::vector<int64_t> output_shape(const Tensor& input) {
-  const auto sizes = input.sizes();
-  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+std::vector<int64_t> output_shape(const Arg& input) {
+  std::vector<int64_t> shape(input.sizes.begin(), input.sizes.end());
   shape.back() /= 2;
   return shape;
 }
@@ -79,26 +73,27 @@ void check_counts(const char* op, const Rows& rows) {
 }
 
 void run_gated(const AccessKernels& kernels, const Arg& input, const Arg& out, bool enable_pdl) {
-  const Device& gpu = device(input.tensor.get_device_index());
+  const Device& gpu = device(input.gpu);
   const bool pdl = checked_pdl(input.op, gpu, enable_pdl);
   const auto [rows, out_rows] = matching_rows(input, out);
   const int64_t hidden = out_rows.hidden;
   if (rows.num_rows == 0 || hidden == 0) return;
   check_counts(input.op, rows);
 
-  const int vec_size = access_width({&input.tensor, &out.tensor}, {hidden});
+  const int vec_size = access_width({&input, &out}, {hidden});
   const GatedPlan plan = gated_plan(rows.num_rows, hidden, vec_size);
-  const GatedParams params{.input = input.tensor.const_data_ptr(),
+  const GatedParams params{.input = input.data,
                            .output = out.tensor.mutable_data_ptr(),
                            .input_strides = {rows.outer_stride, rows.inner_stride},
                            .output_strides = {out_rows.outer_stride, out_rows.inner_stride},
                            .hidden = hidden,
+                           .packed = is_packed(rows) && is_packed(out_rows),
                            .num_rows = static_cast<uint32>(rows.num_rows),
                            .rows_per_range = plan.rows_per_range,
                            .vecs_per_range = plan.vecs_per_range,
                            .vecs_per_row = make_divider(static_cast<uint32>(hidden / vec_size)),
                            .num_inner = make_divider(static_cast<uint32>(rows.num_inner))};
-  launch(kernels.of(input.tensor.scalar_type(), vec_size), gpu,
+  launch(kernels.of(input.dtype, vec_size), gpu,
          {.grid_x = plan.grid_x, .grid_y = plan.grid_y, .block = kGatedThreads, .pdl = pdl},
          &params);
 }
@@ -111,7 +106,7 @@ const AccessKernels& silu_kernels() {
 Tensor silu_and_mul(const Tensor& input, bool enable_pdl) {
   const Arg input_arg{"silu_and_mul", "input", input};
   check_input(input_arg);
-  const Tensor out = empty(input, output_shape(input), input.scalar_type());
+  const Tensor out = empty(input_arg.gpu, output_shape(input_arg), input_arg.dtype);
   run_gated(silu_kernels(), input_arg, {"silu_and_mul", "out", out}, enable_pdl);
   return out;
 }
@@ -121,7 +116,7 @@ void silu_and_mul_out(const Tensor& out, const Tensor& input, bool enable_pdl) {
   check_input(input_arg);
   check_same_device(out_arg, input_arg);
   check_same_dtype(out_arg, input_arg);
-  check_shape(out_arg, output_shape(input), "[..., hidden]");
+  check_shape(out_arg, output_shape(input_arg), "[..., hidden]");
   check_last_stride(out_arg);
   check_writable(out_arg);
   check_distinct(out_arg, input_arg);
@@ -130,14 +125,16 @@ void silu_and_mul_out(const Tensor& out, const Tensor& input, bool enable_pdl) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
+static void schemas(Library& m) {
   m.def("silu_and_mul(Tensor input, bool enable_pdl=False) -> Tensor");
   m.def("silu_and_mul_out(Tensor(a!) out, Tensor input, bool enable_pdl=False) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+static void kernels(Library& m) {
   m.impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
   m.impl("silu_and_mul_out", TORCH_BOX(&silu_and_mul_out));
 }
+
+static const RegisterOps registered(schemas, kernels);
 
 }  // namespace ridgeline

@@ -1,7 +1,6 @@
-// single_attention, single_attention_full: checks and launch. Schemas: attention_schema.cpp; choice
-// of kernel: attention_choice.cpp.
+// single_attention, single_attention_full: checks and launch. Choice of kernel:
+// attention_choice.cpp.
 
-#include <torch/csrc/stable/library.h>
 #include <array>
 #include <atomic>
 #include <cmath>
@@ -18,6 +17,7 @@
 #include "runtime/alloc.h"
 #include "runtime/check.h"
 #include "runtime/kernel.h"
+#include "runtime/ops.h"
 
 namespace ridgeline {
 namespace {
@@ -75,7 +75,7 @@ Shape check_inputs(const Arg& q, const Arg& k, const Arg& v, int64_t kv_layout) 
   check_cuda(q);
   check_same_device(k, q);
   check_same_device(v, q);
-  check_dtypes(q, k, v, device(q.tensor.get_device_index()));
+  check_dtypes(q, k, v, device(q.gpu));
   check_rank(q, {2, 3});
   check_rank(k, {3});
   check_rank(v, {3});
@@ -164,9 +164,9 @@ AttentionParams make_params(const Arg& q, const Arg& k, const Arg& v, const Tens
   const int64_t window =
       options.window_left > shape.kv_len + shape.qo_len ? -1 : options.window_left;
   return {
-      .q = q.tensor.const_data_ptr(),
-      .k = k.tensor.const_data_ptr(),
-      .v = v.tensor.const_data_ptr(),
+      .q = q.data,
+      .k = k.data,
+      .v = v.data,
       .out = out.mutable_data_ptr(),
       .lse = lse,
       .partial_out = nullptr,
@@ -200,7 +200,7 @@ AttentionParams make_params(const Arg& q, const Arg& k, const Arg& v, const Tens
 void run(const Arg& q, const Arg& k, const Arg& v, const Tensor& out, float* lse,
          const Shape& shape, const Options& options) {
   if (shape.qo_len == 0) return;
-  const Device& gpu = device(q.tensor.get_device_index());
+  const Device& gpu = device(q.gpu);
   const AttentionProblem problem = {.bf16 = q.dtype == Dtype::BFloat16,
                                     .head_dim_qk = static_cast<int>(shape.head_dim_qk),
                                     .head_dim_vo = static_cast<int>(shape.head_dim_vo),
@@ -223,7 +223,7 @@ void run(const Arg& q, const Arg& k, const Arg& v, const Tensor& out, float* lse
   std::optional<Tensor> parts;
   if (plan.num_splits > 1) {
     const int64_t num_rows = num_ctas * plan.tile_q;
-    parts = empty(q.tensor, {num_rows * (shape.head_dim_vo + 2)}, Dtype::Float);
+    parts = empty(q.gpu, {num_rows * (shape.head_dim_vo + 2)}, Dtype::Float);
     params.partial_out = static_cast<float*>(parts->mutable_data_ptr());
     params.partial_stats = params.partial_out + num_rows * shape.head_dim_vo;
   }
@@ -255,13 +255,13 @@ void run(const Arg& q, const Arg& k, const Arg& v, const Tensor& out, float* lse
 }
 
 Tensor empty_out(const Arg& q, int64_t head_dim_vo) {
-  if (q.rank() == 2) return empty(q.tensor, {q.sizes[0], head_dim_vo}, q.dtype);
-  return empty(q.tensor, {q.sizes[0], q.sizes[1], head_dim_vo}, q.dtype);
+  if (q.rank() == 2) return empty(q.gpu, {q.sizes[0], head_dim_vo}, q.dtype);
+  return empty(q.gpu, {q.sizes[0], q.sizes[1], head_dim_vo}, q.dtype);
 }
 
-Tensor single_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t kv_layout,
-                        bool causal, int64_t window_left, double logits_soft_cap,
-                        std::optional<double> sm_scale) {
+Tensor single_attention(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
+                        std::optional<double> sm_scale, int64_t kv_layout, int64_t window_left,
+                        double logits_soft_cap) {
   constexpr const char* kOp = "single_attention";
   const Arg query(kOp, "q", q), keys(kOp, "k", k), values(kOp, "v", v);
   const Shape shape = check_inputs(query, keys, values, kv_layout);
@@ -279,9 +279,9 @@ Tensor single_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64
 }
 
 std::tuple<Tensor, Tensor> single_attention_full(
-    const Tensor& q, const Tensor& k, const Tensor& v, int64_t kv_layout, bool causal,
-    int64_t window_left, double logits_soft_cap, std::optional<double> sm_scale,
-    int64_t pos_encoding_mode, double rope_scale, double rope_theta, bool use_fp16_qk_reduction,
+    const Tensor& q, const Tensor& k, const Tensor& v, bool causal, std::optional<double> sm_scale,
+    int64_t kv_layout, int64_t window_left, double logits_soft_cap, int64_t pos_encoding_mode,
+    double rope_scale, double rope_theta, bool use_fp16_qk_reduction,
     const std::optional<Tensor>& custom_mask, const std::optional<Tensor>& mask_indptr,
     const std::optional<Tensor>& q_scale, const std::optional<Tensor>& k_scale,
     const std::optional<Tensor>& v_scale, const std::optional<Tensor>& sinks,
@@ -318,16 +318,32 @@ std::tuple<Tensor, Tensor> single_attention_full(
                            use_fp16_qk_reduction};
   check_options(kOp, options);
   const Tensor out = empty_out(query, shape.head_dim_vo);
-  const Tensor lse = empty(q, query.sizes.first(query.sizes.size() - 1), Dtype::Float);
+  const Tensor lse = empty(query.gpu, query.sizes.first(query.sizes.size() - 1), Dtype::Float);
   run(query, keys, values, out, static_cast<float*>(lse.mutable_data_ptr()), shape, options);
   return {out, lse};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+// A narrow op for common calls, since each argument costs host time, and the full one.
+static void schemas(Library& m) {
+  m.def(
+      "single_attention(Tensor q, Tensor k, Tensor v, bool causal=False, float? sm_scale=None, "
+      "int kv_layout=0, SymInt window_left=-1, float logits_soft_cap=0.0) -> Tensor");
+  m.def(
+      "single_attention_full(Tensor q, Tensor k, Tensor v, bool causal, float? sm_scale, "
+      "int kv_layout, SymInt window_left, float logits_soft_cap, int pos_encoding_mode, "
+      "float rope_scale, float rope_theta, bool use_fp16_qk_reduction, Tensor? custom_mask=None, "
+      "Tensor? mask_indptr=None, Tensor? q_scale=None, Tensor? k_scale=None, Tensor? v_scale=None, "
+      "Tensor? sinks=None, Tensor[]? extra_tensors=None, float[]? extra_scalars=None) "
+      "-> (Tensor, Tensor)");
+}
+
+static void kernels(Library& m) {
   m.impl("single_attention", TORCH_BOX(&single_attention));
   m.impl("single_attention_full", TORCH_BOX(&single_attention_full));
 }
+
+static const RegisterOps registered(schemas, kernels);
 
 }  // namespace ridgeline

@@ -1,7 +1,5 @@
 // rmsnorm, fused_add_rmsnorm: schemas, checks, choice of kernel, launch.
 
-#include <torch/csrc/stable/library.h>
-
 #include <array>
 #include <cmath>
 #include <string>
@@ -15,6 +13,7 @@
 #include "runtime/check.h"
 #include "runtime/kernel.h"
 #include "runtime/names.h"
+#include "runtime/ops.h"
 #include "runtime/overlap.h"
 #include "runtime/pdl.h"
 #include "runtime/rows.h"
@@ -71,7 +70,7 @@ const RegisterFamily family({{"rmsnorm", "fused_add_rmsnorm"}, norm_rows, norm_c
 void check_input(const Arg& input) {
   check_cuda(input);
   check_dtype(input, {Dtype::Half, Dtype::BFloat16, Dtype::Float});
-  if (input.tensor.dim() == 0) {
+  if (input.rank() == 0) {
     fail(input.op, input.name, "at least 1 dimension", "a scalar", "Give it a shape [..., hidden]");
   }
   check_last_stride(input);
@@ -80,17 +79,15 @@ void check_input(const Arg& input) {
 void check_weight(const Arg& weight, const Arg& input) {
   check_same_device(weight, input);
   check_rank(weight, {1});
-  const int64_t hidden = input.tensor.size(input.tensor.dim() - 1);
-  check_shape(weight, std::array{hidden}, "[hidden]");
-  if (weight.tensor.scalar_type() != Dtype::Float) check_same_dtype(weight, input);
+  check_shape(weight, input.sizes.last(1), "[hidden]");
+  if (weight.dtype != Dtype::Float) check_same_dtype(weight, input);
   check_last_stride(weight);
 }
 
 void check_like_input(const Arg& arg, const Arg& input) {
   check_same_device(arg, input);
   check_same_dtype(arg, input);
-  const auto sizes = input.tensor.sizes();
-  check_shape(arg, {sizes.data(), sizes.size()}, "that of 'input'");
+  check_shape(arg, input.sizes, "that of 'input'");
   check_last_stride(arg);
 }
 
@@ -116,8 +113,8 @@ void launch_norm(const NormKernels& kernels, const Arg& input, const Arg& weight
                  const Params& params, int vec_size, int64_t hidden, bool pdl) {
   const NormPlan plan = norm_plan(hidden, vec_size);
   const unsigned blocks = (params.shape.num_rows + plan.rows_per_block - 1) / plan.rows_per_block;
-  const Device& gpu = device(input.tensor.get_device_index());
-  launch(kernels.of(input.tensor.scalar_type(), weight.tensor.scalar_type(), vec_size), gpu,
+  const Device& gpu = device(input.gpu);
+  launch(kernels.of(input.dtype, weight.dtype, vec_size), gpu,
          {.grid_x = blocks, .block = plan.block, .pdl = checked_pdl(input.op, gpu, pdl)}, &params);
 }
 
@@ -125,46 +122,43 @@ RowStrides strides_of(const Rows& rows) {
   return {rows.outer_stride, rows.inner_stride};
 }
 
-int norm_width(const Tensor& input, const Tensor& other, const Tensor& weight) {
-  return access_width({&input, &other, &weight}, {input.size(input.dim() - 1)});
+int norm_width(const Arg& input, const Arg& other, const Arg& weight) {
+  return access_width({&input, &other, &weight}, {input.sizes.back()});
 }
 
-void run_rmsnorm(const char* op, const Tensor& out, const Tensor& input, const Tensor& weight,
-                 double eps, bool enable_pdl) {
+void run_rmsnorm(const Arg& out, const Arg& input, const Arg& weight, double eps, bool enable_pdl) {
   static const NormKernels kernels(kRmsnorm);
-  const Arg input_arg{op, "input", input};
-  const auto [rows, out_rows] = matching_rows(input_arg, {op, "out", out});
+  const auto [rows, out_rows] = matching_rows(input, out);
   if (rows.num_rows == 0 || rows.hidden == 0) return;
   const int vec_size = norm_width(input, out, weight);
-  const RmsnormParams params{input.const_data_ptr(), weight.const_data_ptr(),
-                             out.mutable_data_ptr(), strides_of(rows),
-                             strides_of(out_rows),   norm_shape(op, rows, vec_size, eps)};
-  launch_norm(kernels, input_arg, {op, "weight", weight}, params, vec_size, rows.hidden,
-              enable_pdl);
+  const RmsnormParams params{
+      input.data,       weight.data,          out.tensor.mutable_data_ptr(),
+      strides_of(rows), strides_of(out_rows), norm_shape(input.op, rows, vec_size, eps)};
+  launch_norm(kernels, input, weight, params, vec_size, rows.hidden, enable_pdl);
 }
 
 Tensor rmsnorm(const Tensor& input, const Tensor& weight, double eps, bool enable_pdl) {
-  const Arg input_arg{"rmsnorm", "input", input};
+  const Arg input_arg{"rmsnorm", "input", input}, weight_arg{"rmsnorm", "weight", weight};
   check_input(input_arg);
-  check_weight({"rmsnorm", "weight", weight}, input_arg);
+  check_weight(weight_arg, input_arg);
   check_eps("rmsnorm", eps);
-  const Tensor out = empty_like(input);
-  run_rmsnorm("rmsnorm", out, input, weight, eps, enable_pdl);
+  const Tensor out = empty_like(input_arg);
+  run_rmsnorm({"rmsnorm", "out", out}, input_arg, weight_arg, eps, enable_pdl);
   return out;
 }
 
 void rmsnorm_out(const Tensor& out, const Tensor& input, const Tensor& weight, double eps,
                  bool enable_pdl) {
-  const Arg input_arg{"rmsnorm", "input", input};
-  check_input(input_arg);
-  check_weight({"rmsnorm", "weight", weight}, input_arg);
+  const Arg input_arg{"rmsnorm", "input", input}, weight_arg{"rmsnorm", "weight", weight};
   const Arg out_arg{"rmsnorm", "out", out};
+  check_input(input_arg);
+  check_weight(weight_arg, input_arg);
   check_like_input(out_arg, input_arg);
   check_writable(out_arg);
   check_out(out_arg, input_arg);
-  check_distinct(out_arg, {"rmsnorm", "weight", weight});
+  check_distinct(out_arg, weight_arg);
   check_eps("rmsnorm", eps);
-  run_rmsnorm("rmsnorm", out, input, weight, eps, enable_pdl);
+  run_rmsnorm(out_arg, input_arg, weight_arg, eps, enable_pdl);
 }
 
 void fused_add_rmsnorm(const Tensor& input, const Tensor& residual, const Tensor& weight,
@@ -184,29 +178,32 @@ void fused_add_rmsnorm(const Tensor& input, const Tensor& residual, const Tensor
   check_eps(kOp, eps);
   const auto [rows, residual_rows] = matching_rows(input_arg, residual_arg);
   if (rows.num_rows == 0 || rows.hidden == 0) return;
-  const int vec_size = norm_width(input, residual, weight);
+  const int vec_size = norm_width(input_arg, residual_arg, weight_arg);
   const FusedAddRmsnormParams params{
-      input.mutable_data_ptr(), residual.mutable_data_ptr(), weight.const_data_ptr(),
+      input.mutable_data_ptr(), residual.mutable_data_ptr(), weight_arg.data,
       strides_of(rows),         strides_of(residual_rows),   norm_shape(kOp, rows, vec_size, eps)};
   launch_norm(kernels, input_arg, weight_arg, params, vec_size, rows.hidden, enable_pdl);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
-  m.def("rmsnorm(Tensor input, Tensor weight, float eps, bool enable_pdl=False) -> Tensor");
+static void schemas(Library& m) {
+  m.def("rmsnorm(Tensor input, Tensor weight, float eps=1e-6, bool enable_pdl=False) -> Tensor");
   m.def(
-      "rmsnorm_out(Tensor(a!) out, Tensor input, Tensor weight, float eps, bool enable_pdl=False) "
+      "rmsnorm_out(Tensor(a!) out, Tensor input, Tensor weight, float eps=1e-6, bool "
+      "enable_pdl=False) "
       "-> ()");
   m.def(
-      "fused_add_rmsnorm(Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps, "
+      "fused_add_rmsnorm(Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps=1e-6, "
       "bool enable_pdl=False) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+static void kernels(Library& m) {
   m.impl("rmsnorm", TORCH_BOX(&rmsnorm));
   m.impl("rmsnorm_out", TORCH_BOX(&rmsnorm_out));
   m.impl("fused_add_rmsnorm", TORCH_BOX(&fused_add_rmsnorm));
 }
+
+static const RegisterOps registered(schemas, kernels);
 
 }  // namespace ridgeline

@@ -1,7 +1,5 @@
 // apply_rope_pos_ids, in place or not: schemas, checks, frequencies, choice of kernel, launch.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -16,6 +14,7 @@
 #include "runtime/check.h"
 #include "runtime/kernel.h"
 #include "runtime/names.h"
+#include "runtime/ops.h"
 #include "runtime/overlap.h"
 
 namespace ridgeline {
@@ -70,12 +69,11 @@ void check_arguments(const Arg& q, const Arg& k, const Arg& pos_ids, const RopeO
   check_cuda(q);
   check_dtype(q, {Dtype::Half, Dtype::BFloat16, Dtype::Float});
   check_heads(q);
-  const int64_t nnz = q.tensor.size(0), head_dim = q.tensor.size(2);
+  const int64_t nnz = q.sizes[0], head_dim = q.sizes[2];
   check_same_device(k, q);
   check_same_dtype(k, q);
   check_heads(k);
-  check_shape(k, std::array{nnz, k.tensor.size(1), head_dim},
-              "[nnz, num_k_heads, head_dim], as q's");
+  check_shape(k, std::array{nnz, k.sizes[1], head_dim}, "[nnz, num_k_heads, head_dim], as q's");
   check_same_device(pos_ids, q);
   check_dtype(pos_ids, {Dtype::Int, Dtype::Long});
   check_rank(pos_ids, {1});
@@ -119,31 +117,31 @@ const std::vector<uint64>& turns_per_position(const RopeOptions& options) {
   return turns;
 }
 
-RopeTensor rope_tensor(const Tensor& input, const Tensor& output) {
-  return {.input = input.const_data_ptr(),
-          .output = output.mutable_data_ptr(),
-          .input_token_stride = input.stride(0),
-          .input_head_stride = input.stride(1),
-          .output_token_stride = output.stride(0),
-          .output_head_stride = output.stride(1)};
+RopeTensor rope_tensor(const Arg& input, const Arg& output) {
+  return {.input = input.data,
+          .output = output.tensor.mutable_data_ptr(),
+          .input_token_stride = input.strides[0],
+          .input_head_stride = input.strides[1],
+          .output_token_stride = output.strides[0],
+          .output_head_stride = output.strides[1]};
 }
 
-void run_pos_ids(const Tensor& q, const Tensor& k, const Tensor& q_out, const Tensor& k_out,
-                 const Tensor& pos_ids, const RopeOptions& options, bool in_place) {
-  const int64_t nnz = q.size(0), num_heads = q.size(1) + k.size(1);
+void run_pos_ids(const Arg& q, const Arg& k, const Arg& q_out, const Arg& k_out, const Arg& pos_ids,
+                 const RopeOptions& options, bool in_place) {
+  const int64_t nnz = q.sizes[0], num_heads = q.sizes[1] + k.sizes[1], head_dim = q.sizes[2];
   if (nnz == 0 || num_heads == 0) return;
-  const int vec_size = access_width({&q, &k, &q_out, &k_out}, {options.rotary_dim / 2, q.size(2)});
-  const int64_t num_copied = in_place ? 0 : q.size(2) - options.rotary_dim;
+  const int vec_size = access_width({&q, &k, &q_out, &k_out}, {options.rotary_dim / 2, head_dim});
+  const int64_t num_copied = in_place ? 0 : head_dim - options.rotary_dim;
   const auto num_pairs = static_cast<uint32>(options.rotary_dim / 2);
   const RopePlan plan = rope_plan(static_cast<uint32>(num_heads), num_pairs, vec_size);
 
   RopePosIdsParams params;
   params.q = rope_tensor(q, q_out);
   params.k = rope_tensor(k, k_out);
-  params.pos_ids = pos_ids.const_data_ptr();
-  params.pos_ids_are_int64 = pos_ids.scalar_type() == Dtype::Long;
+  params.pos_ids = pos_ids.data;
+  params.pos_ids_are_int64 = pos_ids.dtype == Dtype::Long;
   params.shape = {.nnz = static_cast<uint32>(nnz),
-                  .num_q_heads = static_cast<uint32>(q.size(1)),
+                  .num_q_heads = static_cast<uint32>(q.sizes[1]),
                   .num_heads = static_cast<uint32>(num_heads),
                   .num_pairs = num_pairs,
                   .num_copied_vecs = static_cast<uint32>(num_copied / vec_size),
@@ -154,8 +152,8 @@ void run_pos_ids(const Tensor& q, const Tensor& k, const Tensor& q_out, const Te
   std::ranges::copy(turns_per_position(options), params.turns);
   const auto blocks =
       static_cast<unsigned>((nnz + plan.tokens_per_block - 1) / plan.tokens_per_block);
-  launch(pos_ids_kernel(q.scalar_type(), vec_size, options.interleave),
-         device(q.get_device_index()), {.grid_x = blocks, .block = plan.block}, &params);
+  launch(pos_ids_kernel(q.dtype, vec_size, options.interleave), device(q.gpu),
+         {.grid_x = blocks, .block = plan.block}, &params);
 }
 
 std::tuple<Tensor, Tensor> apply_rope_pos_ids(const Tensor& q, const Tensor& k,
@@ -164,10 +162,12 @@ std::tuple<Tensor, Tensor> apply_rope_pos_ids(const Tensor& q, const Tensor& k,
                                               double rope_theta) {
   constexpr const char* kOp = "apply_rope_pos_ids";
   const RopeOptions options{rotary_dim, interleave, rope_scale, rope_theta};
-  check_arguments({kOp, "q", q}, {kOp, "k", k}, {kOp, "pos_ids", pos_ids}, options);
-  const Tensor q_out = empty_like(q);
-  const Tensor k_out = empty_like(k);
-  run_pos_ids(q, k, q_out, k_out, pos_ids, options, false);
+  const Arg q_arg{kOp, "q", q}, k_arg{kOp, "k", k}, pos_ids_arg{kOp, "pos_ids", pos_ids};
+  check_arguments(q_arg, k_arg, pos_ids_arg, options);
+  const Tensor q_out = empty_like(q_arg);
+  const Tensor k_out = empty_like(k_arg);
+  run_pos_ids(q_arg, k_arg, {kOp, "q_out", q_out}, {kOp, "k_out", k_out}, pos_ids_arg, options,
+              false);
   return {q_out, k_out};
 }
 
@@ -176,28 +176,30 @@ void apply_rope_pos_ids_inplace(const Tensor& q, const Tensor& k, const Tensor& 
                                 double rope_theta) {
   constexpr const char* kOp = "apply_rope_pos_ids_inplace";
   const RopeOptions options{rotary_dim, interleave, rope_scale, rope_theta};
-  const Arg q_arg{kOp, "q", q}, k_arg{kOp, "k", k};
-  check_arguments(q_arg, k_arg, {kOp, "pos_ids", pos_ids}, options);
+  const Arg q_arg{kOp, "q", q}, k_arg{kOp, "k", k}, pos_ids_arg{kOp, "pos_ids", pos_ids};
+  check_arguments(q_arg, k_arg, pos_ids_arg, options);
   check_writable(q_arg);
   check_writable(k_arg);
   check_distinct(k_arg, q_arg);
-  run_pos_ids(q, k, q, k, pos_ids, options, true);
+  run_pos_ids(q_arg, k_arg, q_arg, k_arg, pos_ids_arg, options, true);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
+static void schemas(Library& m) {
   m.def(
       "apply_rope_pos_ids(Tensor q, Tensor k, Tensor pos_ids, SymInt rotary_dim, "
-      "bool interleave, float rope_scale, float rope_theta) -> (Tensor, Tensor)");
+      "bool interleave=False, float rope_scale=1.0, float rope_theta=1e4) -> (Tensor, Tensor)");
   m.def(
       "apply_rope_pos_ids_inplace(Tensor(a!) q, Tensor(b!) k, Tensor pos_ids, SymInt rotary_dim, "
-      "bool interleave, float rope_scale, float rope_theta) -> ()");
+      "bool interleave=False, float rope_scale=1.0, float rope_theta=1e4) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+static void kernels(Library& m) {
   m.impl("apply_rope_pos_ids", TORCH_BOX(&apply_rope_pos_ids));
   m.impl("apply_rope_pos_ids_inplace", TORCH_BOX(&apply_rope_pos_ids_inplace));
 }
+
+static const RegisterOps registered(schemas, kernels);
 
 }  // namespace ridgeline

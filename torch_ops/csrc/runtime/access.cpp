@@ -2,16 +2,16 @@
 
 #include <algorithm>
 
-#include "runtime/check.h"
-
 namespace ridgeline {
 
-int access_width(std::initializer_list<const Tensor*> tensors,
+int access_width(std::initializer_list<const Arg*> tensors,
                  std::initializer_list<int64_t> lengths) {
-  const auto wide = static_cast<int>(kVectorBytes / (*tensors.begin())->element_size());
+  const auto wide =
+      static_cast<int>(kVectorBytes / static_cast<size_t>((*tensors.begin())->element_size()));
   const bool fits =
       std::all_of(lengths.begin(), lengths.end(), [&](int64_t n) { return n % wide == 0; }) &&
-      std::all_of(tensors.begin(), tensors.end(), [](const Tensor* t) { return is_aligned16(*t); });
+      std::all_of(tensors.begin(), tensors.end(),
+                  [](const Arg* arg) { return is_aligned16(*arg); });
   return fits ? wide : 1;
 }
 

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "runtime/catalog.h"
+#include "runtime/check.h"
 #include "runtime/kernel.h"
-#include "runtime/tensor.h"
 
 namespace ridgeline {
 
@@ -25,8 +25,7 @@ inline constexpr std::array kAccesses = {
 
 // The widest access that the addresses and strides of all tensors allow, and that divides every
 // one of `lengths` (in elements).
-int access_width(std::initializer_list<const Tensor*> tensors,
-                 std::initializer_list<int64_t> lengths);
+int access_width(std::initializer_list<const Arg*> tensors, std::initializer_list<int64_t> lengths);
 
 // The versions of a kernel, as `name(access)` spells them.
 class AccessKernels {

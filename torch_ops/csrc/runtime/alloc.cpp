@@ -12,7 +12,7 @@ constexpr size_t kMaxRank = 64;  // torch's own limit
 
 }  // namespace
 
-Tensor empty(const Tensor& like, std::span<const int64_t> shape, Dtype dtype) {
+Tensor empty(int gpu, std::span<const int64_t> shape, Dtype dtype) {
   if (shape.size() > kMaxRank) throw std::runtime_error("a tensor of more than 64 dimensions");
   std::array<int64_t, kMaxRank> strides;
   int64_t stride = 1;
@@ -20,13 +20,12 @@ Tensor empty(const Tensor& like, std::span<const int64_t> shape, Dtype dtype) {
     strides[i] = stride;
     stride *= shape[i] > 1 ? shape[i] : 1;
   }
-  int32_t device_type;
+  static const int32_t cuda = aoti_torch_device_type_cuda();
   AtenTensorHandle handle;
-  if (aoti_torch_get_device_type(like.get(), &device_type) != AOTI_TORCH_SUCCESS ||
-      aoti_torch_empty_strided(
+  if (aoti_torch_empty_strided(
           static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-          torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-          like.get_device_index(), &handle) != AOTI_TORCH_SUCCESS) {
+          torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), cuda, gpu,
+          &handle) != AOTI_TORCH_SUCCESS) {
     throw std::runtime_error("torch could not allocate a tensor of shape " + shape_text(shape));
   }
   return Tensor(handle);

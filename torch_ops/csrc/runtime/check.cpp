@@ -1,5 +1,7 @@
 #include "runtime/check.h"
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -22,6 +24,42 @@ void fail(const char* op, const char* arg, const std::string& expected, const st
           const std::string& way_out) {
   throw std::runtime_error(std::string("ridgeline.") + op + ": argument '" + arg + "': expected " +
                            expected + ", got " + got + ". " + way_out);
+}
+
+Arg::Arg(const char* op, const char* name, const Tensor& tensor)
+    : op(op), name(name), tensor(tensor), dtype(tensor.scalar_type()), gpu(-1) {
+  const auto all_sizes = tensor.sizes();
+  int64_t* all_strides = nullptr;
+  if (aoti_torch_get_strides(tensor.get(), &all_strides) != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error("torch gave no strides of a tensor");
+  }
+  sizes = {all_sizes.data(), all_sizes.size()};
+  strides = {all_strides, all_sizes.size()};
+  data = tensor.const_data_ptr();
+  if (tensor.is_cuda()) gpu = tensor.get_device_index();
+}
+
+int64_t Arg::numel() const {
+  int64_t count = 1;
+  for (const int64_t size : sizes) count *= size;
+  return count;
+}
+
+int64_t element_size(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::Double:
+    case Dtype::Long:
+      return 8;
+    case Dtype::Float:
+    case Dtype::Int:
+      return 4;
+    case Dtype::Half:
+    case Dtype::BFloat16:
+    case Dtype::Short:
+      return 2;
+    default:
+      return 1;
+  }
 }
 
 std::string dtype_name(Dtype dtype) {
@@ -88,16 +126,13 @@ std::string shape_text(const Tensor& t) {
 }
 
 void check_cuda(const Arg& arg) {
-  if (arg.tensor.is_cuda()) return;
+  if (arg.gpu >= 0) return;
   fail(arg.op, arg.name, "a tensor on a CUDA device, as another argument is",
        "one on device " + device_name(arg.tensor), "Move all of them to one device");
 }
 
 void check_same_device(const Arg& arg, const Arg& as) {
-  if (arg.tensor.get_device_index() == as.tensor.get_device_index() &&
-      arg.tensor.is_cuda() == as.tensor.is_cuda()) {
-    return;
-  }
+  if (arg.gpu == as.gpu) return;
   fail(arg.op, arg.name, "device " + device_name(as.tensor) + " (that of '" + as.name + "')",
        device_name(arg.tensor), std::string("Move it with .to(") + as.name + ".device)");
 }
@@ -138,13 +173,9 @@ void check_last_stride(const Arg& arg) {
        "stride " + std::to_string(arg.strides.back()), "Call .contiguous() on it first");
 }
 
-bool is_aligned16(const Tensor& tensor) {
-  return is_aligned16(Arg("", "", tensor));
-}
-
 bool is_aligned16(const Arg& arg) {
-  if (reinterpret_cast<uintptr_t>(arg.tensor.const_data_ptr()) % kVectorBytes != 0) return false;
-  const auto bytes = static_cast<int64_t>(arg.tensor.element_size());
+  if (reinterpret_cast<uintptr_t>(arg.data) % kVectorBytes != 0) return false;
+  const int64_t bytes = arg.element_size();
   for (size_t dim = 0; dim + 1 < arg.sizes.size(); ++dim) {
     if (arg.sizes[dim] > 1 && arg.strides[dim] * bytes % int64_t{kVectorBytes} != 0) return false;
   }
@@ -153,11 +184,10 @@ bool is_aligned16(const Arg& arg) {
 
 void check_aligned16(const Arg& arg) {
   if (is_aligned16(arg)) return;
-  const auto address = reinterpret_cast<uintptr_t>(arg.tensor.const_data_ptr());
+  const auto address = reinterpret_cast<uintptr_t>(arg.data);
   fail(arg.op, arg.name, "a base pointer and strides that are multiples of 16 bytes",
        "a pointer " + std::to_string(address % kVectorBytes) + " bytes past one and strides " +
-           shape_text(arg.strides) + " of " + std::to_string(arg.tensor.element_size()) +
-           "-byte elements",
+           shape_text(arg.strides) + " of " + std::to_string(arg.element_size()) + "-byte elements",
        "Call .contiguous() on it, or .clone() if it is contiguous already");
 }
 

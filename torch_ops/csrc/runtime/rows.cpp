@@ -1,7 +1,6 @@
 #include "runtime/rows.h"
 
 #include <string>
-#include <vector>
 
 namespace ridgeline {
 namespace {
@@ -14,31 +13,31 @@ struct Dim {
 }  // namespace
 
 Rows rows_of(const Arg& arg) {
-  const Tensor& tensor = arg.tensor;
-  const int64_t last = tensor.dim() - 1;
-  Rows rows{1, 1, 0, 0, tensor.size(last)};
-  std::vector<Dim> dims;  // the leading ones, adjacent ones folded where the strides allow
-  for (int64_t i = 0; i < last; ++i) {
-    const Dim dim{tensor.size(i), tensor.stride(i)};
+  const size_t last = arg.sizes.size() - 1;
+  Rows rows{1, 1, 0, 0, arg.sizes[last]};
+  Dim outer{1, 0}, inner{1, 0};  // the leading ones, adjacent ones folded where the strides allow
+  int num_dims = 0;
+  for (size_t i = 0; i < last; ++i) {
+    const Dim dim{arg.sizes[i], arg.strides[i]};
     rows.num_rows *= dim.size;
     if (dim.size == 1) continue;
-    if (!dims.empty() && dims.back().stride == dim.size * dim.stride) {
-      dims.back() = {dims.back().size * dim.size, dim.stride};
+    if (num_dims > 0 && inner.stride == dim.size * dim.stride) {
+      inner = {inner.size * dim.size, dim.stride};
     } else {
-      dims.push_back(dim);
+      outer = inner;
+      inner = dim;
+      ++num_dims;
     }
   }
-  if (rows.num_rows == 0 || dims.empty()) return rows;
-  if (dims.size() > 2) {
-    const auto strides = tensor.strides();
+  if (rows.num_rows == 0 || num_dims == 0) return rows;
+  if (num_dims > 2) {
     fail(arg.op, arg.name, "leading dimensions that fold into two",
-         "shape " + shape_text(tensor) + " with strides " +
-             shape_text({strides.data(), strides.size()}),
+         "shape " + shape_text(arg.sizes) + " with strides " + shape_text(arg.strides),
          "Call .contiguous() on it first");
   }
-  rows.num_inner = dims.back().size;
-  rows.inner_stride = dims.back().stride;
-  if (dims.size() == 2) rows.outer_stride = dims.front().stride;
+  rows.num_inner = inner.size;
+  rows.inner_stride = inner.stride;
+  if (num_dims == 2) rows.outer_stride = outer.stride;
   return rows;
 }
 

@@ -13,6 +13,7 @@ namespace ridgeline {
 using Tensor = torch::stable::Tensor;
 using Dtype = torch::headeronly::ScalarType;
 
+int64_t element_size(Dtype dtype);                       // bytes, of the real types
 std::string dtype_name(Dtype dtype);                     // "torch.float16"
 std::string device_name(const Tensor& t);                // "cuda:0"
 std::string shape_text(std::span<const int64_t> shape);  // "[2, 3]"
