@@ -23,7 +23,7 @@ from serving.check import check_all
 from serving.display import make_display
 from serving.engine import Totals, serve
 from serving.pool import PagePool
-from serving.requests import check_sizes, read_requests
+from serving.requests import check_context, read_requests
 from serving.runner import Runner
 from serving.scheduler import Scheduler
 from serving.summary import print_summary, write_results
@@ -71,22 +71,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, out: TextIO) -> int:
     _check_limits(arguments)
+    _check_out(arguments.out)
     device = cli.choose_device(arguments.device)
     dtype = cli.choose_dtype(arguments.dtype, device)
     use_graphs = _choose_graphs(arguments.graphs, device)
     requests = read_requests(arguments.requests)
     folder = ModelFolder.find(arguments.model)
-    check_sizes(requests, folder.config.context, arguments.pages, arguments.page_size)
+    check_context(requests, folder.config.context)
+    limits = (arguments.max_requests, arguments.max_batch_tokens)
+    scheduler = Scheduler(requests, PagePool(arguments.pages, arguments.page_size), *limits)
     if arguments.check:
         require_transformers("leave --check out")
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
     model = Llama.load(folder, device, dtype)
     cli.print_header(folder, model, out)
-    limits = (arguments.max_requests, arguments.max_batch_tokens)
     runner = Runner(model, arguments.pages, arguments.page_size, *limits, use_graphs)
-    pool = PagePool(arguments.pages, arguments.page_size)
-    scheduler = Scheduler(requests, pool, *limits)
     totals = Totals()
     display = make_display(scheduler, out, arguments.plain)
     try:
@@ -112,6 +112,12 @@ def _check_limits(arguments: argparse.Namespace) -> None:
             f"--max-batch-tokens {arguments.max_batch_tokens}: expected more than --max-requests "
             f"{arguments.max_requests}, so that prompts get a share of every step"
         )
+
+
+def _check_out(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise DemoError(f"--out {path}: {what}; pass a file to write")
 
 
 def _choose_graphs(name: str, device: torch.device) -> bool:

@@ -150,4 +150,7 @@ class LiveTable:
             table.add_row(request.name, count, text.replace("[", "\\["))
         written = sum(len(s.times) for s in self.scheduler.sequences)
         bar = self._bar.ProgressBar(total=self._num_tokens, completed=written, width=WIDTH)
-        return self._group(bar, state_line(self.scheduler, self._now), table)
+        above = self._table.Table.grid()
+        above.add_row(bar)
+        above.add_row(state_line(self.scheduler, self._now))
+        return self._group(above, table)

@@ -28,9 +28,10 @@ class PagePool:
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages, self.page_size = num_pages, page_size
-        self._num_holders = [0] * num_pages
+        self._num_fresh = num_pages  # never taken: the last page numbers
         # Taken from the front: pages without a known prefix first, then the longest released.
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_pages))
+        self._free: OrderedDict[int, None] = OrderedDict()
+        self._num_holders: dict[int, int] = {}
         self._published: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
         self._key_of_page: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._num_nodes = ROOT
@@ -38,17 +39,17 @@ class PagePool:
     @property
     def num_free(self) -> int:
         """Pages that nobody holds."""
-        return len(self._free)
+        return self._num_fresh + len(self._free)
 
     @property
     def num_used(self) -> int:
         """Pages that somebody holds."""
-        return self.num_pages - len(self._free)
+        return self.num_pages - self.num_free
 
     @property
     def num_shared(self) -> int:
         """Pages that two or more sequences hold."""
-        return sum(num_holders > 1 for num_holders in self._num_holders)
+        return sum(num_holders > 1 for num_holders in self._num_holders.values())
 
     def find(self, tokens: Sequence[int]) -> tuple[list[int], int]:
         """Return the pages of the longest known prefix of `tokens`, and its node.
@@ -66,17 +67,21 @@ class PagePool:
 
     def num_unheld(self, pages: Sequence[int]) -> int:
         """Return how many of `pages` are free: those that holding takes from the free list."""
-        return sum(self._num_holders[page] == 0 for page in pages)
+        return sum(page not in self._num_holders for page in pages)
 
     def hold(self, pages: Sequence[int]) -> None:
         """Hold found pages, which may be free or have other holders."""
         for page in pages:
             self._free.pop(page, None)
-            self._num_holders[page] += 1
+            self._num_holders[page] = self._num_holders.get(page, 0) + 1
 
     def take(self) -> int:
         """Hold a free page for new contents; there must be one."""
-        page, _ = self._free.popitem(last=False)
+        if self._num_fresh:
+            page = self.num_pages - self._num_fresh
+            self._num_fresh -= 1
+        else:
+            page, _ = self._free.popitem(last=False)
         key = self._key_of_page.pop(page, None)
         if key is not None:
             del self._published[key]
@@ -100,6 +105,7 @@ class PagePool:
         for page in reversed(pages):
             self._num_holders[page] -= 1
             if self._num_holders[page] == 0:
+                del self._num_holders[page]
                 self._free[page] = None
                 if page not in self._key_of_page:
                     self._free.move_to_end(page, last=False)

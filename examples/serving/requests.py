@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ class Request:
     def num_cached(self) -> int:
         """Most tokens whose keys and values the request ever needs: all but the last."""
         return len(self.prompt) + self.max_tokens - 1
+
+    def __str__(self) -> str:
+        return (
+            f"request {self.name}: a prompt of {len(self.prompt)} bytes and max_tokens "
+            f"{self.max_tokens}"
+        )
 
 
 def read_requests(path: Path) -> list[Request]:
@@ -89,19 +96,19 @@ def _take(place: str, raw: dict[str, Any], key: str, types: tuple[type, ...], wh
     return raw[key]
 
 
-def check_sizes(requests: list[Request], context: int, num_pages: int, page_size: int) -> None:
-    """Raise a `DemoError` for a request that the model or the pool can never hold."""
+def check_context(requests: Sequence[Request], context: int) -> None:
+    """Raise a `DemoError` for a request that is longer than the model's context."""
     for request in requests:
-        length = len(request.prompt) + request.max_tokens
-        asked = (
-            f"request {request.name}: a prompt of {len(request.prompt)} bytes and max_tokens "
-            f"{request.max_tokens}"
-        )
-        if length > context:
-            raise DemoError(f"{asked} are more than the model's context of {context}; shorten it")
+        if len(request.prompt) + request.max_tokens > context:
+            raise DemoError(f"{request} are more than the model's context of {context}; shorten it")
+
+
+def check_pool(requests: Sequence[Request], num_pages: int, page_size: int) -> None:
+    """Raise a `DemoError` for a request that the pool cannot hold even alone."""
+    for request in requests:
         needed = -(-request.num_cached // page_size)
         if needed > num_pages:
             raise DemoError(
-                f"{asked} need {needed} pages of {page_size} tokens, and the pool has {num_pages}; "
-                f"pass --pages {needed} or more"
+                f"{request} need {needed} pages of {page_size} tokens, and the pool has "
+                f"{num_pages}; pass --pages {needed} or more"
             )

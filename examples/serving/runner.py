@@ -245,8 +245,8 @@ def _new_pool(config: Config, num_pages: int, page_size: int, like: Tensor) -> T
     except RuntimeError:  # torch's own, on the CPU; its OutOfMemoryError is one too
         gigabytes = math.prod(shape) * like.element_size() / 1e9
         raise DemoError(
-            f"--pages {num_pages}: the pool would take {gigabytes:,.1f} GB, which {like.device} has "
-            "not; pass fewer"
+            f"--pages {num_pages}: the pool would take {gigabytes:,.1f} GB, more than "
+            f"{like.device} has free; pass fewer"
         ) from None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from .pool import ROOT, PagePool
-from .requests import Request
+from .requests import Request, check_pool
 
 
 class Sequence:
@@ -64,14 +64,20 @@ class Scheduler:
     requests
         In the order of their arrival.
     pool
-        Holds the longest of them, if it runs alone.
+        Large enough for each of them alone.
     max_requests, max_batch_tokens
         Most sequences that run, and most tokens of a step; the second is the larger.
+
+    Raises
+    ------
+    DemoError
+        When the pool cannot hold one of the requests, which would then wait for ever.
     """
 
     def __init__(
         self, requests: Items[Request], pool: PagePool, max_requests: int, max_batch_tokens: int
     ) -> None:
+        check_pool(requests, pool.num_pages, pool.page_size)
         self.pool = pool
         self.max_requests, self.max_batch_tokens = max_requests, max_batch_tokens
         self.sequences = [Sequence(request) for request in requests]

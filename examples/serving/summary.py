@@ -33,11 +33,12 @@ def times_per_token(served: Sequence[Served]) -> list[float]:
 def percentiles(seconds: Sequence[float]) -> tuple[float, float]:
     """Return the 50th and the 95th percentile.
 
-    >>> percentiles([1.0, 2.0, 3.0])
-    (2.0, 2.9)
+    >>> percentiles([float(x) for x in range(21)])
+    (10.0, 19.0)
     """
-    values = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95]).double())
-    return round(float(values[0]), 9), round(float(values[1]), 9)
+    at = torch.tensor([0.5, 0.95], dtype=torch.float64)
+    p50, p95 = torch.tensor(seconds, dtype=torch.float64).quantile(at).tolist()
+    return p50, p95
 
 
 def print_summary(scheduler: Scheduler, runner: Runner, totals: Totals, out: TextIO) -> None:
