@@ -186,15 +186,18 @@ class Runner:
         self.batch_sizes = [*_powers_below(max_requests), max_requests]
         self.num_replays = 0
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._warm_up(use_graphs)
+        self._warm_up(max_batch_tokens, use_graphs)
 
     @torch.inference_mode()
-    def _warm_up(self, use_graphs: bool) -> None:
+    def _warm_up(self, max_batch_tokens: int, use_graphs: bool) -> None:
         """Load or compile every kernel, and record the graphs, on batches of padding alone."""
+        self.inputs.fill([], self.page_size, 1)
+        # The number of tokens chooses the kernel.
+        for num_tokens in [*_powers_below(max_batch_tokens), max_batch_tokens]:
+            self._compute(1, num_tokens, is_decode=False)
         memory = torch.cuda.graph_pool_handle() if use_graphs else None
         for batch_size in reversed(self.batch_sizes):
             self.inputs.fill([], self.page_size, batch_size)
-            self._compute(batch_size, batch_size, is_decode=False)
             self._compute(batch_size, batch_size, is_decode=True)
             if self.model.device.type == "cuda":
                 torch.cuda.synchronize()  # the inputs have been read, and may be filled again
