@@ -54,14 +54,14 @@ def print_summary(scheduler: Scheduler, runner: Runner, totals: Totals, out: Tex
         f"{written / totals.seconds:,.0f} tokens/s",
         file=out,
     )
-    print(f"{'':<24}{'p50':>10}{'p95':>10}", file=out)
+    print(f"{'':<24}{'p50':>12}{'p95':>12}", file=out)
     for name, seconds in (
         ("time to first token", first_token_times(served)),
         ("time per output token", times_per_token(served)),
     ):
         if seconds:
             p50, p95 = percentiles(seconds)
-            print(f"{name:<24}{1e3 * p50:>7.1f} ms{1e3 * p95:>7.1f} ms", file=out)
+            print(f"{name:<24}{1e3 * p50:>9.1f} ms{1e3 * p95:>9.1f} ms", file=out)
     for name, text in (
         (
             "steps",
