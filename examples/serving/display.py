@@ -124,7 +124,9 @@ class LiveTable:
         self._now = 0.0
         # Drawn by a thread of rich's own, so that a step waits for no terminal.
         self._live = live.Live(
-            console=console.Console(file=out), get_renderable=self._render, refresh_per_second=12
+            console=console.Console(file=out, markup=False, highlight=False),
+            get_renderable=self._render,
+            refresh_per_second=12,
         )
         self._live.start()
 
@@ -146,8 +148,7 @@ class LiveTable:
         for sequence in list(self.scheduler.running):
             request = sequence.request
             count = f"{len(sequence.times)}/{request.max_tokens}"
-            text = self._texts[request.name].text[-WIDTH:]
-            table.add_row(request.name, count, text.replace("[", "\\["))
+            table.add_row(request.name, count, self._texts[request.name].text[-WIDTH:])
         written = sum(len(s.times) for s in self.scheduler.sequences)
         bar = self._bar.ProgressBar(total=self._num_tokens, completed=written, width=WIDTH)
         above = self._table.Table.grid()
