@@ -270,6 +270,9 @@ def test_displays_stream_every_text(model: Llama, kind: Any) -> None:
     display.close()
     if kind is example.display.LiveTable:
         assert "2 of 2 done, 0 running, 0 waiting" in terminal.text
+        for sequence in scheduler.sequences:
+            text = bytes(sequence.written[:40]).decode()
+            assert f"{sequence.request.name}  {text}" in terminal.text
         return
     assert "2 of 2 done" in terminal.text or "1 of 2 done" in terminal.text
     for sequence in scheduler.sequences:

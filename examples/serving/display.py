@@ -110,7 +110,7 @@ class PlainLines:
 
 
 class LiveTable:
-    """A bar of progress over a table of the running requests and the ends of their texts."""
+    """Finished texts, a bar of progress, and a table of the running requests and their texts."""
 
     def __init__(self, scheduler: Scheduler, out: TextIO) -> None:
         console: Any = importlib.import_module("rich.console")
@@ -134,7 +134,10 @@ class LiveTable:
         """Take in what a step wrote."""
         self._now = progress.now
         for sequence in progress.grown:
-            self._texts[sequence.request.name].update(sequence)
+            name = sequence.request.name
+            self._texts[name].update(sequence)
+            if sequence.is_done:
+                self._live.console.print(f"{name}  {self._texts[name].text}\n")
 
     def close(self) -> None:
         """Draw the end."""
