@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from build_wheel import compiler_version
@@ -33,16 +34,22 @@ def ensure_editable(python: Path) -> None:
     say(f"ridgeline is installed in .venv after {watch}")
 
 
-def main() -> None:
+def run_with_options(arguments: Sequence[str | Path], variables: Sequence[str]) -> int:
+    """Set .venv up and run its Python; each variable that is set becomes an option."""
     BUILD.mkdir(exist_ok=True)
     compiler_version()
     python = make_env(".venv", "build", "demo")
     ensure_editable(python)
-    command: list[str | Path] = [python, "-m", "ridgeline", "demo"]
-    for variable in ("MODEL", "PROMPT", "TOKENS", "DEVICE", "TEMPERATURE", "SEED"):
+    command: list[str | Path] = [python, *arguments]
+    for variable in variables:
         if os.environ.get(variable):
-            command += [f"--{variable.lower()}", os.environ[variable]]
-    sys.exit(run(command, check=False))
+            command += [f"--{variable.lower().replace('_', '-')}", os.environ[variable]]
+    return run(command, check=False)
+
+
+def main() -> None:
+    variables = ("MODEL", "PROMPT", "TOKENS", "DEVICE", "TEMPERATURE", "SEED")
+    sys.exit(run_with_options(["-m", "ridgeline", "demo"], variables))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,33 +31,82 @@ class Verdict:
 
     ok: bool
     text: str
+    num_ties: int = 0
 
 
-def require_transformers() -> None:
+def require_transformers(way_out: str = "pass --no-check") -> None:
     """Raise a `DemoError` when transformers is not installed."""
     try:
         importlib.import_module("transformers")
     except ImportError:
         raise DemoError(
             "the demo compares itself with transformers, which is not installed; "
-            "run `pip install 'ridgeline[demo]'`, or pass --no-check"
+            f"run `pip install 'ridgeline[demo]'`, or {way_out}"
         ) from None
 
 
-def _reference(folder: ModelFolder, model: Llama, dtype: torch.dtype) -> Any:
-    """Return transformers' own model with the same weights, on the device of `model`."""
-    transformers: Any = importlib.import_module("transformers")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    reference = transformers.LlamaForCausalLM.from_pretrained(
-        folder.path, dtype=dtype, local_files_only=True
-    )
-    # A byte that ends a text has no meaning here, whatever the config says.
-    reference.generation_config.eos_token_id = None
-    return reference.eval().to(model.device)
+class Reference:
+    """transformers' own model of the weights that `model` has, on the same device.
+
+    Parameters
+    ----------
+    folder, model
+        The weights, and our model of them.
+    """
+
+    def __init__(self, folder: ModelFolder, model: Llama) -> None:
+        self.folder, self.model = folder, model
+
+    @cached_property
+    def exact(self) -> Any:
+        """The model in float32."""
+        return self._load(torch.float32)
+
+    @cached_property
+    def rounded(self) -> Any:
+        """The model in the dtype of ours."""
+        return self._load(self.model.embedding.dtype)
+
+    def _load(self, dtype: torch.dtype) -> Any:
+        transformers: Any = importlib.import_module("transformers")
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        reference = transformers.LlamaForCausalLM.from_pretrained(
+            self.folder.path, dtype=dtype, local_files_only=True
+        )
+        # A byte that ends a text has no meaning here, whatever the config says.
+        reference.generation_config.eos_token_id = None
+        return reference.eval().to(self.model.device)
+
+    @torch.inference_mode()
+    def greedy(self, prompt: bytes, num_tokens: int) -> list[int]:
+        """Return the tokens with which the float32 model continues `prompt`."""
+        tokens = torch.tensor([*prompt], device=self.model.device)[None]
+        whole = self.exact.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            min_new_tokens=num_tokens,
+            max_new_tokens=num_tokens,
+        )
+        continuation: list[int] = whole[0, len(prompt) :].tolist()
+        return continuation
+
+    @torch.inference_mode()
+    def logits(self, network: Any, prompt: bytes, ours: Sequence[int]) -> Tensor:
+        """Return the float32 logits `[num_tokens, vocab_size]` that chose, or should, `ours`."""
+        tokens = torch.tensor([*prompt, *ours], device=self.model.device)[None]
+        logits: Tensor = network(tokens).logits[0, len(prompt) - 1 : -1].float().cpu()
+        return logits
+
+    def compare(self, prompt: bytes, ours: Sequence[int]) -> Verdict:
+        """Compare tokens as `compare_tokens` does."""
+        if self.model.embedding.dtype == torch.float32:
+            return judge_equal(ours, self.greedy(prompt, len(ours)))
+        exact, rounded = (self.logits(net, prompt, ours) for net in (self.exact, self.rounded))
+        return judge_tied(torch.tensor(ours), exact, rounded)
 
 
-@torch.inference_mode()
 def compare_tokens(
     folder: ModelFolder, model: Llama, prompt: bytes, ours: Sequence[int]
 ) -> Verdict:
@@ -78,27 +128,13 @@ def compare_tokens(
     ours
         The greedy tokens of `model`.
     """
-    tokens = torch.tensor([*prompt, *ours], device=model.device)[None]
-    exact = _reference(folder, model, torch.float32)
-    if model.embedding.dtype == torch.float32:
-        theirs = exact.generate(
-            tokens[:, : len(prompt)],
-            attention_mask=torch.ones_like(tokens[:, : len(prompt)]),
-            do_sample=False,
-            min_new_tokens=len(ours),
-            max_new_tokens=len(ours),
-        )[0, len(prompt) :].tolist()
-        return judge_equal(ours, theirs)
-    rounded = _reference(folder, model, model.embedding.dtype)
-    return judge_tied(
-        torch.tensor(ours),
-        exact(tokens).logits[0, len(prompt) - 1 : -1].float().cpu(),
-        rounded(tokens).logits[0, len(prompt) - 1 : -1].float().cpu(),
-    )
+    return Reference(folder, model).compare(prompt, ours)
 
 
-def judge_equal(ours: Sequence[int], theirs: Sequence[int]) -> Verdict:
-    """Compare two continuations token by token.
+def judge_equal(
+    ours: Sequence[int], theirs: Sequence[int], place: str = "in transformers"
+) -> Verdict:
+    """Compare two continuations token by token; `place` is where the second was made.
 
     >>> judge_equal([97, 98], [97, 99]).text
     'token 1 is 98 here and 99 in transformers, 1 of 2 equal before it'
@@ -108,13 +144,15 @@ def judge_equal(ours: Sequence[int], theirs: Sequence[int]) -> Verdict:
         if our != their:
             return Verdict(
                 False,
-                f"token {position} is {our} here and {their} in transformers, "
+                f"token {position} is {our} here and {their} {place}, "
                 f"{position} of {len(pairs)} equal before it",
             )
     return Verdict(True, f"{len(pairs)} of {len(pairs)} greedy tokens equal")
 
 
-def judge_tied(ours: Tensor, exact: Tensor, rounded: Tensor) -> Verdict:
+def judge_tied(
+    ours: Tensor, exact: Tensor, rounded: Tensor, place: str = "in transformers"
+) -> Verdict:
     """Compare tokens with logits, and let those differ that the dtype cannot tell apart.
 
     Parameters
@@ -123,6 +161,8 @@ def judge_tied(ours: Tensor, exact: Tensor, rounded: Tensor) -> Verdict:
         `[num_tokens]`, the tokens chosen.
     exact, rounded
         `[num_tokens, vocab_size]`, transformers' logits in float32 and in the 16-bit dtype.
+    place
+        Where the 16-bit logits are from.
     """
     equal = rounded.argmax(dim=-1) == ours
     gap = exact.amax(dim=-1) - exact.gather(1, ours[:, None])[:, 0]
@@ -133,12 +173,13 @@ def judge_tied(ours: Tensor, exact: Tensor, rounded: Tensor) -> Verdict:
         return Verdict(
             False,
             f"token {position} is {int(ours[position])} here and "
-            f"{int(rounded[position].argmax())} in transformers: {float(gap[position]):.3g} behind "
+            f"{int(rounded[position].argmax())} {place}: {float(gap[position]):.3g} behind "
             f"in logits, and the dtype resolves {float(resolution[position]):.3g}",
         )
     num_ties = int((~equal).sum())
     ties = f", {num_ties} tied within the dtype" if num_ties else ""
-    return Verdict(True, f"{int(equal.sum())} of {len(ours)} greedy tokens equal{ties}")
+    text = f"{int(equal.sum())} of {len(ours)} greedy tokens equal{ties}"
+    return Verdict(True, text, num_ties)
 
 
 def bits_per_byte(model: Llama, text: Tensor) -> float:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TextIO
 
 import ridgeline
@@ -28,15 +28,15 @@ DTYPES = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Reports a wrong command line as one line, like every other error of the demo."""
 
     def error(self, message: str) -> NoReturn:
-        raise DemoError(f"{message} (`python -m ridgeline demo --help` lists the options)")
+        raise DemoError(f"{message} (`{self.prog} --help` lists the options)")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m ridgeline demo",
         description="Write text with a small Llama that runs on Ridgeline's ops, and check it "
         "against transformers.",
@@ -61,9 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0; 1 when a comparison failed; 2 when the demo could not run as asked.
     """
+    return exit_code_of(lambda: _run(_parser().parse_args(argv), sys.stdout))
+
+
+def exit_code_of(run: Callable[[], int]) -> int:
+    """Call `run`; report an error that says what to do as one line, and return 2 for it."""
     try:
         with _one_thread():
-            return _run(_parser().parse_args(argv), sys.stdout)
+            return run()
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -115,7 +120,7 @@ def _run(arguments: argparse.Namespace, out: TextIO) -> int:
     if not arguments.no_check:
         require_transformers()
     model = Llama.load(folder, device, dtype)
-    _print_header(folder, model, out)
+    print_header(folder, model, out)
     # The first calls load or compile kernels; the speeds below are those of the calls after.
     list(generate(model, prompt, 2, Sampler()))
     sampler = Sampler(arguments.temperature, arguments.seed)
@@ -134,7 +139,7 @@ def _run(arguments: argparse.Namespace, out: TextIO) -> int:
         "held-out": check_bits_per_byte(folder, model),
         "transformers": compare_tokens(folder, model, prompt, greedy),
     }
-    return _print_verdicts(verdicts, out)
+    return print_verdicts("demo", verdicts, out)
 
 
 def choose_device(name: str) -> torch.device:
@@ -195,7 +200,8 @@ def _stream(
     return tokens
 
 
-def _print_header(folder: ModelFolder, model: Llama, out: TextIO) -> None:
+def print_header(folder: ModelFolder, model: Llama, out: TextIO) -> None:
+    """Say which model runs, in what, and where."""
     place = "the CPU"
     if model.device.type == "cuda":
         place = torch.cuda.get_device_name(model.device)
@@ -218,9 +224,11 @@ def _print_speed(speed: Speed, out: TextIO) -> None:
             print(f"{name:<13}{rate} ({tokens} in {1e3 * seconds:,.1f} ms)", file=out)
 
 
-def _print_verdicts(verdicts: dict[str, Verdict], out: TextIO) -> int:
+def print_verdicts(program: str, verdicts: dict[str, Verdict], out: TextIO) -> int:
+    """Report what was checked; return the exit code."""
     for name, verdict in verdicts.items():
         print(f"{name:<13}{'ok' if verdict.ok else 'FAILED'}: {verdict.text}", file=out)
     failed = [name for name, verdict in verdicts.items() if not verdict.ok]
-    print(f"\ndemo FAILED: {', '.join(failed)}" if failed else "\ndemo passed", file=out)
+    end = f"FAILED: {', '.join(failed)}" if failed else "passed"
+    print(f"\n{program} {end}", file=out)
     return 1 if failed else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import ridgeline
 import torch
@@ -12,8 +13,20 @@ from torch import Tensor
 from .model_folder import TRAIN, Config, DemoError, ModelFolder
 
 
+class Cache(Protocol):
+    """Where the keys and values of earlier tokens are, and how new tokens attend to them."""
+
+    def positions(self, num_tokens: int) -> Tensor:
+        """Return the positions of the next `num_tokens` tokens, int32."""
+        ...
+
+    def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the new tokens' `k`, `v` and return what `q` attends to, each NHD."""
+        ...
+
+
 class KvCache:
-    """Keys and values of the tokens so far, a row a token, for every layer."""
+    """The cache of one sequence: a row a token, for every layer."""
 
     def __init__(self, config: Config, like: Tensor) -> None:
         # [num_layers, 2 (k, v), context, num_kv_heads, head_dim]
@@ -21,13 +34,20 @@ class KvCache:
         self.data = like.new_zeros(shape)
         self.length = 0
 
-    def append(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens' `k`, `v` and return those of all tokens, each NHD."""
-        end = self.length + k.shape[0]
-        keys, values = self.data[layer_idx]
-        keys[self.length : end] = k
-        values[self.length : end] = v
-        return keys[:end], values[:end]
+    def positions(self, num_tokens: int) -> Tensor:
+        """Return the positions of `num_tokens` more tokens, which the cache then holds."""
+        begin = self.length
+        self.length += num_tokens
+        return torch.arange(begin, self.length, dtype=torch.int32, device=self.data.device)
+
+    def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the new tokens' `k`, `v` and return what `q` attends to, each NHD."""
+        keys, values = self.data[layer_idx, :, : self.length]
+        keys[-len(k) :] = k
+        values[-len(v) :] = v
+        if len(q) == 1:
+            return ridgeline.single_decode_with_kv_cache(q[0], keys, values)
+        return ridgeline.single_prefill_with_kv_cache(q, keys, values, causal=True)
 
 
 @dataclass(frozen=True)
@@ -43,7 +63,7 @@ class Layer:
 
 
 class Llama:
-    """The model, for one sequence at a time.
+    """The model; the cache that it is called with says whose tokens it reads.
 
     Parameters
     ----------
@@ -125,7 +145,7 @@ class Llama:
         return KvCache(self.config, self.embedding)
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, cache: KvCache) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Run new tokens through the model: many (prefill) or one (decode).
 
         Parameters
@@ -140,10 +160,12 @@ class Llama:
         Tensor
             Logits `[num_tokens, vocab_size]`.
         """
+        return self.logits(self.hidden(tokens, cache))
+
+    def hidden(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Return the last layer's output `[num_tokens, hidden_size]`, normalized."""
         eps = self.config.rms_norm_eps
-        pos_ids = torch.arange(
-            cache.length, cache.length + len(tokens), dtype=torch.int32, device=self.device
-        )
+        pos_ids = cache.positions(len(tokens))
         residual = self.embedding[tokens]
         hidden = ridgeline.rmsnorm(residual, self.first_norm, eps)
         for layer_idx, layer in enumerate(self.layers):
@@ -152,11 +174,14 @@ class Llama:
             ridgeline.fused_add_rmsnorm(hidden, residual, layer.norm_mlp, eps)
             hidden = F.linear(ridgeline.silu_and_mul(F.linear(hidden, layer.gate_up)), layer.down)
             ridgeline.fused_add_rmsnorm(hidden, residual, layer.norm_after, eps)
-        cache.length += len(tokens)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits `[num_rows, vocab_size]` of rows of `hidden`."""
         return F.linear(hidden, self.head)
 
     def _attention(
-        self, layer_idx: int, layer: Layer, hidden: Tensor, pos_ids: Tensor, cache: KvCache
+        self, layer_idx: int, layer: Layer, hidden: Tensor, pos_ids: Tensor, cache: Cache
     ) -> Tensor:
         """Return the attention block's output `[num_tokens, hidden_size]`."""
         config = self.config
@@ -164,9 +189,5 @@ class Llama:
         first_k, first_v = config.num_heads, config.num_heads + config.num_kv_heads
         q, k, v = heads[:, :first_k], heads[:, first_k:first_v], heads[:, first_v:]
         q, k = ridgeline.apply_rope_pos_ids(q, k, pos_ids, rope_theta=config.rope_theta)
-        keys, values = cache.append(layer_idx, k, v)
-        if len(hidden) == 1:
-            mixed = ridgeline.single_decode_with_kv_cache(q[0], keys, values)
-        else:
-            mixed = ridgeline.single_prefill_with_kv_cache(q, keys, values, causal=True)
+        mixed = cache.attend(layer_idx, q, k, v)
         return F.linear(mixed.reshape(len(hidden), -1), layer.output)

@@ -1,0 +1,257 @@
+"""Runs the model on a step's tokens, over the paged pool; on a GPU decode steps are CUDA graphs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+
+import ridgeline
+import torch
+from ridgeline.demo.llama import Llama
+from ridgeline.demo.model_folder import Config, DemoError
+from torch import Tensor
+
+from .scheduler import Part
+
+
+class StepInputs:
+    """The numbers of a step, int32, at places on the device that never move.
+
+    They are filled in on the host and travel in one copy. A CUDA graph that has read them once
+    reads whatever is there when it is replayed.
+    """
+
+    def __init__(
+        self, max_requests: int, max_tokens: int, max_pages: int, device: torch.device
+    ) -> None:
+        sizes = {
+            "tokens": max_tokens,
+            "last_rows": max_requests,
+            "qo_indptr": max_requests + 1,
+            "kv_indptr": max_requests + 1,
+            "kv_last_page_len": max_requests,
+            "kv_indices": max_requests * max_pages,
+        }
+        length = sum(sizes.values())
+        on_gpu = device.type == "cuda"
+        self._host = torch.zeros(length, dtype=torch.int32, pin_memory=on_gpu)
+        self._device = self._host.to(device) if on_gpu else self._host
+        names, lengths = list(sizes), list(sizes.values())
+        self._host_views = dict(zip(names, self._host.split(lengths), strict=True))
+        self._views = dict(zip(names, self._device.split(lengths), strict=True))
+
+    def fill(self, parts: Sequence[Part], page_size: int, num_requests: int) -> None:
+        """Write the step down; requests from ``len(parts)`` to `num_requests` are empty padding."""
+        num_padding = num_requests - len(parts)
+        ends = [part.sequence.num_computed + part.num_tokens for part in parts]
+        num_pages = [-(-end // page_size) for end in ends]
+        qo_indptr = [0, *accumulate(part.num_tokens for part in parts)]
+        kv_indptr = [0, *accumulate(num_pages)]
+        tokens: list[int] = []
+        indices: list[int] = []
+        for part, end, count in zip(parts, ends, num_pages, strict=True):
+            tokens += part.sequence.tokens[part.sequence.num_computed : end]
+            indices += part.sequence.pages[:count]
+        padding = [0] * num_padding
+        for name, values in (
+            ("tokens", tokens + padding),
+            ("last_rows", [end - 1 for end in qo_indptr[1:]] + padding),
+            ("qo_indptr", qo_indptr + [qo_indptr[-1]] * num_padding),
+            ("kv_indptr", kv_indptr + [kv_indptr[-1]] * num_padding),
+            ("kv_last_page_len", [(end - 1) % page_size + 1 for end in ends] + padding),
+            ("kv_indices", indices),
+        ):
+            self._host_views[name][: len(values)] = torch.tensor(values, dtype=torch.int32)
+        if self._device is not self._host:
+            self._device.copy_(self._host, non_blocking=True)
+
+    def __getitem__(self, name: str) -> Tensor:
+        view: Tensor = self._views[name]
+        return view
+
+
+class PagedCache:
+    """The cache of a step's requests: pages of the pool, found through a page table.
+
+    Parameters
+    ----------
+    config
+        The model's sizes.
+    pool
+        ``[num_layers, num_pages, 2 (k, v), page_size, num_kv_heads, head_dim]``.
+    inputs
+        The step, filled in.
+    num_requests, num_tokens
+        Of the step, with padding.
+    is_decode
+        One token a request.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        pool: Tensor,
+        inputs: StepInputs,
+        num_requests: int,
+        num_tokens: int,
+        is_decode: bool,
+    ) -> None:
+        self.pool = pool
+        page_size = pool.shape[3]
+        qo_indptr = inputs["qo_indptr"][: num_requests + 1]
+        kv_indptr = inputs["kv_indptr"][: num_requests + 1]
+        last_page_len = inputs["kv_last_page_len"][:num_requests]
+        seq_lens = ridgeline.get_seq_lens(kv_indptr, last_page_len, page_size)
+        self.batch_indices, self._positions = ridgeline.get_batch_indices_positions(
+            qo_indptr, seq_lens, num_tokens
+        )
+        self.kv_indices, self.kv_indptr = inputs["kv_indices"], kv_indptr
+        self.last_page_len = last_page_len
+        self.qo_indptr = None if is_decode else qo_indptr
+        # One work list, which every layer's attention takes.
+        self.schedule = ridgeline.schedule(
+            qo_indptr=self.qo_indptr,
+            kv_indptr=kv_indptr,
+            kv_last_page_len=last_page_len,
+            page_size=page_size,
+            num_qo_tokens=num_tokens,
+            num_qo_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim_qk=config.head_dim,
+            causal=True,
+        )
+
+    def positions(self, num_tokens: int) -> Tensor:
+        """Return the tokens' positions, each in its own request."""
+        return self._positions[:num_tokens]
+
+    def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the new tokens' `k`, `v` in their pages and return what `q` attends to."""
+        pages = self.pool[layer_idx]
+        ridgeline.append_paged_kv_cache(
+            k,
+            v,
+            self.batch_indices,
+            self._positions,
+            pages,
+            self.kv_indices,
+            self.kv_indptr,
+            self.last_page_len,
+        )
+        return ridgeline.attention(
+            q,
+            pages,
+            qo_indptr=self.qo_indptr,
+            kv_indptr=self.kv_indptr,
+            kv_indices=self.kv_indices,
+            kv_last_page_len=self.last_page_len,
+            causal=True,
+            schedule=self.schedule,
+        )
+
+
+class Runner:
+    """Computes steps: their keys and values go to the pool, the best next tokens come back.
+
+    A decode step is padded to the next of a few batch sizes. With `use_graphs`, each of these is
+    recorded once, with the making of its work list, and replayed from then on.
+
+    Parameters
+    ----------
+    model
+        The weights; on a GPU, the current one.
+    num_pages, page_size
+        Of the pool.
+    max_requests, max_batch_tokens
+        Most requests and tokens of a step.
+    use_graphs
+        On a GPU only.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        num_pages: int,
+        page_size: int,
+        max_requests: int,
+        max_batch_tokens: int,
+        use_graphs: bool,
+    ) -> None:
+        config = model.config
+        self.model, self.page_size = model, page_size
+        self.pool = _new_pool(config, num_pages, page_size, model.embedding)
+        max_pages = -(-config.context // page_size)
+        self.inputs = StepInputs(max_requests, max_batch_tokens, max_pages, model.device)
+        self.batch_sizes = [*_powers_below(max_requests), max_requests]
+        self.num_replays = 0
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._warm_up(max_batch_tokens, use_graphs)
+
+    @torch.inference_mode()
+    def _warm_up(self, max_batch_tokens: int, use_graphs: bool) -> None:
+        """Load or compile every kernel, and record the graphs, on batches of padding alone."""
+        self.inputs.fill([], self.page_size, 1)
+        # The number of tokens chooses the kernel.
+        for num_tokens in [*_powers_below(max_batch_tokens), max_batch_tokens]:
+            self._compute(1, num_tokens, is_decode=False)
+        memory = torch.cuda.graph_pool_handle() if use_graphs else None
+        for batch_size in reversed(self.batch_sizes):
+            self.inputs.fill([], self.page_size, batch_size)
+            self._compute(batch_size, batch_size, is_decode=True)
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize()  # the inputs have been read, and may be filled again
+            if not use_graphs:
+                continue
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=memory):
+                chosen = self._compute(batch_size, batch_size, is_decode=True)
+            self._graphs[batch_size] = graph, chosen
+
+    @torch.inference_mode()
+    def step(self, parts: Sequence[Part]) -> list[int]:
+        """Compute `parts`; return the most likely token after each."""
+        is_decode = all(part.num_tokens == 1 for part in parts)
+        num_requests = num_tokens = len(parts)
+        if is_decode:
+            num_requests = num_tokens = min(s for s in self.batch_sizes if s >= len(parts))
+        else:
+            num_tokens = sum(part.num_tokens for part in parts)
+        self.inputs.fill(parts, self.page_size, num_requests)
+        if is_decode and self._graphs:
+            graph, chosen = self._graphs[num_requests]
+            graph.replay()
+            self.num_replays += 1
+        else:
+            chosen = self._compute(num_requests, num_tokens, is_decode)
+        # Waits for the device, so the next step may fill the inputs anew.
+        tokens: list[int] = chosen[: len(parts)].tolist()
+        return tokens
+
+    def _compute(self, num_requests: int, num_tokens: int, is_decode: bool) -> Tensor:
+        """Return the most likely next tokens `[num_requests]`; reads nothing on the host."""
+        cache = PagedCache(
+            self.model.config, self.pool, self.inputs, num_requests, num_tokens, is_decode
+        )
+        hidden = self.model.hidden(self.inputs["tokens"][:num_tokens], cache)
+        if not is_decode:
+            hidden = hidden[self.inputs["last_rows"][:num_requests]]
+        return self.model.logits(hidden).argmax(dim=-1)
+
+
+def _new_pool(config: Config, num_pages: int, page_size: int, like: Tensor) -> Tensor:
+    """Return ``[num_layers, num_pages, 2 (k, v), page_size, num_kv_heads, head_dim]``, zeros."""
+    page = (2, page_size, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, num_pages, *page)
+    try:
+        return like.new_zeros(shape)
+    except RuntimeError:  # torch's own, on the CPU; its OutOfMemoryError is one too
+        gigabytes = math.prod(shape) * like.element_size() / 1e9
+        raise DemoError(
+            f"--pages {num_pages}: the pool would take {gigabytes:,.1f} GB, more than "
+            f"{like.device} has free; pass fewer"
+        ) from None
+
+
+def _powers_below(limit: int) -> list[int]:
+    return [1 << power for power in range(limit.bit_length()) if 1 << power < limit]
