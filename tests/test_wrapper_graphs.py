@@ -29,7 +29,7 @@ from wrapper_problem import (
 pytestmark = pytest.mark.gpu
 
 GPU = torch.device("cuda", 0)
-PAGES = 400
+PAGES = 500
 TOKENS = 120
 
 
@@ -273,7 +273,7 @@ def test_cascade(rng: torch.Generator) -> None:
         rows: list[list[list[int]]] = [
             [starts, list(range(7))],
             [prefix, indptr],
-            [list(range(200, 320)), list(range(120))],
+            [list(range(300, 420)), list(range(120))],
             [[prefix_last], last],
         ]
         return [

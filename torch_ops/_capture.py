@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-is_capturing = torch.cuda.is_current_stream_capturing
+# Why the private name: what the public function calls, without its frame.
+is_capturing = getattr(
+    torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
+)
 
 
 def current_capture(device: torch.device) -> tuple[int, int] | None:
@@ -21,7 +24,7 @@ def current_capture(device: torch.device) -> tuple[int, int] | None:
     query = _capture_info()
     if query is None:
         return None
-    stream = torch._C._cuda_getCurrentRawStream(torch.cuda._utils._get_device_index(device, True))
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
     status, number = ctypes.c_int(), ctypes.c_uint64()
     failed = query(stream, ctypes.byref(status), ctypes.byref(number), None, None, None)
     return None if failed or status.value != 1 else (number.value, stream)

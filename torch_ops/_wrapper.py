@@ -27,6 +27,8 @@ _LOG2_E = math.log2(math.e)
 # Most work lists kept at a time; a step needs one for each mask that its layers use.
 _MAX_LISTS = 16
 
+# Index tensors, in the order of the ops' arguments.
+_INDEX = ("qo_indptr", "kv_indptr", "kv_indices", "kv_lens")
 Index = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -153,16 +155,11 @@ class Wrapper(OlderVerbs):
             _check.fail(where, "max_q_len", "at least 0", max_q_len, "Leave it out.")
         self._q_dtype = dtypes_of(where, *dtypes)
         device = self._device_for(index)
-        placed = {
-            kind: self._place(where, kind, name, tensor, device, non_blocking)
-            for kind, (name, tensor) in index.items()
-        }
-        self._index = (
-            placed.get("qo_indptr"),
-            placed.get("kv_indptr"),
-            placed.get("kv_indices"),
-            placed.get("kv_lens"),
-        )
+        placed: dict[str, Tensor | None] = dict.fromkeys(_INDEX)
+        for kind, (name, tensor) in index.items():
+            placed[kind] = self._place(where, kind, name, tensor, device, non_blocking)
+        qo_indptr, kv_indptr, kv_indices, kv_lens = placed.values()
+        self._index = (qo_indptr, kv_indptr, kv_indices, kv_lens)
         self._shape = shape
         self._options = options
         self._max_q_len = -1 if max_q_len is None else max_q_len
@@ -196,14 +193,16 @@ class Wrapper(OlderVerbs):
         non_blocking: bool,
     ) -> Tensor:
         """An index tensor on the device: itself, a copy on its way, or the buffer that has it."""
-        _check_int32(where, name, tensor)
-        if tensor.device != device and tensor.device.type != "cpu":
+        if tensor.dtype is not torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
+            _check_int32(where, name, tensor)
+        there = tensor.device == device
+        if not there and tensor.device.type != "cpu":
             expected = f"device {device}, or the CPU"
             way_out = f"Move it with .to({str(device)!r}), or make the wrapper on its device."
             _check.fail(where, name, expected, tensor.device, way_out)
         buffer = self._buffers.get(kind)
         if buffer is None:
-            return tensor.to(device, non_blocking=non_blocking)
+            return tensor if there else tensor.to(device, non_blocking=non_blocking)
         length, capacity = tensor.shape[0], buffer.shape[0]
         if length > capacity:
             way_out = "Make the wrapper with larger buffers."
@@ -264,8 +263,6 @@ class Wrapper(OlderVerbs):
 
     def _call(self, op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Any:
         """Call an op; what differs from the plan is named as the plan names it."""
-        if is_compiling():
-            return op(*args)
         try:
             return call(op, *args)
         except (RuntimeError, ValueError, TypeError):

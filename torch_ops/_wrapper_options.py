@@ -49,6 +49,8 @@ def as_dtype(where: str, name: str, value: object) -> torch.dtype:
 def dtypes_of(where: str, q: object, kv: object, out: object) -> torch.dtype:
     """The dtype of queries, cache and output, which is one so far."""
     dtype = as_dtype(where, "q_data_type", q)
+    if dtype in _DTYPES and (kv is None or kv is q) and (out is None or out is q):
+        return dtype
     one_of(where, "q_data_type", dtype, _DTYPES)
     for name, value in (("kv_data_type", kv), ("o_data_type", out)):
         if value is not None and as_dtype(where, name, value) != dtype:
