@@ -138,6 +138,9 @@ def test_sizes_of_plan(device: torch.device, rng: torch.Generator) -> None:
         wrapper.plan(*table, 4, 2, 64, 16, q_len_per_req=0)
     with pytest.raises(ValueError, match="'last_page_len'"):
         wrapper.plan(*table[:2], table[2][1:], 4, 2, 64, 16)
+    for tables in ((table[0][1:], *table[1:]), (table[0][:0], *table[1:])):
+        with pytest.raises(ValueError, match=r"'(indptr|last_page_len)'.*batch_size"):
+            wrapper.plan(*tables, 4, 2, 64, 16)
     with pytest.raises((ValueError, RuntimeError), match="'page_size'"):
         wrapper.plan(*table, 4, 2, 64, 0)
     with pytest.raises((ValueError, RuntimeError), match="'head_dim_qk'"):

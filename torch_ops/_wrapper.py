@@ -153,13 +153,26 @@ class Wrapper(OlderVerbs):
             _check.fail(where, "num_qo_heads", expected, shape.num_qo_heads, way_out)
         if max_q_len is not None and max_q_len < 0:
             _check.fail(where, "max_q_len", "at least 0", max_q_len, "Leave it out.")
-        self._q_dtype = dtypes_of(where, *dtypes)
+        dtype = dtypes_of(where, *dtypes)
         device = self._device_for(index)
-        placed: dict[str, Tensor | None] = dict.fromkeys(_INDEX)
+        batch_size = -1
         for kind, (name, tensor) in index.items():
-            placed[kind] = self._place(where, kind, name, tensor, device, non_blocking)
+            self._check_index(where, kind, name, tensor, device)
+            if kind != "kv_indices" and name != "q_len_per_req":
+                size = tensor.shape[0] if kind == "kv_lens" else tensor.shape[0] - 1
+                if size < 0 or (size != batch_size and batch_size >= 0):
+                    expected = "one batch_size for all index tensors"
+                    got = f"shape {list(tensor.shape)}"
+                    way_out = "indptr tensors have batch_size + 1 elements, lengths batch_size."
+                    _check.fail(where, name, expected, got, way_out)
+                batch_size = size
+        # Every tensor is checked before the first buffer changes.
+        placed: dict[str, Tensor | None] = dict.fromkeys(_INDEX)
+        for kind, (_, tensor) in index.items():
+            placed[kind] = self._place(kind, tensor, device, non_blocking)
         qo_indptr, kv_indptr, kv_indices, kv_lens = placed.values()
         self._index = (qo_indptr, kv_indptr, kv_indices, kv_lens)
+        self._q_dtype = dtype
         self._shape = shape
         self._options = options
         self._max_q_len = -1 if max_q_len is None else max_q_len
@@ -183,34 +196,32 @@ class Wrapper(OlderVerbs):
         self._on_gpu = device.type == "cuda"
         return device
 
-    def _place(
-        self,
-        where: str,
-        kind: str,
-        name: str,
-        tensor: Tensor,
-        device: torch.device,
-        non_blocking: bool,
-    ) -> Tensor:
-        """An index tensor on the device: itself, a copy on its way, or the buffer that has it."""
+    def _check_index(
+        self, where: str, kind: str, name: str, tensor: Tensor, device: torch.device
+    ) -> None:
         if tensor.dtype is not torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
             _check_int32(where, name, tensor)
-        there = tensor.device == device
-        if not there and tensor.device.type != "cpu":
+        if tensor.device != device and tensor.device.type != "cpu":
             expected = f"device {device}, or the CPU"
             way_out = f"Move it with .to({str(device)!r}), or make the wrapper on its device."
             _check.fail(where, name, expected, tensor.device, way_out)
         buffer = self._buffers.get(kind)
+        if buffer is not None and tensor.shape[0] > buffer.shape[0]:
+            expected = f"at most the {buffer.shape[0]} elements of its buffer"
+            way_out = "Make the wrapper with larger buffers."
+            _check.fail(where, name, expected, tensor.shape[0], way_out)
+
+    def _place(self, kind: str, tensor: Tensor, device: torch.device, non_blocking: bool) -> Tensor:
+        """An index tensor on the device: itself, a copy on its way, or the buffer that has it."""
+        buffer = self._buffers.get(kind)
         if buffer is None:
+            there = tensor.device == device
             return tensor if there else tensor.to(device, non_blocking=non_blocking)
         length, capacity = tensor.shape[0], buffer.shape[0]
-        if length > capacity:
-            way_out = "Make the wrapper with larger buffers."
-            _check.fail(where, name, f"at most the {capacity} of its buffer", length, way_out)
         buffer[:length].copy_(tensor, non_blocking=non_blocking)
         if length < capacity and kind == "kv_lens":
             buffer[length:].zero_()
-        elif length < capacity and kind != "kv_indices" and length:
+        elif length < capacity and kind != "kv_indices":
             # Requests that are not there are empty ones.
             buffer[length:].copy_(buffer[length - 1 : length].expand(capacity - length))
         return buffer

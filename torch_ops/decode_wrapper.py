@@ -146,7 +146,6 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         where = self._where("plan")
         if q_len_per_req < 1:
             _check.fail(where, "q_len_per_req", "at least 1", q_len_per_req, "Leave it out.")
-        self._lens_are_for(where, indptr, last_page_len)
         same = invariant(where, batch_invariant, fixed_split_size, disable_split_kv)
         options = self._options_of(
             where, head_dim, causal=q_len_per_req > 1, window_left=window_left,
@@ -163,7 +162,6 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         if q_len_per_req > 1:
             self._device_for(index)
             index["qo_indptr"] = ("q_len_per_req", self._every(q_len_per_req, batch_size))
-        self._q_len_per_req = q_len_per_req
         self._plan(
             index,
             Shape(num_qo_heads, num_kv_heads, head_dim, head_dim_vo or head_dim, page_size),
@@ -174,6 +172,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             non_blocking=non_blocking,
             validate=validate,
         )
+        self._q_len_per_req = q_len_per_req
 
     begin_forward = plan
 
@@ -239,11 +238,6 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             pos_encoding_mode=pos_encoding_mode, rope_theta=rope_theta,
         )  # fmt: skip
         return options._replace(flags=self._options.flags)
-
-    def _lens_are_for(self, where: str, indptr: Tensor, last_page_len: Tensor) -> None:
-        if last_page_len.dim() == indptr.dim() == 1:
-            length = indptr.shape[0] - 1
-            _check.shape(where, "last_page_len", last_page_len, (length,), "[batch_size]")
 
     def _every(self, q_len: int, batch_size: int) -> Tensor:
         """``qo_indptr`` of requests of one length; with buffers the same tensor every time."""

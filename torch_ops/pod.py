@@ -38,15 +38,15 @@ class _Pod(OlderVerbs):
         return self._parts[0].is_cuda_graph_enabled
 
     def _refuse(
-        self, args: tuple[object, ...], kv_layouts: tuple[str | None, ...], enable_pdl: bool | None,
+        self, args: tuple[object, ...], kv_layouts: dict[str, str | None], enable_pdl: bool | None,
         **later: object,
     ) -> None:  # fmt: skip
         where = f"{self._name}.run"
         refuse_run_options(where, args, **later)
         one_of(where, "enable_pdl", enable_pdl, (None, False, True))
         own = self._parts[0]._kv_layout
-        for kv_layout in kv_layouts:
-            one_of(where, "kv_layout_d", kv_layout, (None, own))
+        for name, kv_layout in kv_layouts.items():
+            one_of(where, name, kv_layout, (None, own))
 
 
 def _changed(part: PagedWrapper, plan: dict[str, Any], causal: bool, **given: Any) -> Options:
@@ -222,7 +222,7 @@ class PODWithPagedKVCacheWrapper(_Pod):
             ``[batch_size, num_qo_heads, head_dim]``; with `return_lse_d` also its LSE.
         """
         self._refuse(
-            args, (kv_layout_d,), enable_pdl, custom_mask_p=custom_mask_p,
+            args, {"kv_layout_d": kv_layout_d}, enable_pdl, custom_mask_p=custom_mask_p,
             packed_custom_mask_p=packed_custom_mask_p, custom_mask_d=custom_mask_d,
             packed_custom_mask_d=packed_custom_mask_d, q_scale=q_scale, k_scale=k_scale,
             v_scale=v_scale,
@@ -412,7 +412,8 @@ class BatchPODWithPagedKVCacheWrapper(_Pod):
             LSE beside it.
         """
         self._refuse(
-            args, (kv_layout_p, kv_layout_d), enable_pdl, custom_mask_p=custom_mask_p,
+            args, {"kv_layout_p": kv_layout_p, "kv_layout_d": kv_layout_d}, enable_pdl,
+            custom_mask_p=custom_mask_p,
             packed_custom_mask_p=packed_custom_mask_p, custom_mask_d=custom_mask_d,
             packed_custom_mask_d=packed_custom_mask_d, q_scale=q_scale, k_scale=k_scale,
             v_scale=v_scale,
