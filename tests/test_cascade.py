@@ -174,10 +174,14 @@ def test_shared_prefix(
     table = tree.levels[1]
     wrapper: Any
     if decode:
-        wrapper = ridgeline.BatchDecodeWithSharedPrefixPagedKVCacheWrapper(None, layout)
+        wrapper = ridgeline.BatchDecodeWithSharedPrefixPagedKVCacheWrapper(
+            None, layout, device=device
+        )
         wrapper.begin_forward(*table[1:], *HEADS, DIM, PAGE)
     else:
-        wrapper = ridgeline.BatchPrefillWithSharedPrefixPagedKVCacheWrapper(None, layout)
+        wrapper = ridgeline.BatchPrefillWithSharedPrefixPagedKVCacheWrapper(
+            None, layout, device=device
+        )
         wrapper.begin_forward(*table, *HEADS, DIM, PAGE)
     options: dict[str, Any] = {} if decode else {"causal": True}
     for sm_scale in (None, 0.3):
