@@ -12,6 +12,17 @@ from .attention import (
     single_prefill_with_kv_cache_return_lse,
 )
 from .batch_attention import attention, schedule
+from .batch_wrapper import BatchAttention
+from .cascade import (
+    BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
+    BatchPrefillWithSharedPrefixPagedKVCacheWrapper,
+    MultiLevelCascadeAttentionWrapper,
+)
+from .decode_wrapper import (
+    BatchDecodeWithPagedKVCacheWrapper,
+    CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
+    fast_decode_plan,
+)
 from .merge import merge_state, merge_state_in_place, merge_states
 from .norm import fused_add_rmsnorm, rmsnorm
 from .page import (
@@ -21,6 +32,11 @@ from .page import (
     get_seq_lens,
 )
 from .page_copy import copy_pages
+from .pod import BatchPODWithPagedKVCacheWrapper, PODWithPagedKVCacheWrapper
+from .prefill_wrapper import (
+    BatchPrefillWithPagedKVCacheWrapper,
+    BatchPrefillWithRaggedKVCacheWrapper,
+)
 from .quantization import packbits, segment_packbits
 from .rope import apply_rope_pos_ids, apply_rope_pos_ids_inplace
 from .sampling import (
@@ -45,6 +61,16 @@ from .warmup import Warmup, warmup
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchAttention",
+    "BatchDecodeWithPagedKVCacheWrapper",
+    "BatchDecodeWithSharedPrefixPagedKVCacheWrapper",
+    "BatchPODWithPagedKVCacheWrapper",
+    "BatchPrefillWithPagedKVCacheWrapper",
+    "BatchPrefillWithRaggedKVCacheWrapper",
+    "BatchPrefillWithSharedPrefixPagedKVCacheWrapper",
+    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+    "MultiLevelCascadeAttentionWrapper",
+    "PODWithPagedKVCacheWrapper",
     "Support",
     "Warmup",
     "append_paged_kv_cache",
@@ -54,6 +80,7 @@ __all__ = [
     "attention",
     "chain_speculative_sampling",
     "copy_pages",
+    "fast_decode_plan",
     "fused_add_rmsnorm",
     "get_batch_indices_positions",
     "get_seq_lens",

@@ -1,0 +1,423 @@
+"""What every wrapper does: keep a plan, share its work list, call the op.
+
+`Wrapper` stores index tensors and options (`_plan`), makes work lists and shares them between the
+runs of a plan or of a CUDA-graph capture (`_list_for`), and calls the narrow op wherever it serves
+(`_run`). All checks that a plan can do are done there: a run is little more than the op's own call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _check
+from ._attention_cpu import check_values, one_of
+from ._batch_attention_cpu import BATCH_INVARIANT, CAUSAL, HND, validate_contents
+from ._capture import current_capture, is_capturing
+from ._older_verbs import OlderVerbs
+from ._ops import call, is_compiling, is_grad_enabled, refuse_grad
+from ._wrapper_options import dtypes_of, refuse_backend
+from .batch_attention import _FULL, _NARROW, _POS_ENCODING_MODES, _SCHEDULE, _into
+
+_LOG2_E = math.log2(math.e)
+# Most work lists kept at a time; a step needs one for each mask that its layers use.
+_MAX_LISTS = 16
+
+# Index tensors, in the order of the ops' arguments.
+_INDEX = ("qo_indptr", "kv_indptr", "kv_indices", "kv_lens")
+Index = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Result = Tensor | tuple[Tensor, Tensor]
+
+
+class Options(NamedTuple):
+    """Options of a run, as the ops take them."""
+
+    flags: int
+    window_left: int
+    sm_scale: float
+    # Soft cap, pos_encoding_mode, rope_scale, rope_theta, use_fp16_qk_reduction of the full op;
+    # None where the narrow one serves.
+    full: tuple[float, int, float, float, bool] | None
+
+
+class Shape(NamedTuple):
+    """Head counts, head dims and page size of a plan."""
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim_qk: int
+    head_dim_vo: int
+    page_size: int
+
+
+class Wrapper(OlderVerbs):
+    """Base of the wrappers; the classes that callers name add their own arguments.
+
+    Index tensors are called as the op calls them: qo_indptr, kv_indptr, kv_indices, kv_lens.
+    """
+
+    def __init__(
+        self,
+        float_workspace_buffer: Tensor | None,
+        kv_layout: str,
+        use_cuda_graph: bool,
+        buffers: Mapping[str, tuple[str, Tensor | None]],
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        self._name = type(self).__name__
+        one_of(self._name, "kv_layout", kv_layout, ("NHD", "HND"))
+        refuse_backend(self._name, backend)
+        self._kv_layout = kv_layout
+        self._use_cuda_graph = bool(use_cuda_graph)
+        self._buffers: dict[str, Tensor] = {}
+        for kind, (name, buffer) in buffers.items():
+            if (buffer is not None) != self._use_cuda_graph:
+                expected = "a tensor exactly when use_cuda_graph is True"
+                got = "None" if buffer is None else "a tensor"
+                _check.fail(self._name, name, expected, got, "Pass both or neither.")
+            if buffer is not None:
+                _check_int32(self._name, name, buffer)
+                self._buffers[kind] = buffer
+        given = device
+        if given is None and float_workspace_buffer is not None:
+            given = float_workspace_buffer.device
+        if given is None and self._buffers:
+            given = next(iter(self._buffers.values())).device
+        self._device = None if given is None else torch.device(given)
+        # Why not with buffers: the graph that reads them contains its own schedule.
+        self._schedules_in_plan = not self._use_cuda_graph
+        self._on_gpu = False
+        self._index: Index | None = None
+        self._options = Options(0, -1, 1.0, None)
+        self._unvalidated = False
+        self._lists: dict[tuple[int, ...], Tensor] = {}
+        self._capture = -1
+        self._captured_lists: dict[tuple[int, ...], Tensor] = {}
+        self._captured_indices: list[Index] = []
+
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        """Whether the wrapper was made with ``use_cuda_graph=True``."""
+        return self._use_cuda_graph
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the index tensors are; None before the first plan where nothing has told."""
+        return self._device
+
+    def schedule(self, num_qo_tokens: int, *, window_left: int | None = None) -> Tensor:
+        """Make the work list of the plan, for the `schedule` argument of `run`.
+
+        Eager runs share one by themselves. A compiled graph makes it once with this (or with
+        `ridgeline.schedule`) and passes it to every layer.
+
+        Parameters
+        ----------
+        num_qo_tokens : int
+            Rows of ``q``.
+        window_left : int, optional
+            The runs' window, where it is not the plan's.
+
+        Returns
+        -------
+        Tensor
+            Int32.
+        """
+        self._planned()
+        options = self._options
+        window = options.window_left if window_left is None else window_left
+        return self._make_list(num_qo_tokens, options.flags, window)
+
+    def _plan(
+        self,
+        index: Mapping[str, tuple[str, Tensor]],
+        shape: Shape,
+        options: Options,
+        dtypes: tuple[object, object, object],
+        *,
+        num_tokens: int | None,
+        max_q_len: int | None = None,
+        non_blocking: bool = True,
+        validate: bool = False,
+    ) -> None:
+        """Store a plan; make its work list where the number of queries is known."""
+        where = self._where("plan")
+        if shape.num_kv_heads < 1 or shape.num_qo_heads % shape.num_kv_heads:
+            expected = f"a multiple of num_kv_heads ({shape.num_kv_heads})"
+            way_out = "Pass the model's numbers of heads."
+            _check.fail(where, "num_qo_heads", expected, shape.num_qo_heads, way_out)
+        if max_q_len is not None and max_q_len < 0:
+            _check.fail(where, "max_q_len", "at least 0", max_q_len, "Leave it out.")
+        dtype = dtypes_of(where, *dtypes)
+        device = self._device_for(index)
+        batch_size = -1
+        for kind, (name, tensor) in index.items():
+            self._check_index(where, kind, name, tensor, device)
+            if kind != "kv_indices" and name != "q_len_per_req":
+                size = tensor.shape[0] if kind == "kv_lens" else tensor.shape[0] - 1
+                if size < 0 or (size != batch_size and batch_size >= 0):
+                    expected = "one batch_size for all index tensors"
+                    got = f"shape {list(tensor.shape)}"
+                    way_out = "indptr tensors have batch_size + 1 elements, lengths batch_size."
+                    _check.fail(where, name, expected, got, way_out)
+                batch_size = size
+        # Every tensor is checked before the first buffer changes.
+        placed: dict[str, Tensor | None] = dict.fromkeys(_INDEX)
+        for kind, (_, tensor) in index.items():
+            placed[kind] = self._place(kind, tensor, device, non_blocking)
+        qo_indptr, kv_indptr, kv_indices, kv_lens = placed.values()
+        self._index = (qo_indptr, kv_indptr, kv_indices, kv_lens)
+        self._q_dtype = dtype
+        self._shape = shape
+        self._options = options
+        self._max_q_len = -1 if max_q_len is None else max_q_len
+        self._unvalidated = validate
+        self._lists = {}
+        self._captured_lists = {}
+        if num_tokens is not None and self._schedules_in_plan:
+            self._list_for(num_tokens, options)
+
+    def _device_for(self, index: Mapping[str, tuple[str, Tensor]]) -> torch.device:
+        """Device of the plan: the one that was given, else that of a tensor on a GPU."""
+        device = self._device
+        if device is None:
+            devices = [tensor.device for _, tensor in index.values()]
+            device = next((d for d in devices if d.type != "cpu"), devices[0])
+            if device.type == "cpu" and torch.cuda.is_available():
+                device = torch.device("cuda", torch.cuda.current_device())
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self._device = device
+        self._on_gpu = device.type == "cuda"
+        return device
+
+    def _check_index(
+        self, where: str, kind: str, name: str, tensor: Tensor, device: torch.device
+    ) -> None:
+        if tensor.dtype is not torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
+            _check_int32(where, name, tensor)
+        if tensor.device != device and tensor.device.type != "cpu":
+            expected = f"device {device}, or the CPU"
+            way_out = f"Move it with .to({str(device)!r}), or make the wrapper on its device."
+            _check.fail(where, name, expected, tensor.device, way_out)
+        buffer = self._buffers.get(kind)
+        if buffer is not None and tensor.shape[0] > buffer.shape[0]:
+            expected = f"at most the {buffer.shape[0]} elements of its buffer"
+            way_out = "Make the wrapper with larger buffers."
+            _check.fail(where, name, expected, tensor.shape[0], way_out)
+
+    def _place(self, kind: str, tensor: Tensor, device: torch.device, non_blocking: bool) -> Tensor:
+        """An index tensor on the device: itself, a copy on its way, or the buffer that has it."""
+        buffer = self._buffers.get(kind)
+        if buffer is None:
+            there = tensor.device == device
+            return tensor if there else tensor.to(device, non_blocking=non_blocking)
+        length, capacity = tensor.shape[0], buffer.shape[0]
+        buffer[:length].copy_(tensor, non_blocking=non_blocking)
+        if length < capacity and kind == "kv_lens":
+            buffer[length:].zero_()
+        elif length < capacity and kind != "kv_indices":
+            # Requests that are not there are empty ones.
+            buffer[length:].copy_(buffer[length - 1 : length].expand(capacity - length))
+        return buffer
+
+    def _run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: Options,
+        out: Tensor | None,
+        lse: Tensor | None,
+        return_lse: bool,
+        schedule: Tensor | None,
+        lse_base: str,
+        lse_layout: str,
+    ) -> Result:
+        index = self._index
+        if index is None:
+            self._planned()
+        if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            refuse_grad(self._where("run"), q, k, v)
+        if q.dtype != self._q_dtype or self._unvalidated:
+            self._check_run(q, k, options)
+        if schedule is None:
+            schedule = self._list_for(q.shape[0], options)
+        flags, window_left, sm_scale, full = options
+        args: tuple[Any, ...]
+        args = (q, k, v, *index, schedule, flags, self._max_q_len, window_left, sm_scale)  # type: ignore[misc]
+        if (
+            full is None
+            and not return_lse
+            and lse is None
+            and (lse_base == "ln" and lse_layout == "NH")
+        ):
+            result: Tensor = self._call(_NARROW, args)
+            return result if out is None else _into(self._where("run"), "out", out, result)
+        one_of(self._where("run"), "lse_base", lse_base, ("ln", "log2"))
+        one_of(self._where("run"), "lse_layout", lse_layout, ("NH", "HN"))
+        both: tuple[Tensor, Tensor]
+        both = self._call(_FULL, (*args, *((0.0, 0, 1.0, 1e4, False) if full is None else full)))
+        result, logs = both
+        if lse_base == "log2":
+            logs = logs * _LOG2_E
+        if lse_layout == "HN":
+            logs = logs.t().contiguous()
+        result = result if out is None else _into(self._where("run"), "out", out, result)
+        logs = logs if lse is None else _into(self._where("run"), "lse", lse, logs)
+        return (result, logs) if return_lse else result
+
+    def _call(self, op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Any:
+        """Call an op; what differs from the plan is named as the plan names it."""
+        try:
+            return call(op, *args)
+        except (RuntimeError, ValueError, TypeError):
+            self._explain(*args[:3])
+            raise
+
+    def _list_for(self, num_tokens: int, options: Options) -> Tensor | None:
+        """The work list that the runs of this plan, or of this capture, share.
+
+        Made when first asked for. None: the run has to make its own.
+        """
+        flags, window_left = options[:2]
+        if is_compiling():
+            return self._make_list(num_tokens, flags, window_left)
+        lists = self._lists
+        key: tuple[int, ...] = (num_tokens, flags, window_left)
+        if self._on_gpu and is_capturing():
+            assert self._device is not None
+            found = current_capture(self._device)
+            if found is None:
+                return None
+            capture, stream = found
+            if capture != self._capture:
+                self._capture, self._captured_lists = capture, {}
+                if not self._use_cuda_graph:
+                    # The graph reads these tensors at every replay, whatever is planned later.
+                    assert self._index is not None
+                    self._captured_indices.append(self._index)
+            lists = self._captured_lists
+            # Why the stream: another one of the capture need not wait for the one that made it.
+            key = (*key, stream)
+        work = lists.get(key)
+        if work is None:
+            if len(lists) >= _MAX_LISTS:
+                lists.clear()
+            work = lists[key] = self._make_list(num_tokens, flags, window_left)
+        return work
+
+    def _make_list(self, num_tokens: int, flags: int, window_left: int) -> Tensor:
+        assert self._index is not None
+        qo_indptr, kv_indptr, _, kv_lens = self._index
+        shape = self._shape
+        work: Tensor = call(
+            _SCHEDULE, qo_indptr, kv_indptr, kv_lens, flags & ~HND, shape.page_size, num_tokens,
+            shape.num_qo_heads, shape.num_kv_heads, shape.head_dim_qk, shape.head_dim_vo,
+            self._max_q_len, window_left,
+        )  # fmt: skip
+        return work
+
+    def _options_of(
+        self,
+        where: str,
+        head_dim_qk: int,
+        *,
+        causal: bool = False,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        pos_encoding_mode: str = "NONE",
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        use_fp16_qk_reduction: bool = False,
+        batch_invariant: bool = False,
+        lens_flag: int = 0,
+    ) -> Options:
+        """Check options and bring them into the form of the ops."""
+        if pos_encoding_mode == "ALIBI":
+            way_out = 'Use "NONE" or "ROPE_LLAMA".'
+            _check.not_yet(where, "pos_encoding_mode", pos_encoding_mode, way_out)
+        one_of(where, "pos_encoding_mode", pos_encoding_mode, tuple(_POS_ENCODING_MODES))
+        for name, value in (("rope_scale", rope_scale), ("rope_theta", rope_theta)):
+            if value is not None and pos_encoding_mode == "NONE":
+                way_out = 'Pass pos_encoding_mode="ROPE_LLAMA", or leave it out.'
+                _check.fail(where, name, "None with pos_encoding_mode NONE", value, way_out)
+        cap = 0.0 if logits_soft_cap is None else float(logits_soft_cap)
+        rope = (
+            1.0 if rope_scale is None else float(rope_scale),
+            1e4 if rope_theta is None else float(rope_theta),
+        )
+        check_values(where, window_left, cap, *rope)
+        flags = (
+            (HND if self._kv_layout == "HND" else 0)
+            + (CAUSAL if causal else 0)
+            + (BATCH_INVARIANT if batch_invariant else 0)
+            + lens_flag
+        )
+        plain = cap == 0.0 and pos_encoding_mode == "NONE" and not use_fp16_qk_reduction
+        mode = _POS_ENCODING_MODES[pos_encoding_mode]
+        return Options(
+            flags,
+            window_left,
+            (head_dim_qk or 1) ** -0.5 if sm_scale is None else float(sm_scale),
+            None if plain else (cap, mode, *rope, bool(use_fp16_qk_reduction)),
+        )
+
+    def _with_window(self, window_left: int) -> Options:
+        """The plan's options with another window."""
+        if window_left < -1:
+            where = self._where("run")
+            _check.fail(where, "window_left", "at least -1", window_left, "-1 turns it off.")
+        return self._options._replace(window_left=window_left)
+
+    def _check_run(self, q: Tensor, k: Tensor, options: Options) -> None:
+        """What a run asks beside what the op does: the plan's dtype, and contents if asked to."""
+        where = self._where("run")
+        if q.dtype != self._q_dtype:
+            expected = f"dtype {self._q_dtype}, the q_data_type of plan"
+            way_out = f"Pass q_data_type={q.dtype} to plan."
+            raise TypeError(_check.message(where, "q", expected, q.dtype, way_out))
+        if is_compiling() or (self._on_gpu and is_capturing()):
+            way_out = "Run once eagerly first, or plan without validate=True."
+            _check.fail(where, "validate", "False inside a graph", True, way_out)
+        assert self._index is not None
+        validate_contents(where, q, k, *self._index, options.flags)
+        self._unvalidated = False
+
+    def _explain(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Raise where tensors differ from what the plan was told."""
+        if q.dim() != 3 or k.dim() not in (3, 4) or v.dim() != k.dim():
+            return
+        shape = self._shape
+        heads_dim, tokens_dim = (-3, -2) if self._kv_layout == "HND" else (-2, -3)
+        got = Shape(
+            q.shape[1],
+            k.shape[heads_dim],
+            q.shape[2],
+            v.shape[-1],
+            k.shape[tokens_dim] if k.dim() == 4 else shape.page_size,
+        )
+        for name, planned, given in zip(Shape._fields, shape, got, strict=True):
+            if planned != given:
+                expected = f"{planned}, as plan was told"
+                way_out = "Plan with the numbers of these tensors (and check kv_layout)."
+                _check.fail(self._where("run"), name, expected, given, way_out)
+
+    def _planned(self) -> None:
+        if self._index is None:
+            raise RuntimeError(f"ridgeline.{self._where('run')}: call plan() first.")
+
+    def _where(self, method: str) -> str:
+        return f"{self._name}.{method}"
+
+
+def _check_int32(where: str, name: str, tensor: Tensor) -> None:
+    _check.dtype(where, name, tensor, (torch.int32,))
+    _check.rank(where, name, tensor, 1)
+    _check.last_stride(where, name, tensor)
