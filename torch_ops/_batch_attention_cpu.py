@@ -23,6 +23,8 @@ _MAX_CTAS = 1024
 _CUT_TILES_AT = 16 + _MAX_CTAS + 16
 _CUT_TILE_WORDS = 8
 _RECORD_WORDS = 12
+_REQUEST_WORDS = 4
+_ITEM_WORDS = 4
 _INVARIANT_PIECES = 8
 _MIN_TALL_TILE = 64
 _TAG_SIZES = 1021
@@ -46,14 +48,14 @@ def _list_length(
     )
     cut_tiles = batch_size * num_kv_heads if invariant else _MAX_CTAS
     records = items * num_kv_heads + _MAX_CTAS
-    item_starts_at = _CUT_TILES_AT + cut_tiles * _CUT_TILE_WORDS + records * _RECORD_WORDS
-    costs_at = (item_starts_at + batch_size + 2) // 2 * 2
+    requests_at = _CUT_TILES_AT + cut_tiles * _CUT_TILE_WORDS + records * _RECORD_WORDS
+    costs_at = requests_at + batch_size * _REQUEST_WORDS + items * _ITEM_WORDS
     config = num_qo_heads
     for value in (
         num_kv_heads, *head_dims, flags & (CAUSAL | BATCH_INVARIANT | LENS_ARE_TOKENS), page_size
     ):  # fmt: skip
         config = (config * 31 + value) % _TAG_SIZES
-    return costs_at + 2 * (items + 1) + config
+    return costs_at + 2 * (items + 1) + batch_size + 1 + config
 
 
 def _check_index(

@@ -24,7 +24,7 @@ constexpr bool is_paged(KvForm form) {
 }
 
 // One query tile of one KV head against a range of keys.
-struct WorkRecord {
+struct alignas(16) WorkRecord {
   int segment_height;  // segment * 256 + index of the tile height in the kernel's list of heights
   int request;
   int kv_head;
@@ -41,7 +41,7 @@ inline constexpr int kRecordWords = 12;
 static_assert(sizeof(WorkRecord) == kRecordWords * 4, "whole words");
 
 // A tile whose keys were cut into parts, which lie piece_stride rows apart, in order.
-struct CutTile {
+struct alignas(16) CutTile {
   int q_begin;      // the request's first token in q
   int q_row_begin;  // first packed row
   int kv_head;
@@ -71,14 +71,20 @@ inline constexpr int kMinTallTile = 64;  // rows of the smallest tile for more t
 inline constexpr int kInvariantPieces = 8;
 inline constexpr int kInvariantTiles = 8;
 
+// The scheduler's own: what it knows of a request, and of an item.
+inline constexpr int kRequestWords = 4;
+inline constexpr int kItemWords = 4;
+
 // Sizes and places of a list's parts, in words.
 struct ListLayout {
   int64 max_items;  // query tiles, and parts of them where batch_invariant cuts them
   int64 max_cut_tiles;
   int64 max_records;
   int64 records_at;
-  int64 item_starts_at;  // [batch_size + 1]
+  int64 requests_at;     // [batch_size] of kRequestWords
+  int64 items_at;        // [max_items] of kItemWords
   int64 costs_at;        // [max_items + 1], int64
+  int64 item_starts_at;  // [batch_size + 1]
   int64 num_words;
 };
 
@@ -90,16 +96,18 @@ constexpr ListLayout list_layout(int64 batch_size, int64 num_tokens, int64 group
   layout.max_cut_tiles = invariant ? batch_size * num_kv_heads : kMaxBatchCtas;
   layout.max_records = layout.max_items * num_kv_heads + kMaxBatchCtas;
   layout.records_at = kCutTilesAt + layout.max_cut_tiles * kCutTileWords;
-  layout.item_starts_at = layout.records_at + layout.max_records * kRecordWords;
-  layout.costs_at = (layout.item_starts_at + batch_size + 2) / 2 * 2;
-  layout.num_words = layout.costs_at + 2 * (layout.max_items + 1);
+  layout.requests_at = layout.records_at + layout.max_records * kRecordWords;
+  layout.items_at = layout.requests_at + batch_size * kRequestWords;
+  layout.costs_at = layout.items_at + layout.max_items * kItemWords;
+  layout.item_starts_at = layout.costs_at + 2 * (layout.max_items + 1);
+  layout.num_words = layout.item_starts_at + batch_size + 1;
   return layout;
 }
 
 // A tile height of the kernel, and what the scheduler must know of it.
 struct TileHeight {
-  int tile_q;
-  int kv_tile;
+  Divider tile_q;    // rows
+  Divider kv_tile;   // keys
   int step_cost;     // time of one KV tile, relative
   int tile_cost;     // time of a query tile beside its KV tiles
   int min_kv_tiles;  // of a part: less is not worth a partial result
@@ -110,7 +118,7 @@ struct ScheduleParams {
   const int* kv_indptr;  // [batch_size + 1]; null: padded
   const int* kv_lens;    // [batch_size]; null: ragged
   int* list;
-  int64 records_at, item_starts_at, costs_at;  // words
+  int64 records_at, requests_at, items_at, costs_at, item_starts_at;  // words
   int max_items;
   int batch_size;
   int num_tokens;  // rows of q
@@ -120,9 +128,10 @@ struct ScheduleParams {
   int causal;
   int window_left;
   int num_ctas;
-  int num_heights;  // 1 or 2; with two, requests of up to tile_q rows of the first take it
+  Divider cta_count;  // num_ctas
+  int num_heights;    // 1 or 2; with two, requests of up to tile_q rows of the first take it
   TileHeight heights[2];
-  int group_size;
+  Divider group_size;
   Divider num_kv_heads;
   int invariant;
   int slot_rows;  // rows of a partial result

@@ -194,8 +194,8 @@ TileHeight tile_height(int dims, int tile_q, int sm) {
   const int kv_tile = tile_of(dims, tile_q, sm).kv_tile;
   const int per_64_keys = tile_q == 64 ? 3 : 4;
   const bool tall = tile_q > 16;
-  return {.tile_q = tile_q,
-          .kv_tile = kv_tile,
+  return {.tile_q = make_divider(static_cast<uint32>(tile_q)),
+          .kv_tile = make_divider(static_cast<uint32>(kv_tile)),
           .step_cost = std::max(1, per_64_keys * kv_tile / 64),
           .tile_cost = tall ? 6 : 2,
           .min_kv_tiles = tall ? std::max(1, 512 / kv_tile) : 1};

@@ -1,6 +1,7 @@
 #include "runtime/access.h"
 
 #include <algorithm>
+#include <vector>
 
 namespace ridgeline {
 
@@ -13,6 +14,15 @@ int access_width(std::initializer_list<const Arg*> tensors,
       std::all_of(tensors.begin(), tensors.end(),
                   [](const Arg* arg) { return is_aligned16(*arg); });
   return fits ? wide : 1;
+}
+
+int access_width(std::initializer_list<const Tensor*> tensors,
+                 std::initializer_list<int64_t> lengths) {
+  std::vector<Arg> args;
+  for (const Tensor* t : tensors) args.emplace_back("", "", *t);
+  int width = 16;
+  for (const Arg& a : args) width = std::min(width, access_width({&a}, lengths));
+  return width;
 }
 
 }  // namespace ridgeline

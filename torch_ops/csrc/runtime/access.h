@@ -27,6 +27,9 @@ inline constexpr std::array kAccesses = {
 // one of `lengths` (in elements).
 int access_width(std::initializer_list<const Arg*> tensors, std::initializer_list<int64_t> lengths);
 
+int access_width(std::initializer_list<const Tensor*> tensors,
+                 std::initializer_list<int64_t> lengths);
+
 // The versions of a kernel, as `name(access)` spells them.
 class AccessKernels {
  public:

@@ -15,9 +15,17 @@ inline Tensor empty(int gpu, std::initializer_list<int64_t> shape, Dtype dtype) 
   return empty(gpu, std::span(shape.begin(), shape.size()), dtype);
 }
 
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Dtype dtype) {
+  return empty(like.get_device_index(), shape, dtype);
+}
+
 // A contiguous tensor of the shape and dtype of `like`.
 inline Tensor empty_like(const Arg& like) {
   return empty(like.gpu, like.sizes, like.dtype);
+}
+
+inline Tensor empty_like(const Tensor& like) {
+  return empty_like(Arg("", "", like));
 }
 
 }  // namespace ridgeline
