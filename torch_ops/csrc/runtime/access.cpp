@@ -8,10 +8,13 @@ namespace ridgeline {
 
 int access_width(std::initializer_list<const Tensor*> tensors,
                  std::initializer_list<int64_t> lengths) {
-  const auto wide = static_cast<int>(kVectorBytes / (*tensors.begin())->element_size());
+  const size_t element_size = (*tensors.begin())->element_size();
+  const auto wide = static_cast<int>(kVectorBytes / element_size);
   const bool fits =
       std::all_of(lengths.begin(), lengths.end(), [&](int64_t n) { return n % wide == 0; }) &&
-      std::all_of(tensors.begin(), tensors.end(), [](const Tensor* t) { return is_aligned16(*t); });
+      std::all_of(tensors.begin(), tensors.end(), [&](const Tensor* t) {
+        return is_aligned({"", "", *t}, std::min(kVectorBytes, wide * t->element_size()));
+      });
   return fits ? wide : 1;
 }
 

@@ -65,6 +65,8 @@ const char* device_type(Dtype dtype) {
       return "__nv_fp8_e4m3";
     case Dtype::Float8_e5m2:
       return "__nv_fp8_e5m2";
+    case Dtype::Char:
+      return "int8";
     default:
       return "float";
   }
@@ -143,10 +145,16 @@ bool is_aligned16(const Tensor& tensor) {
 }
 
 bool is_aligned16(const Arg& arg) {
-  if (reinterpret_cast<uintptr_t>(arg.tensor.const_data_ptr()) % kVectorBytes != 0) return false;
+  return is_aligned(arg, kVectorBytes);
+}
+
+bool is_aligned(const Arg& arg, size_t num_bytes) {
+  if (reinterpret_cast<uintptr_t>(arg.tensor.const_data_ptr()) % num_bytes != 0) return false;
   const auto bytes = static_cast<int64_t>(arg.tensor.element_size());
   for (size_t dim = 0; dim + 1 < arg.sizes.size(); ++dim) {
-    if (arg.sizes[dim] > 1 && arg.strides[dim] * bytes % int64_t{kVectorBytes} != 0) return false;
+    if (arg.sizes[dim] > 1 && arg.strides[dim] * bytes % static_cast<int64_t>(num_bytes) != 0) {
+      return false;
+    }
   }
   return true;
 }

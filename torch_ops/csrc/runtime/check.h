@@ -46,5 +46,6 @@ void check_aligned16(const Arg& arg);    // base pointer and every stride, in by
 
 bool is_aligned16(const Tensor& tensor);
 bool is_aligned16(const Arg& arg);
+bool is_aligned(const Arg& arg, size_t num_bytes);
 
 }  // namespace ridgeline
