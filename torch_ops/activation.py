@@ -283,7 +283,8 @@ def _output_shape(input: Tensor) -> list[int]:
 def _gated(input: Tensor, activation: Activation) -> Tensor:
     """float32, not rounded yet."""
     gate, value = input.contiguous().float().chunk(2, dim=-1)
-    return activation(gate) * value
+    gated: Tensor = activation(gate) * value
+    return gated
 
 
 def _check_out(op: str, out: Tensor, input: Tensor) -> None:

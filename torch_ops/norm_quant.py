@@ -30,7 +30,9 @@ def rmsnorm_quant(
     eps: float = 1e-6,
     enable_pdl: bool | None = None,
 ) -> Tensor | None:
-    """Normalise as `rmsnorm` does and store 8-bit numbers: ``out = saturate(rmsnorm(...) / scale)``.
+    """Normalise as `rmsnorm` does and store 8-bit numbers.
+
+    ``out = saturate(rmsnorm(input, weight, eps) / scale)``.
 
     Computed in float32 and rounded once, to nearest even; what exceeds the type's range becomes its
     largest number. NaN stays NaN in fp8 and becomes 0 in int8.
@@ -187,7 +189,9 @@ def layernorm_quant(
     return token_scale
 
 
-def _scales(out: Tensor, scale: float | Tensor | None) -> tuple[Tensor | None, Tensor | None, float]:
+def _scales(
+    out: Tensor, scale: float | Tensor | None
+) -> tuple[Tensor | None, Tensor | None, float]:
     """Room for the rows' scales, or the given scale as a tensor or a number."""
     if scale is None:
         shape = [*out.shape[:-1], 1] if out.dim() else [1]

@@ -66,18 +66,16 @@ def quantize(
     >>> ridgeline.quantize(x, "int8", 2)
     (tensor([[  64, -127,  127,   64]], dtype=torch.int8), tensor([[0.0157, 0.0039]]))
     """
-    format = _dtype_of("quantize", dtype, _quant.DTYPES)
+    quant = _dtype_of("quantize", dtype, _quant.DTYPES)
     if scale is not None:
         refuse_grad("quantize", input, scale)
-        return call(_QUANTIZE_WITH_SCALE, input, scale, format), scale
+        return call(_QUANTIZE_WITH_SCALE, input, scale, quant), scale
     refuse_grad("quantize", input)
-    result: tuple[Tensor, Tensor] = call(_QUANTIZE, input, format, _group_size(granularity))
+    result: tuple[Tensor, Tensor] = call(_QUANTIZE, input, quant, _group_size(granularity))
     return result
 
 
-def dequantize(
-    input: Tensor, scale: Tensor, dtype: torch.dtype | str = torch.bfloat16
-) -> Tensor:
+def dequantize(input: Tensor, scale: Tensor, dtype: torch.dtype | str = torch.bfloat16) -> Tensor:
     """Multiply by the scale: ``x = q * scale``, in float32 and rounded once.
 
     Parameters
@@ -111,9 +109,7 @@ def dequantize(
     return call(_DEQUANTIZE, input, scale, wide)  # type: ignore[no-any-return]
 
 
-def _dtype_of(
-    op: str, dtype: torch.dtype | str, allowed: tuple[torch.dtype, ...]
-) -> torch.dtype:
+def _dtype_of(op: str, dtype: torch.dtype | str, allowed: tuple[torch.dtype, ...]) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found not in allowed:
         names = " or ".join(str(d) for d in allowed)
@@ -181,7 +177,7 @@ def _quantize_fake(input: Tensor, dtype: torch.dtype, group_size: int) -> tuple[
 
 @fake_impl("quantize_with_scale")
 @fake_impl("dequantize")
-def _rescaled_fake(input: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _rescaled_fake(input: Tensor, _scale: Tensor, dtype: torch.dtype) -> Tensor:
     return input.new_empty(input.shape, dtype=dtype)
 
 

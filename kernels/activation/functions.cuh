@@ -43,8 +43,9 @@ struct GeluTanh {
 
 // x * Phi(x), Phi being the normal distribution: x / 2 * (1 + erf(x / sqrt(2))).
 //
-// Phi(-|x|) = exp(-x^2 / 2) * t * Q(t) with t = 1 / (1 + 0.4 |x| / sqrt(2)); Q is of degree 8, the
-// best in relative error (1.3e-7) on all |x| up to 56. So the tail of a negative x keeps its digits.
+// Phi(-|x|) = exp(-x^2 / 2) * t * Q(t) with t = 1 / (1 + 0.4 |x| / sqrt(2)); Q is of degree 8,
+// the best in relative error (1.3e-7) on all |x| up to 56. So the tail of negative x keeps its
+// digits.
 struct Gelu {
   template <bool kExact>
   static __device__ __forceinline__ float apply(float x) {
@@ -61,7 +62,8 @@ struct Gelu {
     q = fmaf(q, t, 0.112837784f);
     const float half_exp = decay<kExact>(0.25f * x * x);
     // Why this order: no product is subnormal before the last.
-    return x < 0.0f ? x * half_exp * (t * q) * half_exp : x * (1.0f - half_exp * half_exp * (t * q));
+    return x < 0.0f ? x * half_exp * (t * q) * half_exp
+                    : x * (1.0f - half_exp * half_exp * (t * q));
   }
 };
 

@@ -1,5 +1,5 @@
-// output = activation(input[..., :hidden]) * input[..., hidden:], float32 inside, rounded once to Q:
-// T, or 8 bits after a division by a scale.
+// output = activation(input[..., :hidden]) * input[..., hidden:], float32 inside, rounded once to
+// Q: T, or 8 bits after a division by a scale.
 //
 // input [num_outer, num_inner, 2 * hidden] of T, output [num_outer, num_inner, hidden] of Q, with
 // any strides but a last one of 1. kVec elements move at once: 16 bytes of input, or 1 element when

@@ -18,7 +18,7 @@ struct GatedParams {
   void* output;       // [num_outer, num_inner, hidden], T or 8-bit numbers
   RowStrides input_strides;
   RowStrides output_strides;
-  QuantScale scale;   // of 8-bit outputs: given, one for all
+  QuantScale scale;  // of 8-bit outputs: given, one for all
   int64 hidden;
   uint32 num_rows;        // below 2^31
   uint32 rows_per_range;  // rows of one blockIdx.y, from gated_plan()

@@ -1,5 +1,5 @@
-// Sums and maxima across threads, in an order that depends on the number of threads alone: the same inputs
-// give the same bits.
+// Sums and maxima across threads, in an order that depends on the number of threads alone: the same
+// inputs give the same bits.
 #pragma once
 
 #include "common/types.h"

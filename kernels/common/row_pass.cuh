@@ -11,7 +11,8 @@
 //     fetch(vec_idx) -> Fetched: issues the loads of a vector and does nothing else;
 //     take(fetched, vec_idx): the vector (a fused add stores the residual here);
 //     reload(vec_idx): the same vector again;
-// - Columns(params, vec_idx): what is the same for all rows, such as weights; kHeld: loaded with the
+// - Columns(params, vec_idx): what is the same for all rows, such as weights; kHeld: loaded with
+// the
 //   row, else where it is used;
 // - kMoments: what the transformation needs to know of the whole row;
 // - transform(params, moments, columns, values): what is stored, but for its scale;
@@ -229,18 +230,17 @@ __device__ __forceinline__ void run_pass(const Params& params) {
     const uint32 log2_size = 31 - __clz(size);
     const uint32 num_teams = blockDim.x >> log2_size;
     const uint32 team_idx = threadIdx.x >> log2_size;
-    run_team<Pass, kRowSlots, 1>(params, {size, threadIdx.x & (size - 1),
-                                          blockIdx.x * num_teams * kRowSlots + team_idx,
-                                          num_teams});
+    run_team<Pass, kRowSlots, 1>(
+        params,
+        {size, threadIdx.x & (size - 1), blockIdx.x * num_teams * kRowSlots + team_idx, num_teams});
     return;
   }
   const bool in_warp = size == kWarpSize;
-  const uint32 row_idx =
-      in_warp ? (blockIdx.x * blockDim.x + threadIdx.x) / kWarpSize : blockIdx.x;
+  const uint32 row_idx = in_warp ? (blockIdx.x * blockDim.x + threadIdx.x) / kWarpSize : blockIdx.x;
   // Whole warps only, and never in a block that synchronises.
   if (row_idx >= shape.num_rows) return;
-  run_team<Pass, 1, kRowSlots>(
-      params, {size, in_warp ? threadIdx.x % kWarpSize : threadIdx.x, row_idx, 0});
+  run_team<Pass, 1, kRowSlots>(params,
+                               {size, in_warp ? threadIdx.x % kWarpSize : threadIdx.x, row_idx, 0});
 }
 
 }  // namespace ridgeline

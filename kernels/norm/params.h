@@ -19,7 +19,7 @@ struct NormParams {
   RowStrides output_strides;
   QuantScale scale;  // of 8-bit outputs
   RowShape shape;
-  float length;         // hidden, the divisor of means
+  float length;  // hidden, the divisor of means
   float eps;
   float weight_offset;  // added to the weights; -0, which changes no weight, or 1
 };

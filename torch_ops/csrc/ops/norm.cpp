@@ -61,7 +61,8 @@ auto norm_name(const char* entry, bool float_weight, const char* quant) {
 class NormKernels {
  public:
   NormKernels(const char* entry, const char* quant)
-      : same_weight_(norm_name(entry, false, quant)), float_weight_(norm_name(entry, true, quant)) {}
+      : same_weight_(norm_name(entry, false, quant)),
+        float_weight_(norm_name(entry, true, quant)) {}
   Kernel& of(Dtype dtype, Dtype weight, int vec_size) const {
     return (weight == dtype ? same_weight_ : float_weight_).of(dtype, vec_size);
   }
@@ -203,10 +204,10 @@ void run(const NormEntry& entry, const Norm& norm) {
     fail(op, "input", "fewer than 2^31 rows", std::to_string(num_rows), "Split the call");
   }
   const Tensor& input = norm.input.tensor;
-  const int vec_size = access_width({&input, &norm.out.tensor, &norm.weight.tensor,
-                                     norm.residual ? &norm.residual->tensor : &input,
-                                     norm.bias ? &norm.bias->tensor : &input},
-                                    {hidden});
+  const int vec_size = access_width(
+      {&input, &norm.out.tensor, &norm.weight.tensor,
+       norm.residual ? &norm.residual->tensor : &input, norm.bias ? &norm.bias->tensor : &input},
+      {hidden});
   const RowPlan plan = row_plan(hidden, vec_size);
   const NormParams params{
       .input = input.const_data_ptr(),
@@ -253,7 +254,8 @@ Tensor rmsnorm_of(const char* op, const Tensor& input, const Tensor& weight, dou
 
 void rmsnorm_out_of(const char* op, const Tensor& out, const Tensor& input, const Tensor& weight,
                     double eps, float offset, bool enable_pdl) {
-  const Arg out_arg{op, "out", out}, input_arg{op, "input", input}, weight_arg{op, "weight", weight};
+  const Arg out_arg{op, "out", out}, input_arg{op, "input", input},
+      weight_arg{op, "weight", weight};
   check_input(input_arg);
   check_weight(weight_arg, input_arg);
   check_out_of(out_arg, input_arg, weight_arg);
@@ -348,9 +350,9 @@ void rmsnorm_quant(const Tensor& out, const Tensor& input, const Tensor& weight,
   check_weight(weight_arg, input_arg);
   check_quant_out(out_arg, input_arg, {&weight_arg});
   check_eps(kOp, eps);
-  run(rmsnorm_entry(), {out_arg, input_arg, nullptr, weight_arg, nullptr,
-                        row_scale(out_arg, scale, scale_value, token_scale), eps, kNoOffset,
-                        enable_pdl});
+  run(rmsnorm_entry(),
+      {out_arg, input_arg, nullptr, weight_arg, nullptr,
+       row_scale(out_arg, scale, scale_value, token_scale), eps, kNoOffset, enable_pdl});
 }
 
 void fused_add_rmsnorm_quant(const Tensor& out, const Tensor& input, const Tensor& residual,
@@ -363,9 +365,9 @@ void fused_add_rmsnorm_quant(const Tensor& out, const Tensor& input, const Tenso
   check_fused_add(input_arg, residual_arg, weight_arg);
   check_quant_out(out_arg, input_arg, {&residual_arg, &weight_arg});
   check_eps(kOp, eps);
-  run(fused_add_entry(), {out_arg, input_arg, &residual_arg, weight_arg, nullptr,
-                          row_scale(out_arg, scale, scale_value, token_scale), eps, kNoOffset,
-                          enable_pdl});
+  run(fused_add_entry(),
+      {out_arg, input_arg, &residual_arg, weight_arg, nullptr,
+       row_scale(out_arg, scale, scale_value, token_scale), eps, kNoOffset, enable_pdl});
 }
 
 void layernorm_quant(const Tensor& out, const Tensor& input, const Tensor& gamma,
@@ -380,9 +382,9 @@ void layernorm_quant(const Tensor& out, const Tensor& input, const Tensor& gamma
   check_same_dtype(beta_arg, gamma_arg);
   check_quant_out(out_arg, input_arg, {&gamma_arg, &beta_arg});
   check_eps(kOp, eps);
-  run(layernorm_entry(), {out_arg, input_arg, nullptr, gamma_arg, &beta_arg,
-                          row_scale(out_arg, scale, scale_value, token_scale), eps, kNoOffset,
-                          false});
+  run(layernorm_entry(),
+      {out_arg, input_arg, nullptr, gamma_arg, &beta_arg,
+       row_scale(out_arg, scale, scale_value, token_scale), eps, kNoOffset, false});
 }
 
 }  // namespace

@@ -85,7 +85,8 @@ Choice quantize_choose(const std::string& op, const Config& config, int) {
 }
 
 const RegisterFamily family({{"quantize", "quantize_with_scale", "dequantize"},
-                             quantize_rows, quantize_choose});
+                             quantize_rows,
+                             quantize_choose});
 
 void check_rows(const Arg& input, std::initializer_list<Dtype> allowed) {
   check_cuda(input);
