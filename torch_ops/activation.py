@@ -221,7 +221,8 @@ def _sigmoid_gated(x: Tensor, half: Tensor) -> Tensor:
 
 def _gelu(x: Tensor) -> Tensor:
     wide = x.double()  # in float32 the argument's rounding alone costs the tail its digits
-    return (0.5 * wide * torch.special.erfc(-(0.5**0.5) * wide)).float()
+    product: Tensor = 0.5 * wide * torch.special.erfc(-(0.5**0.5) * wide)
+    return product.float()
 
 
 def _register_cpu(op: str, activation: Activation) -> None:

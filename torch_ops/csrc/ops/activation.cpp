@@ -113,7 +113,7 @@ void run_gated(const AccessKernels& kernels, const Arg& input, const Arg& out,
   if (rows.num_rows == 0 || hidden == 0) return;
   check_counts(input.op, rows);
 
-  const int vec_size = access_width({&input.tensor, &out.tensor}, {hidden});
+  const int vec_size = access_width({&input, &out}, hidden);
   const GatedPlan plan = gated_plan(rows.num_rows, hidden, vec_size);
   const GatedParams params{.input = input.tensor.const_data_ptr(),
                            .output = out.tensor.mutable_data_ptr(),

@@ -192,10 +192,13 @@ RowStrides strides_of(const Rows& rows) {
 
 void run(const NormEntry& entry, const Norm& norm) {
   std::array<Rows, 3> rows{};  // input, output, residual
-  if (norm.residual) {
-    rows = matching_rows(norm.input, norm.out, *norm.residual);
-  } else {
+  if (!norm.residual) {
     std::tie(rows[0], rows[1]) = matching_rows(norm.input, norm.out);
+  } else if (&norm.out == &norm.input) {
+    std::tie(rows[0], rows[2]) = matching_rows(norm.input, *norm.residual);
+    rows[1] = rows[0];
+  } else {
+    rows = matching_rows(norm.input, norm.out, *norm.residual);
   }
   const auto [num_rows, num_inner, outer_stride, inner_stride, hidden] = rows[0];
   const char* op = norm.input.op;
@@ -204,10 +207,8 @@ void run(const NormEntry& entry, const Norm& norm) {
     fail(op, "input", "fewer than 2^31 rows", std::to_string(num_rows), "Split the call");
   }
   const Tensor& input = norm.input.tensor;
-  const int vec_size = access_width(
-      {&input, &norm.out.tensor, &norm.weight.tensor,
-       norm.residual ? &norm.residual->tensor : &input, norm.bias ? &norm.bias->tensor : &input},
-      {hidden});
+  const int vec_size =
+      access_width({&norm.input, &norm.out, &norm.weight, norm.residual, norm.bias}, hidden);
   const RowPlan plan = row_plan(hidden, vec_size);
   const NormParams params{
       .input = input.const_data_ptr(),

@@ -125,7 +125,7 @@ void run_groups(const FormatKernels& kernels, Dtype format, const Arg& input, co
   const int64_t group_size = rows.hidden / num_groups;
   const Arg& wide = input.dtype == format ? out : input;
   const Arg& narrow = input.dtype == format ? input : out;
-  const int vec_size = access_width({&wide.tensor, &narrow.tensor}, {group_size});
+  const int vec_size = access_width({&wide, &narrow}, group_size);
   const RowPlan plan = row_plan(group_size, vec_size);
   const QuantizeParams params{
       .input = input.tensor.const_data_ptr(),
@@ -158,7 +158,7 @@ void run_tensor_scale(const Arg& input, Dtype format, const Tensor& scale) {
     fail(input.op, "input", "fewer than 2^31 rows of fewer than 2^31 elements",
          std::to_string(rows.num_rows) + " of " + std::to_string(rows.hidden), "Split the call");
   }
-  const int vec_size = access_width({&input.tensor}, {rows.hidden});
+  const int vec_size = access_width({&input}, rows.hidden);
   const int64_t vecs_per_row = std::max<int64_t>(rows.hidden / vec_size, 1);
   const int64_t num_rows = rows.hidden == 0 ? 0 : rows.num_rows;
   const int64_t wanted = (num_rows * vecs_per_row + kTensorMaxThreads - 1) / kTensorMaxThreads;

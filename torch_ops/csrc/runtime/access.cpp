@@ -18,4 +18,14 @@ int access_width(std::initializer_list<const Tensor*> tensors,
   return fits ? wide : 1;
 }
 
+int access_width(std::initializer_list<const Arg*> args, int64_t length) {
+  const size_t element_size = (*args.begin())->tensor.element_size();
+  const auto wide = static_cast<int>(kVectorBytes / element_size);
+  const bool fits =
+      length % wide == 0 && std::ranges::all_of(args, [&](const Arg* arg) {
+        return !arg || is_aligned(*arg, std::min(kVectorBytes, wide * arg->tensor.element_size()));
+      });
+  return fits ? wide : 1;
+}
+
 }  // namespace ridgeline

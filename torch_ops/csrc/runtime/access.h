@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "runtime/catalog.h"
+#include "runtime/check.h"
 #include "runtime/kernel.h"
 #include "runtime/tensor.h"
 
@@ -27,6 +28,8 @@ inline constexpr std::array kAccesses = {
 // one of `lengths` (in elements): 16 bytes of the first tensor, and as many elements of the others.
 int access_width(std::initializer_list<const Tensor*> tensors,
                  std::initializer_list<int64_t> lengths);
+// The same for arguments that were looked at already; null ones are absent.
+int access_width(std::initializer_list<const Arg*> args, int64_t length);
 
 // The versions of a kernel, as `name(access)` spells them.
 class AccessKernels {
