@@ -52,7 +52,7 @@ __device__ __forceinline__ float block_reduce(float x, float4 (&of_warps)[8]) {
   // Why every thread reads them all: that takes less time than the shuffles of a second reduction.
   const float4 first = of_warps[0];
   x = Op::of(Op::of(first.x, first.y), Op::of(first.z, first.w));
-#pragma unroll 1
+#pragma unroll 2
   for (uint32 i = 1; i * 4 < num_warps; ++i) {
     const float4 more = of_warps[i];
     x = Op::of(x, Op::of(Op::of(more.x, more.y), Op::of(more.z, more.w)));

@@ -2,6 +2,7 @@
 // transformation, and what is stored.
 #pragma once
 
+#include "common/arch.cuh"
 #include "common/row_pass.cuh"
 #include "norm/params.h"
 
@@ -107,6 +108,18 @@ struct WeightAndBias {
     }
   }
 };
+
+// Registers of a thread, at most; a block of kRowMaxThreads has 64 for each. Why fewer: ptxas left
+// alone takes two more, which costs an SM a block of 256 threads. An SM of Turing has 64 for each
+// thread that it can hold.
+template <class T, class W, class Q>
+inline constexpr bool kIsWide = sizeof(W) > sizeof(T) || sizeof(Q) == 1;
+template <class T, class W, class Q>
+inline constexpr int kInputRowRegisters = kSm < 80           ? 64
+                                          : kIsWide<T, W, Q> ? 48
+                                                             : 40;
+template <class T, class W, class Q>
+inline constexpr int kMoreRegisters = kSm < 80 || kIsWide<T, W, Q> ? 64 : 48;
 
 // Q: what is stored, of T's own type or of 8 bits.
 template <class R, class Affine, class Q, int kElements>
