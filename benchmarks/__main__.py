@@ -28,6 +28,7 @@ from .table import Row, markdown, summary
 NAMES = (
     "norm",
     "activation",
+    "quantization",
     "rope",
     "merge",
     "page",

@@ -1,4 +1,4 @@
-"""rmsnorm and fused_add_rmsnorm beside torch.compile of the same formula."""
+"""The norms beside torch.compile of the same formulas."""
 
 from __future__ import annotations
 
@@ -40,6 +40,23 @@ def run(session: Session) -> list[Row]:
                 predicted_us=predicted_us(2 * size),
             )
         )
+        for op, formula in (
+            ("gemma_rmsnorm", formulas.gemma_rmsnorm),
+            ("layernorm", formulas.layernorm),
+        ):
+            vectors = [weight, weight] if op == "layernorm" else [weight]
+            function = getattr(ridgeline, op)
+            rows.append(
+                session.case(
+                    op,
+                    f"[{tokens}, {hidden}]",
+                    lambda f=function, x=x, vectors=vectors: f(x, *vectors, EPS),
+                    peers={"torch.compile": formulas.compiled(formula, x, *vectors, EPS)},
+                    num_read=size,
+                    num_written=size,
+                    predicted_us=predicted_us(2 * size),
+                )
+            )
     for tokens, hidden in shapes(session):
         x, residual = session.randn(tokens, hidden), session.randn(tokens, hidden)
         weight = session.randn(hidden)

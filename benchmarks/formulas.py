@@ -28,9 +28,61 @@ def fused_add_rmsnorm(
     x.copy_((total * scale * weight.float()).to(x.dtype))
 
 
-def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+def gemma_rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return rmsnorm(x, 1.0 + weight.float(), eps)
+
+
+def layernorm(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], gamma, beta, eps)
+
+
+def to_fp8(wide: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (wide / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def rmsnorm_per_token(
+    x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = x.float()
+    root = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return per_group(wide * root * weight.float(), x.shape[-1])
+
+
+def per_group(x: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = x.float().unflatten(-1, (-1, size))
+    scale = (groups.abs().amax(-1, keepdim=True) / 448).clamp(min=2.0**-126)
+    return to_fp8(groups, scale).flatten(-2), scale.squeeze(-1)
+
+
+def per_tensor(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = (x.float().abs().amax() / 448).clamp(min=2.0**-126).reshape(1)
+    return to_fp8(x.float(), scale), scale
+
+
+def dequantize(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (q.float() * scale).to(torch.bfloat16)
+
+
+def gated(activation: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     gate, up = x.chunk(2, dim=-1)
-    return (F.silu(gate.float()) * up.float()).to(x.dtype)
+    return (activation(gate.float()) * up.float()).to(x.dtype)
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    return gated(F.silu, x)
+
+
+def gelu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    return gated(F.gelu, x)
+
+
+def gelu_tanh_and_mul(x: torch.Tensor) -> torch.Tensor:
+    return gated(lambda gate: F.gelu(gate, approximate="tanh"), x)
+
+
+def silu_and_mul_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return to_fp8(F.silu(gate.float()) * up.float(), scale)
 
 
 def rope(

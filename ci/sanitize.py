@@ -44,7 +44,19 @@ def elementwise(dtype: torch.dtype) -> Iterator[torch.Tensor]:
         ridgeline.fused_add_rmsnorm(x, residual, weight)
         yield x
         yield residual
-        yield ridgeline.silu_and_mul(random(rows, 2 * hidden, dtype=dtype))
+        yield ridgeline.gemma_rmsnorm(x, weight)
+        yield ridgeline.layernorm(with_gaps(x), weight, weight)
+        out = torch.empty(rows, hidden, dtype=torch.int8, device=DEVICE)
+        for scale in (0.1, None):
+            ridgeline.fused_add_rmsnorm_quant(out, x, residual, weight, scale)
+            yield out
+        for granularity in ("tensor", "token", 8):
+            q, scales = ridgeline.quantize(with_gaps(x), torch.float8_e4m3fn, granularity)
+            yield ridgeline.dequantize(q, scales, dtype)
+        gate = random(rows, 2 * hidden, dtype=dtype)
+        yield ridgeline.silu_and_mul(gate)
+        yield ridgeline.gelu_and_mul(gate)
+        yield ridgeline.gelu_tanh_and_mul(gate, scale=0.1).float()
     for head_dim in (64, 80, 128):
         q, k = random(7, 6, head_dim, dtype=dtype), random(7, 2, head_dim, dtype=dtype)
         positions = torch.arange(7, dtype=torch.int32, device=DEVICE)

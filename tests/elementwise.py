@@ -46,6 +46,37 @@ def assert_rounded(actual: Tensor, exact: Tensor, slack: Tensor | float = 0.0) -
     assert torch.equal(actual[inf], expected[inf]), "inf of different signs"
 
 
+def largest_number(dtype: torch.dtype) -> float:
+    """Of an 8-bit type: numbers beyond it saturate."""
+    return 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+
+
+def assert_quantized(actual: Tensor, exact: Tensor, slack: Tensor) -> None:
+    """`actual` is the float64 `exact`, off by at most `slack`, rounded and saturated to 8 bits."""
+    assert actual.shape == exact.shape
+    is_int = actual.dtype == torch.int8
+    numbers = actual.double()
+    nan = exact.isnan()
+    if is_int:
+        assert not numbers[nan].any(), "NaN that is not 0"
+    else:
+        assert torch.equal(numbers.isnan(), nan), "NaN in different places"
+        assert not numbers.isinf().any(), "infinity instead of the largest number"
+    most = largest_number(actual.dtype)
+    wanted = exact.nan_to_num(0, 2 * most, -2 * most).clamp(-128 if is_int else -most, most)
+    slack = slack.expand_as(exact).nan_to_num(0, 0, 0)
+    bound = slack + (
+        torch.full_like(wanted, 0.5) if is_int else half_ulp(wanted.abs(), actual.dtype)
+    )
+    bad = ~nan & ~((numbers - wanted).abs() <= bound)
+    if bad.any():
+        at = tuple(bad.nonzero()[0].tolist())
+        pytest.fail(
+            f"{int(bad.sum())} of {bad.numel()} numbers are off; the first at {at}: got "
+            f"{numbers[at].item()!r}, exact {exact[at].item()!r}, bound {bound[at].item():.3g}"
+        )
+
+
 def view_of(values: Tensor, kind: str) -> Tensor:
     """`values` in another place: a view of a poisoned buffer, strided or not aligned."""
     if kind == "contiguous":

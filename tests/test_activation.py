@@ -1,4 +1,4 @@
-"""silu_and_mul against the float64 formula."""
+"""silu_and_mul, gelu_and_mul and gelu_tanh_and_mul against the float64 formulas."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from elementwise import (
     FLOAT32_UNIT,
     VIEWS,
     Wrong,
+    assert_quantized,
     assert_raises,
     assert_refuses_grad,
     assert_rounded,
@@ -29,52 +30,104 @@ from torch import Tensor
 HIDDEN = (1, 7, 64, 100, 128, 264, 1032, 4096, 4097, 14336, 131072)
 
 
-def exact_silu_and_mul(x: Tensor) -> Tensor:
+OPS = ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")
+
+
+def exact_of(op: str, x: Tensor) -> Tensor:
     gate, value = x.double().chunk(2, dim=-1)
+    if op == "gelu_and_mul":
+        return gate * torch.special.erfc(-(0.5**0.5) * gate) / 2 * value
+    if op == "gelu_tanh_and_mul":
+        return gate / (1 + torch.exp(-2 * tanh_argument(gate))) * value
     return gate / (1 + torch.exp(-gate)) * value
 
 
-def slack(x: Tensor) -> Tensor:
-    """What float32 may lose: the two exponentials (for 16-bit types the hardware's exp2, of a
-    rounded argument: up to 2 |gate| roundings), a division, three products; and float32's smallest
+def tanh_argument(gate: Tensor) -> Tensor:
+    return (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+
+
+def slack_of(op: str, x: Tensor) -> Tensor:
+    """What float32 may lose: the exponentials (for 16-bit types the hardware's exp2) of arguments
+    that are rounded themselves, a division, a polynomial, a few products; and float32's smallest
     number where the activation leaves its range."""
     gate, value = x.double().chunk(2, dim=-1)
-    exact = exact_silu_and_mul(x).abs().nan_to_num(0, 0, 0)
-    roundings = 12 if x.dtype == torch.float32 else 16 + 2 * gate.abs().nan_to_num(0, 0, 0)
+    exact = exact_of(op, x).abs().nan_to_num(0, 0, 0)
+    narrow = x.dtype != torch.float32
+    finite = gate.abs().nan_to_num(0, 0, 0)
+    if op == "gelu_and_mul":
+        # Beyond 15 the activation is 0, or the identity.
+        roundings = 24 + (3 if narrow else 2) * finite.clamp(max=15).square()
+    elif op == "gelu_tanh_and_mul":
+        roundings = 20 + 10 * tanh_argument(finite).clamp(max=110)
+    else:
+        roundings = 16 + 2 * finite if narrow else 12
     return exact * roundings * FLOAT32_UNIT + value.abs().nan_to_num(0, 0, 0) * 2.0**-148
 
 
+def assert_gated(op: str, actual: Tensor, x: Tensor) -> None:
+    assert_rounded(actual, exact_of(op, x), slack_of(op, x))
+
+
 def assert_silu_and_mul(actual: Tensor, x: Tensor) -> None:
-    assert_rounded(actual, exact_silu_and_mul(x), slack(x))
+    assert_gated("silu_and_mul", actual, x)
 
 
-@pytest.mark.parametrize("scale", [1.0, 20.0])
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", HIDDEN)
-def test_silu_and_mul(
-    device: torch.device, hidden: int, dtype: torch.dtype, scale: float, rng: torch.Generator
+def test_every_hidden_size(
+    device: torch.device, hidden: int, dtype: torch.dtype, op: str, rng: torch.Generator
 ) -> None:
-    x = normal((3 if hidden > 8192 else 67, 2 * hidden), dtype, device, rng, scale)
-    out = poisoned_call(device, ridgeline.silu_and_mul, x)
-    assert out.is_contiguous()
-    assert out.dtype == dtype
-    assert_silu_and_mul(out, x)
+    for scale in (1.0, 20.0):
+        x = normal((3 if hidden > 4096 else 37, 2 * hidden), dtype, device, rng, scale)
+        out = poisoned_call(device, getattr(ridgeline, op), x)
+        assert out.is_contiguous()
+        assert out.dtype == dtype
+        assert_gated(op, out, x)
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_number(device: torch.device, dtype: torch.dtype) -> None:
+def test_every_number(device: torch.device, dtype: torch.dtype, op: str) -> None:
     """All 65,536 gates, as one row with values of 1 (and so is every exponent, inf and NaN)."""
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     gate = bits.view(dtype).to(device)
     x = torch.cat([gate, torch.ones_like(gate)])
-    assert_silu_and_mul(ridgeline.silu_and_mul(x), x)
+    assert_gated(op, getattr(ridgeline, op)(x), x)
 
 
-def test_float32_range(device: torch.device) -> None:
-    """Gates across the whole range in which silu is not zero, subnormal results included."""
+@pytest.mark.parametrize("op", OPS)
+def test_float32_range(device: torch.device, op: str) -> None:
+    """Gates across the whole range in which the activation is not zero or the identity."""
     gate = torch.linspace(-110, 110, 100_001, device=device)
     x = torch.cat([gate, torch.ones_like(gate)])
-    assert_silu_and_mul(ridgeline.silu_and_mul(x), x)
+    assert_gated(op, getattr(ridgeline, op)(x), x)
+    gate = torch.linspace(-15, 15, 100_001, device=device)
+    x = torch.cat([gate, torch.ones_like(gate)])
+    assert_gated(op, getattr(ridgeline, op)(x), x)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [1, 7, 64, 1032, 4104])
+def test_fp8_output(
+    device: torch.device, hidden: int, dtype: torch.dtype, op: str, rng: torch.Generator
+) -> None:
+    for scale in (0.03, torch.tensor([2e-3], device=device), torch.tensor(7.0, device=device)):
+        x = normal((17, 2 * hidden), dtype, device, rng, scale=3.0)
+        x[3, 0] = float("nan")
+        x[4, 0] = float("inf")
+        out = poisoned_call(device, getattr(ridgeline, op), x, scale=scale)
+        divisor = torch.as_tensor(scale, dtype=torch.float32, device=device).double()
+        exact = exact_of(op, x) / divisor
+        slack = slack_of(op, x) / divisor + exact.abs() * (3 * FLOAT32_UNIT)
+        assert out.dtype == torch.float8_e4m3fn
+        assert_quantized(out, exact, slack)
+        backing = torch.zeros(17, hidden + 5, dtype=torch.uint8, device=device)
+        view = backing.view(out.dtype)[:, 5:]
+        assert getattr(ridgeline, op)(x, view, scale=scale) is view
+        assert torch.equal(view.view(torch.uint8), out.view(torch.uint8))
+        assert not backing[:, :5].any()
 
 
 @pytest.mark.parametrize("kind", VIEWS)
@@ -111,6 +164,22 @@ def test_rows_do_not_depend_on_the_batch(device: torch.device, rng: torch.Genera
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_transformers_gelu(device: torch.device, dtype: torch.dtype, rng: torch.Generator) -> None:
+    """GemmaMLP's activations round before the product, as LlamaMLP's does."""
+    activations = pytest.importorskip("transformers.activations")
+    x = normal((11, 2 * 512), dtype, device, rng, scale=0.7)
+    gate, value = x.chunk(2, dim=-1)
+    for op, name in (("gelu_and_mul", "gelu"), ("gelu_tanh_and_mul", "gelu_pytorch_tanh")):
+        theirs = activations.ACT2FN[name](gate) * value
+        activated = exact_of(op, torch.cat([gate, torch.ones_like(gate)], dim=-1))
+        bound = (half_ulp(activated.abs(), dtype) + 2.0**-22) * value.double().abs()
+        bound += 2 * slack_of(op, x)
+        bound += 2 * half_ulp(exact_of(op, x).abs() + bound, dtype)
+        error = (getattr(ridgeline, op)(x).double() - theirs.double()).abs()
+        assert bool((error <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_transformers(device: torch.device, dtype: torch.dtype, rng: torch.Generator) -> None:
     """LlamaMLP rounds the activation before the product: two roundings to our one."""
     activations = pytest.importorskip("transformers.activations")
@@ -118,8 +187,10 @@ def test_transformers(device: torch.device, dtype: torch.dtype, rng: torch.Gener
     gate, value = x.chunk(2, dim=-1)
     theirs = activations.ACT2FN["silu"](gate) * value
     activated = gate.double() / (1 + torch.exp(-gate.double()))
-    bound = half_ulp(activated.abs(), dtype) * value.double().abs() + 2 * slack(x)
-    bound += 2 * half_ulp(exact_silu_and_mul(x).abs() + bound, dtype)
+    bound = half_ulp(activated.abs(), dtype) * value.double().abs() + 2 * slack_of(
+        "silu_and_mul", x
+    )
+    bound += 2 * half_ulp(exact_of("silu_and_mul", x).abs() + bound, dtype)
     error = (ridgeline.silu_and_mul(x).double() - theirs.double()).abs()
     assert bool((error <= bound).all())
 
@@ -214,8 +285,11 @@ def test_more_vectors_than_31_bits(hidden: int) -> None:
     assert_silu_and_mul(out[-5:], x[-5:])
 
 
+FP8 = torch.float8_e4m3fn
+
+
 def ones(*shape: int, dtype: torch.dtype = torch.float16) -> Any:
-    return lambda device: torch.ones(shape, dtype=dtype, device=device)
+    return lambda device: torch.ones(shape, device=device).to(dtype)
 
 
 WRONG_INPUT = (
@@ -233,10 +307,28 @@ WRONG_OUT = (
 )
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("layer", [ridgeline, torch.ops.ridgeline], ids=["function", "op"])
 @pytest.mark.parametrize("wrong", WRONG_INPUT, ids=lambda wrong: wrong.name)
-def test_wrong_input(device: torch.device, wrong: Wrong, layer: Any) -> None:
-    assert_raises(wrong, layer.silu_and_mul, {"input": ones(4, 64)(device)}, device)
+def test_wrong_input(device: torch.device, wrong: Wrong, layer: Any, op: str) -> None:
+    assert_raises(wrong, getattr(layer, op), {"input": ones(4, 64)(device)}, device)
+
+
+WRONG_FP8 = (
+    Wrong("fp8 out's dtype", {"out": ones(4, 32)}, r"'out'.*float8_e4m3fn.*float16"),
+    Wrong("fp8 out's shape", {"out": ones(4, 64, dtype=FP8)}, r"'out'.*\[4, 32\].*\[4, 64\]"),
+    Wrong("no scale", {"scale": None}, r"'out'.*float16.*float8_e4m3fn"),
+    Wrong("zero scale", {"scale": 0.0}, r"'scale'.*> 0"),
+    Wrong("two scales", {"scale": ones(2, dtype=torch.float32)}, r"'scale'.*1 element"),
+    Wrong("scale's dtype", {"scale": ones(1)}, r"'scale'.*float32.*float16"),
+)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("wrong", [*WRONG_INPUT, *WRONG_FP8], ids=lambda wrong: wrong.name)
+def test_wrong_fp8(device: torch.device, wrong: Wrong, op: str) -> None:
+    good = {"input": ones(4, 64)(device), "out": ones(4, 32, dtype=FP8)(device), "scale": 0.5}
+    assert_raises(wrong, getattr(ridgeline, op), good, device)
 
 
 @pytest.mark.parametrize("layer", ["function", "op"])

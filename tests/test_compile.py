@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 OPS = torch.ops.ridgeline
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 OPCHECKS = (
     "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
 )  # fmt: skip
@@ -31,9 +32,39 @@ def norm_cases(device: torch.device) -> dict[str, list[Arguments]]:
         "rmsnorm": [((x, weight, 1e-6), {}), ((view, weight.float(), 1e-5), {})],
         "rmsnorm_out": [((torch.empty_like(x), x, weight, 1e-6), {})],
         "fused_add_rmsnorm": [((x, half(3, 5, 64, device=device), weight, 1e-6), {})],
-        "silu_and_mul": [((half(3, 5, 128, device=device),), {})],
-        "silu_and_mul_out": [((x, half(3, 5, 128, device=device)), {})],
+        "gemma_rmsnorm": [((x, weight, 1e-6), {}), ((view, weight.float(), 1e-5), {})],
+        "gemma_rmsnorm_out": [((torch.empty_like(x), x, weight, 1e-6), {})],
+        "gemma_fused_add_rmsnorm": [((x, half(3, 5, 64, device=device), weight, 1e-6), {})],
+        "layernorm": [((x, weight, weight, 1e-6), {}), ((view, *[weight.float()] * 2, 1e-5), {})],
     }
+
+
+def norm_quant_cases(device: torch.device) -> dict[str, list[Arguments]]:
+    x, weight = half(3, 5, 64, device=device), half(64, device=device)
+    out = torch.zeros(3, 5, 64, dtype=torch.int8, device=device)
+    one, rows = torch.ones(1, device=device), torch.ones(3, 5, 1, device=device)
+    scales = ((None, None, 0.5), (None, one, 1.0), (rows, None, 1.0))
+    return {
+        "rmsnorm_quant": [((out, x, weight, *scale, 1e-6), {}) for scale in scales],
+        "fused_add_rmsnorm_quant": [
+            ((out, x, half(3, 5, 64, device=device), weight, *scale, 1e-6), {}) for scale in scales
+        ],
+        "layernorm_quant": [((out, x, weight, weight, *scale, 1e-6), {}) for scale in scales],
+    }
+
+
+def activation_cases(device: torch.device) -> dict[str, list[Arguments]]:
+    x = half(3, 5, 128, device=device)
+    out, fp8 = half(3, 5, 64, device=device), torch.zeros(3, 5, 64, device=device)
+    cases: dict[str, list[Arguments]] = {}
+    for op in ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"):
+        cases[op] = [((x,), {})]
+        cases[f"{op}_out"] = [((out, x), {})]
+        cases[f"{op}_quant"] = [
+            ((fp8.to(torch.float8_e4m3fn), x, None, 0.5), {}),
+            ((fp8.to(torch.float8_e4m3fn), x, torch.ones(1, device=device), 1.0), {}),
+        ]
+    return cases
 
 
 def rope_cases(device: torch.device) -> dict[str, list[Arguments]]:
@@ -124,6 +155,18 @@ def quantization_cases(device: torch.device) -> dict[str, list[Arguments]]:
     return {
         "packbits": [((x,), {}), ((x[::2].byte(), False), {})],
         "segment_packbits": [((x, indptr), {}), ((x[::2], indptr[:1], False), {})],
+        **quantize_cases(device),
+    }
+
+
+def quantize_cases(device: torch.device) -> dict[str, list[Arguments]]:
+    x = half(3, 5, 64, device=device)
+    q = torch.zeros(3, 5, 64, dtype=torch.int8, device=device)
+    scales = torch.ones(3, 5, 4, device=device)
+    return {
+        "quantize": [((x, torch.int8, size), {}) for size in (-1, 0, 16)],
+        "quantize_with_scale": [((x, scales, torch.int8), {})],
+        "dequantize": [((q, scales, torch.float16), {})],
     }
 
 
@@ -151,6 +194,8 @@ def sampling_cases(device: torch.device) -> dict[str, list[Arguments]]:
 
 CASES: list[Callable[[torch.device], dict[str, list[Arguments]]]] = [
     norm_cases,
+    norm_quant_cases,
+    activation_cases,
     rope_cases,
     attention_cases,
     merge_cases,
@@ -180,6 +225,9 @@ def test_opcheck(name: str, device: torch.device) -> None:
             if name == "attention_schedule" and device.type == "cuda":
                 # Words that no record takes are never written, so two lists may differ.
                 tests = tuple(test for test in tests if test != "test_aot_dispatch_dynamic")
+            if any(a.dtype in FP8 for a in arguments if isinstance(a, Tensor)):
+                # It multiplies what an op mutates, which torch does not do in 8 bits.
+                tests = tuple(test for test in tests if test != "test_schema")
             op = getattr(OPS, name).default
             torch.library.opcheck(op, arguments, options, test_utils=tests)
 

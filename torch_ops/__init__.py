@@ -5,7 +5,7 @@ Importing it touches no GPU, compiler, network or home folder.
 
 from __future__ import annotations
 
-from .activation import silu_and_mul
+from .activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
 from .attention import (
     single_decode_with_kv_cache,
     single_prefill_with_kv_cache,
@@ -24,7 +24,14 @@ from .decode_wrapper import (
     fast_decode_plan,
 )
 from .merge import merge_state, merge_state_in_place, merge_states
-from .norm import fused_add_rmsnorm, rmsnorm
+from .norm import (
+    fused_add_rmsnorm,
+    gemma_fused_add_rmsnorm,
+    gemma_rmsnorm,
+    layernorm,
+    rmsnorm,
+)
+from .norm_quant import fused_add_rmsnorm_quant, layernorm_quant, rmsnorm_quant
 from .page import (
     append_paged_kv_cache,
     append_paged_mla_kv_cache,
@@ -38,6 +45,7 @@ from .prefill_wrapper import (
     BatchPrefillWithRaggedKVCacheWrapper,
 )
 from .quantization import packbits, segment_packbits
+from .quantize import dequantize, quantize
 from .rope import apply_rope_pos_ids, apply_rope_pos_ids_inplace
 from .sampling import (
     chain_speculative_sampling,
@@ -80,16 +88,26 @@ __all__ = [
     "attention",
     "chain_speculative_sampling",
     "copy_pages",
+    "dequantize",
     "fast_decode_plan",
     "fused_add_rmsnorm",
+    "fused_add_rmsnorm_quant",
+    "gelu_and_mul",
+    "gelu_tanh_and_mul",
+    "gemma_fused_add_rmsnorm",
+    "gemma_rmsnorm",
     "get_batch_indices_positions",
     "get_seq_lens",
+    "layernorm",
+    "layernorm_quant",
     "merge_state",
     "merge_state_in_place",
     "merge_states",
     "min_p_sampling_from_probs",
     "packbits",
+    "quantize",
     "rmsnorm",
+    "rmsnorm_quant",
     "sample_from_logits",
     "sampling_from_logits",
     "sampling_from_probs",

@@ -1,56 +1,56 @@
-// output = activation(input[..., :hidden]) * input[..., hidden:], float32 inside, rounded once.
+// output = activation(input[..., :hidden]) * input[..., hidden:], float32 inside, rounded once to
+// Q: T, or 8 bits after a division by a scale.
 //
-// input [num_outer, num_inner, 2 * hidden], output [num_outer, num_inner, hidden] of T, with any
-// strides but a last one of 1. kVec elements move at once: 16 bytes, or 1 element when a pointer, a
-// stride or hidden does not allow that. A thread makes one vector of the output. All SMs. Launch:
-// gated_plan(). Limit: num_rows and hidden below 2^31.
+// input [num_outer, num_inner, 2 * hidden] of T, output [num_outer, num_inner, hidden] of Q, with
+// any strides but a last one of 1. kVec elements move at once: 16 bytes of input, or 1 element when
+// a pointer, a stride or hidden does not allow that. A thread makes one vector of the output. All
+// SMs. Launch: gated_plan(). Limit: num_rows and hidden below 2^31.
 #pragma once
 
 #include "activation/functions.cuh"
 #include "activation/params.h"
 #include "common/pdl.cuh"
+#include "common/quantized.cuh"
 #include "common/vec.cuh"
 
 namespace ridgeline {
 
-template <class T, int kVec, class Activation>
-__global__ void __launch_bounds__(kGatedThreads, kGatedBlocksPerSm)
+template <class T, int kVec, class Activation, class Q = T>
+__global__ void __launch_bounds__(kGatedThreads, kGatedBlocks)
     gated(const __grid_constant__ GatedParams params) {
   constexpr bool kExact = sizeof(T) == 4;
+  constexpr bool kQuantizes = sizeof(Q) == 1;
   const T* input = static_cast<const T*>(params.input);
-  T* output = static_cast<T*>(params.output);
+  Q* output = static_cast<Q*>(params.output);
   const uint32 vec = blockIdx.x * kGatedThreads + threadIdx.x;
   const uint32 row_in_range = params.vecs_per_row.quotient(vec);
   const uint32 row = blockIdx.y * params.rows_per_range + row_in_range;
   if (vec >= params.vecs_per_range || row >= params.num_rows) return;
-  int64 from, to;
-  if (params.packed) {
-    // Why apart: the shorter way to the loads makes 3% at 16,384 rows (H200).
-    const int64 done = blockIdx.y * int64{params.vecs_per_range} + vec;
-    from = (done + int64{row} * params.vecs_per_row.divisor) * kVec;
-    to = done * kVec;
-  } else {
-    const int64 column = int64{vec - row_in_range * params.vecs_per_row.divisor} * kVec;
-    from = row_offset(params.num_inner, params.input_strides, row) + column;
-    to = row_offset(params.num_inner, params.output_strides, row) + column;
-  }
-  const T* source = input + from;
+  const int64 column = int64{vec - row_in_range * params.vecs_per_row.divisor} * kVec;
+  const T* source = input + row_offset(params.num_inner, params.input_strides, row) + column;
 
   pdl_wait();
-  // Why not load_once: at 16,384 rows plain loads took 334 us, loads that pass L1 by 351 (H200).
+  // Why not load_once: at 16,384 rows plain loads took 326 us, loads that pass L1 by 338 (H200).
   const Vec<T, kVec> gate = load<kVec>(source);
   const Vec<T, kVec> value = load<kVec>(source + params.hidden);
+  float factor = 1.0f;
+  if (kQuantizes) {
+    factor = reciprocal(params.scale.given != nullptr ? *params.scale.given : params.scale.value);
+  }
   pdl_launch_dependents();
 
   float gates[kVec], values[kVec];
   gate.to_floats(gates);
   value.to_floats(values);
 #pragma unroll
-  for (int j = 0; j < kVec; ++j) values[j] *= Activation::template apply<kExact>(gates[j]);
-  Vec<T, kVec> result;
+  for (int j = 0; j < kVec; ++j) {
+    values[j] *= Activation::template apply<kExact>(gates[j]);
+    if (kQuantizes) values[j] *= factor;
+  }
+  Vec<Q, kVec> result;
   result.from_floats(values);
   // Why not a streaming store: the down projection reads the output next, from L2 when it fits.
-  store(output + to, result);
+  store(output + row_offset(params.num_inner, params.output_strides, row) + column, result);
 }
 
 }  // namespace ridgeline

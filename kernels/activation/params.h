@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/divide.h"
+#include "common/quant_scale.h"
 #include "common/rows.h"
 #include "common/types.h"
 
@@ -10,15 +11,15 @@ namespace ridgeline {
 // Measured on an H200: with two or four vectors a thread, or larger blocks, no size gains more than
 // 1%, and the smallest and the largest lose.
 constexpr uint32 kGatedThreads = 128;
-constexpr int kGatedBlocksPerSm = 8;  // 16 cost up to 3%: their 32 registers delay the loads
+constexpr uint32 kGatedBlocks = 8;  // at least, of an SM
 
 struct GatedParams {
   const void* input;  // [num_outer, num_inner, 2 * hidden], T: the gate, then what it multiplies
-  void* output;       // [num_outer, num_inner, hidden], T
+  void* output;       // [num_outer, num_inner, hidden], T or 8-bit numbers
   RowStrides input_strides;
   RowStrides output_strides;
+  QuantScale scale;  // of 8-bit outputs: given, one for all
   int64 hidden;
-  bool packed;            // rows of input and output follow one another without a gap
   uint32 num_rows;        // below 2^31
   uint32 rows_per_range;  // rows of one blockIdx.y, from gated_plan()
   uint32 vecs_per_range;  // rows_per_range * hidden / kVec, below 2^31

@@ -23,6 +23,14 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return result;
 }
 
+// 1 / x rounded to nearest, for x and 1 / x of normal size (and a mantissa that is not all ones).
+// Why not a division: its slow path is a call, around which registers are spilled.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return fmaf(y, fmaf(-x, y, 1.0f), y);
+}
+
 // tanh(x) with an absolute error of about 2e-7, from 1 - 2 / (1 + e^2x). (The hardware's tanh errs
 // by 5e-4.)
 __device__ __forceinline__ float tanh_fast(float x) {

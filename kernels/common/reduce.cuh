@@ -1,5 +1,5 @@
-// Sums across threads, in an order that depends on the number of threads alone: the same inputs
-// give the same bits.
+// Sums and maxima across threads, in an order that depends on the number of threads alone: the same
+// inputs give the same bits.
 #pragma once
 
 #include "common/types.h"
@@ -9,33 +9,55 @@ namespace ridgeline {
 constexpr uint32 kWarpSize = 32;
 constexpr uint32 kFullWarp = 0xffffffffu;
 
-// kCount sums at once over each aligned group of `width` lanes (a power of two, 32 at most); every
-// lane of the group gets the same bits. All 32 lanes of the warp must call it.
-template <int kCount>
-__device__ __forceinline__ void group_sum(float (&x)[kCount], uint32 width) {
+struct Sum {
+  static __device__ __forceinline__ float of(float a, float b) { return a + b; }
+};
+// Of numbers that are not negative; NaN counts as none.
+struct Largest {
+  static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
+};
+
+// kCount reductions at once over each aligned group of `width` lanes (a power of two, 32 at most);
+// every lane of the group gets the same bits. All 32 lanes of the warp must call it.
+template <class Op, int kCount>
+__device__ __forceinline__ void group_reduce(float (&x)[kCount], uint32 width) {
   for (uint32 offset = width / 2; offset > 0; offset /= 2) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] += __shfl_xor_sync(kFullWarp, x[i], offset);
+    for (int i = 0; i < kCount; ++i) {
+      x[i] = Op::of(x[i], __shfl_xor_sync(kFullWarp, x[i], offset));
+    }
   }
 }
 
-__device__ __forceinline__ float warp_sum(float x) {
+template <class Op>
+__device__ __forceinline__ float warp_reduce(float x) {
 #pragma unroll
   for (uint32 offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    x += __shfl_xor_sync(kFullWarp, x, offset);
+    x = Op::of(x, __shfl_xor_sync(kFullWarp, x, offset));
   }
   return x;
 }
 
-// Sum over the block (whole warps, 32 of them at most); every thread gets it. `warp_sums` is shared
-// memory, one float a warp; between two calls with the same memory the caller must synchronise.
-__device__ __forceinline__ float block_sum(float x, float* warp_sums) {
-  const uint32 lane = threadIdx.x % kWarpSize;
+// Over the block (whole warps, 32 of them at most); every thread gets it. `of_warps` is shared
+// memory; between two calls with the same memory the caller must synchronise.
+template <class Op>
+__device__ __forceinline__ float block_reduce(float x, float4 (&of_warps)[8]) {
   const uint32 num_warps = blockDim.x / kWarpSize;
-  x = warp_sum(x);
-  if (lane == 0) warp_sums[threadIdx.x / kWarpSize] = x;
+  x = warp_reduce<Op>(x);
+  float* slots = reinterpret_cast<float*>(of_warps);
+  if (threadIdx.x % kWarpSize == 0) slots[threadIdx.x / kWarpSize] = x;
+  // The slots up to a multiple of four.
+  if (threadIdx.x < (0 - num_warps) % 4) slots[num_warps + threadIdx.x] = 0.0f;
   __syncthreads();
-  return warp_sum(lane < num_warps ? warp_sums[lane] : 0.0f);
+  // Why every thread reads them all: that takes less time than the shuffles of a second reduction.
+  const float4 first = of_warps[0];
+  x = Op::of(Op::of(first.x, first.y), Op::of(first.z, first.w));
+#pragma unroll 2
+  for (uint32 i = 1; i * 4 < num_warps; ++i) {
+    const float4 more = of_warps[i];
+    x = Op::of(x, Op::of(Op::of(more.x, more.y), Op::of(more.z, more.w)));
+  }
+  return x;
 }
 
 }  // namespace ridgeline

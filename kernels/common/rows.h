@@ -14,6 +14,8 @@ struct RowStrides {
 
 // Elements from the first row to row `row`.
 constexpr int64 row_offset(const Divider& num_inner, const RowStrides& strides, uint32 row) {
+  // Why a branch: most tensors have one stride for all rows, and loads wait for this address.
+  if (row < num_inner.divisor) return row * strides.inner;
   const uint32 outer = num_inner.quotient(row);
   return outer * strides.outer + (row - outer * num_inner.divisor) * strides.inner;
 }

@@ -3,6 +3,7 @@
 
 namespace ridgeline {
 
+using int8 = signed char;
 using int32 = int;
 using int64 = long long;
 using uint8 = unsigned char;

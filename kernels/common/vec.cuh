@@ -10,13 +10,19 @@
 
 namespace ridgeline {
 
-__device__ __forceinline__ float to_float(float x) {
+// Specialised for the 8-bit types in fp8.cuh and int8.cuh.
+template <class T>
+__device__ __forceinline__ float to_float(T x);
+template <>
+__device__ __forceinline__ float to_float<float>(float x) {
   return x;
 }
-__device__ __forceinline__ float to_float(__half x) {
+template <>
+__device__ __forceinline__ float to_float<__half>(__half x) {
   return __half2float(x);
 }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) {
+template <>
+__device__ __forceinline__ float to_float<__nv_bfloat16>(__nv_bfloat16 x) {
   return __bfloat162float(x);
 }
 
@@ -35,6 +41,11 @@ template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
+
+// Four numbers of an 8-bit type in one register, the first in the lowest byte: specialised beside
+// from_float (fp8.cuh, int8.cuh).
+template <class T>
+struct Quad;
 
 // The unsigned words that carry kBytes through a load or store.
 template <int kBytes>
@@ -89,12 +100,19 @@ struct alignas(sizeof(T) * kVec) Vec {
     }
   }
 
-  // Rounds to nearest even, two elements an instruction where there are two.
+  // Rounds to nearest even, several elements an instruction where there are as many.
   __device__ __forceinline__ void from_floats(const float (&values)[kVec]) {
     if constexpr (sizeof(T) == 2 && kVec % 2 == 0) {
 #pragma unroll
       for (int i = 0; i < kVec / 2; ++i) {
         reinterpret_cast<uint32*>(words)[i] = pack_pair<T>(values[2 * i], values[2 * i + 1]);
+      }
+    } else if constexpr (sizeof(T) == 1 && kVec % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < kVec / 4; ++i) {
+        const float four[4] = {values[4 * i], values[4 * i + 1], values[4 * i + 2],
+                               values[4 * i + 3]};
+        reinterpret_cast<uint32*>(words)[i] = Quad<T>::from_floats(four);
       }
     } else {
 #pragma unroll

@@ -1,18 +1,11 @@
 // What happens to a vector on its way into a cache: it is copied byte for byte, or converted.
 #pragma once
 
+#include "common/fast_math.cuh"
 #include "common/fp8.cuh"
 #include "common/vec.cuh"
 
 namespace ridgeline {
-
-// 1 / x rounded to nearest, for x and 1 / x of normal size (and a mantissa that is not all ones).
-// Why not a division: its slow path is a call, around which registers are spilled.
-__device__ __forceinline__ float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return fmaf(y, fmaf(-x, y, 1.0f), y);
-}
 
 template <int kBytes>
 struct Copy {

@@ -1,6 +1,10 @@
-// What the kernels that pack bits are told. Shared by the kernels and the host.
+// What the kernels that pack bits and those that quantize are told. Shared by the kernels and the
+// host.
 #pragma once
 
+#include "common/quant_scale.h"
+#include "common/row_plan.h"
+#include "common/rows.h"
 #include "common/types.h"
 
 namespace ridgeline {
@@ -27,6 +31,38 @@ struct SegmentPackbitsParams {
   uint32 num_segments;
   uint32 num_bytes;  // a multiple of 4, at least what the segments need, below 2^31
   bool big;          // the first bit of a byte is its highest
+};
+
+constexpr uint32 kTensorMaxThreads = 256;
+constexpr uint32 kMaxPartials = 1024;
+
+// Of quantize and dequantize. A row of `shape` is a group.
+struct QuantizeParams {
+  const void* input;  // [num_outer, num_inner, num_groups * group_size]
+  void* output;       // the same
+  RowStrides input_strides;
+  RowStrides output_strides;
+  QuantScale scale;
+  RowShape shape;
+  Divider num_groups;  // of a row of the tensors
+  int64 group_size;    // elements
+};
+
+struct TensorMaxParams {
+  const void* input;  // [num_outer, num_inner, hidden], T
+  float* partials;    // [gridDim.x]
+  RowStrides input_strides;
+  uint32 num_rows;       // below 2^31; 0 when rows are empty
+  uint32 step_rows;      // all threads of the grid, in rows and
+  uint32 step_columns;   // vectors
+  Divider vecs_per_row;  // at least 1
+  Divider num_inner;     // rows of the inner dimension; num_rows when all rows have one stride
+};
+
+struct TensorScaleParams {
+  const float* partials;  // [num_partials]
+  float* scale;           // [1]
+  uint32 num_partials;    // at most kMaxPartials
 };
 
 }  // namespace ridgeline

@@ -24,7 +24,8 @@ inline constexpr std::array kAccesses = {
 };
 
 // The widest access that the addresses and strides of all tensors allow, and that divides every
-// one of `lengths` (in elements).
+// one of `lengths` (in elements): 16 bytes of the first tensor, and as many elements of the others.
+// Null ones are absent.
 int access_width(std::initializer_list<const Arg*> tensors, std::initializer_list<int64_t> lengths);
 
 int access_width(std::initializer_list<const Tensor*> tensors,

@@ -103,6 +103,8 @@ const char* device_type(Dtype dtype) {
       return "__nv_fp8_e4m3";
     case Dtype::Float8_e5m2:
       return "__nv_fp8_e5m2";
+    case Dtype::Char:
+      return "int8";
     default:
       return "float";
   }
@@ -174,10 +176,14 @@ void check_last_stride(const Arg& arg) {
 }
 
 bool is_aligned16(const Arg& arg) {
-  if (reinterpret_cast<uintptr_t>(arg.data) % kVectorBytes != 0) return false;
+  return is_aligned(arg, int64_t{kVectorBytes});
+}
+
+bool is_aligned(const Arg& arg, int64_t num_bytes) {
+  if (reinterpret_cast<uintptr_t>(arg.data) % static_cast<uint64_t>(num_bytes) != 0) return false;
   const int64_t bytes = arg.element_size();
   for (size_t dim = 0; dim + 1 < arg.sizes.size(); ++dim) {
-    if (arg.sizes[dim] > 1 && arg.strides[dim] * bytes % int64_t{kVectorBytes} != 0) return false;
+    if (arg.sizes[dim] > 1 && arg.strides[dim] * bytes % num_bytes != 0) return false;
   }
   return true;
 }

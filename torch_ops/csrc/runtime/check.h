@@ -44,6 +44,7 @@ void check_last_stride(const Arg& arg);  // 1, unless the last dimension holds o
 void check_aligned16(const Arg& arg);    // base pointer and every stride, in bytes
 
 bool is_aligned16(const Arg& arg);
+bool is_aligned(const Arg& arg, int64_t num_bytes);  // base pointer and every stride
 inline bool is_aligned16(const Tensor& tensor) {
   return is_aligned16(Arg("", "", tensor));
 }

@@ -1,5 +1,7 @@
 #include "runtime/rows.h"
 
+#include <algorithm>
+#include <span>
 #include <string>
 
 namespace ridgeline {
@@ -9,6 +11,23 @@ struct Dim {
   int64_t size;
   int64_t stride;
 };
+
+// A tensor whose rows fold into a single stride is split like the one that is split most.
+void split_alike(std::span<Rows> rows, std::span<const Arg* const> args) {
+  const auto least = std::ranges::min_element(rows, {}, &Rows::num_inner);
+  const Rows as = *least;
+  const Arg& as_arg = *args[least - rows.begin()];
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (rows[i].num_inner == as.num_inner) continue;
+    if (rows[i].num_inner != rows[i].num_rows) {
+      fail(args[i]->op, args[i]->name,
+           std::string("leading dimensions that fold as those of '") + as_arg.name + "' do",
+           "strides that fold otherwise", "Call .contiguous() on it first");
+    }
+    rows[i].outer_stride = as.num_inner * rows[i].inner_stride;
+    rows[i].num_inner = as.num_inner;
+  }
+}
 
 }  // namespace
 
@@ -42,20 +61,15 @@ Rows rows_of(const Arg& arg) {
 }
 
 std::pair<Rows, Rows> matching_rows(const Arg& a, const Arg& b) {
-  Rows first = rows_of(a), second = rows_of(b);
-  // One that folds into a single stride is split like the other.
-  const auto split_like = [](Rows& rows, const Rows& as, const Arg& arg, const Arg& as_arg) {
-    if (rows.num_inner != rows.num_rows) {
-      fail(arg.op, arg.name,
-           std::string("leading dimensions that fold as those of '") + as_arg.name + "' do",
-           "strides that fold otherwise", "Call .contiguous() on it first");
-    }
-    rows.outer_stride = as.num_inner * rows.inner_stride;
-    rows.num_inner = as.num_inner;
-  };
-  if (first.num_inner > second.num_inner) split_like(first, second, a, b);
-  if (second.num_inner > first.num_inner) split_like(second, first, b, a);
-  return {first, second};
+  std::array rows{rows_of(a), rows_of(b)};
+  split_alike(rows, std::array{&a, &b});
+  return {rows[0], rows[1]};
+}
+
+std::array<Rows, 3> matching_rows(const Arg& a, const Arg& b, const Arg& c) {
+  std::array rows{rows_of(a), rows_of(b), rows_of(c)};
+  split_alike(rows, std::array{&a, &b, &c});
+  return rows;
 }
 
 }  // namespace ridgeline

@@ -1,6 +1,7 @@
 // A tensor [..., hidden] as rows, for operators that work on its last dimension.
 #pragma once
 
+#include <array>
 #include <utility>
 
 #include "runtime/check.h"
@@ -26,7 +27,8 @@ constexpr bool is_packed(const Rows& rows) {
 // do not allow that.
 Rows rows_of(const Arg& arg);
 
-// Both views, whose leading dimensions are alike, as rows with one numbering.
+// Views, whose leading dimensions are alike, as rows with one numbering.
 std::pair<Rows, Rows> matching_rows(const Arg& a, const Arg& b);
+std::array<Rows, 3> matching_rows(const Arg& a, const Arg& b, const Arg& c);
 
 }  // namespace ridgeline

@@ -1,0 +1,246 @@
+// Rows that are read once, reduced and written: the body of the norms and of quantization.
+//
+// A team of threads owns a row: lanes of one warp when rows are short, a warp, or a block
+// (row_plan.h). Thread t of a team of size n owns vectors t, t + n, t + 2n, ... A row stays in
+// registers from the first reduction to the store, so that memory is read once; what does not fit
+// is read again by every step. All arithmetic is in float32, and what is stored is rounded once.
+//
+// What varies is a `Pass`:
+// - kVec, and Element, what is stored;
+// - Row(params, row_idx): where a row comes from.
+//     fetch(vec_idx) -> Fetched: issues the loads of a vector and does nothing else;
+//     take(fetched, vec_idx): the vector (a fused add stores the residual here);
+//     reload(vec_idx): the same vector again;
+// - Columns(params, vec_idx): what is the same for all rows, such as weights; kHeld: loaded with
+// the
+//   row, else where it is used;
+// - kMoments: what the transformation needs to know of the whole row;
+// - transform(params, moments, columns, values): what is stored, but for its scale;
+// - output_offset(params, row_idx): where to, in elements;
+// - kScaling: whether a number of each row's own (QuantScale) multiplies or divides the result.
+#pragma once
+
+#include "common/fast_math.cuh"
+#include "common/pdl.cuh"
+#include "common/quant_scale.h"
+#include "common/quantized.cuh"
+#include "common/reduce.cuh"
+#include "common/row_plan.h"
+#include "common/vec.cuh"
+
+namespace ridgeline {
+
+enum class MomentsOf { kNothing, kRootMeanSquare, kMeanAndVariance };
+enum class Scaling { kNone, kDivide, kMultiply };
+
+struct Moments {
+  float mean;
+  float inverse_root;  // 1 / sqrt(mean square, or variance, + eps)
+};
+
+// A compile-time flag as an argument.
+template <bool kFlag>
+struct Constant {
+  static constexpr bool kValue = kFlag;
+};
+
+// Threads of one row, and the rows of a thread.
+struct Team {
+  uint32 size;
+  uint32 rank;
+  uint32 first_row;
+  uint32 row_step;
+};
+
+template <class Op, int kStep, int kRows>
+__device__ __forceinline__ void team_reduce(float (&x)[kRows], const Team& team) {
+  if constexpr (kRows > 1) {
+    group_reduce<Op>(x, team.size);
+  } else if (team.size == kWarpSize) {
+    x[0] = warp_reduce<Op>(x[0]);
+  } else {
+    __shared__ float4 of_warps[kRowMaxThreads / kWarpSize / 4];  // an array for each step
+    x[0] = block_reduce<Op>(x[0], of_warps);
+  }
+}
+
+// A scale that no row of finite numbers overflows, and whose inverse is a normal number.
+__device__ __forceinline__ float scale_for(float largest, float largest_representable) {
+  constexpr float kMaxFloat = 3.4028235e38f, kMinNormal = 1.1754944e-38f;
+  return fmaxf(fminf(largest, kMaxFloat) * (1.0f / largest_representable), kMinNormal);
+}
+
+// kRows rows of kHeld vectors in a thread's registers; kRows > 1 means rows of one vector a thread.
+template <class Pass, int kRows, int kHeld, class Params>
+__device__ __forceinline__ void run_team(const Params& params, const Team& team) {
+  using Row = typename Pass::Row;
+  using Element = typename Pass::Element;
+  using Columns = typename Pass::Columns;
+  constexpr int kVec = Pass::kVec;
+  const RowShape& shape = params.shape;
+  const uint32 num_vecs = shape.num_vecs;
+  const uint32 first_unheld = team.rank + kHeld * team.size;
+
+  // All loads first: the rows, and the columns that only the transformation needs.
+  Row rows[kRows];
+  bool valid[kRows];
+  typename Row::Fetched fetched[kRows][kHeld];
+  Columns columns[kHeld];
+  constexpr bool kHoldsColumns = Columns::kHeld;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const uint32 row_idx = team.first_row + i * team.row_step;
+    valid[i] = kRows == 1 || row_idx < shape.num_rows;
+    rows[i] = Row(params, valid[i] ? row_idx : 0);
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      const uint32 vec_idx = team.rank + j * team.size;
+      if (valid[i] && vec_idx < num_vecs) fetched[i][j] = rows[i].fetch(vec_idx);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+    const uint32 vec_idx = team.rank + j * team.size;
+    if (kHoldsColumns && vec_idx < num_vecs) columns[j] = Columns(params, vec_idx);
+  }
+  float factor[kRows];
+  bool computes = false;
+  if constexpr (Pass::kScaling != Scaling::kNone) {
+    const QuantScale& scale = params.scale;
+    computes = Pass::kScaling == Scaling::kDivide && scale.computed != nullptr;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      factor[i] = scale.value;
+      if (scale.given != nullptr && valid[i]) {
+        factor[i] = scale.given[(team.first_row + i * team.row_step) * scale.stride];
+      }
+      if (Pass::kScaling == Scaling::kDivide) factor[i] = reciprocal(factor[i]);
+    }
+  }
+  pdl_launch_dependents();
+
+  typename Row::Vector x[kRows][kHeld];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      const uint32 vec_idx = team.rank + j * team.size;
+      if (valid[i] && vec_idx < num_vecs) x[i][j] = rows[i].take(fetched[i][j], vec_idx);
+    }
+  }
+
+  // Calls use(i, vec_idx, columns, values) for every vector of this thread.
+  const auto for_each_vector = [&](auto is_first, const auto& use) {
+    [[maybe_unused]] constexpr bool kFirst = decltype(is_first)::kValue;
+    float values[kVec];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j) {
+        const uint32 vec_idx = team.rank + j * team.size;
+        if (valid[i] && vec_idx < num_vecs) {
+          x[i][j].to_floats(values);
+          use(i, vec_idx, kHoldsColumns ? columns[j] : Columns(params, vec_idx), values);
+        }
+      }
+    }
+    if constexpr (kRows == 1) {
+      for (uint32 vec_idx = first_unheld; vec_idx < num_vecs; vec_idx += team.size) {
+        const typename Row::Vector again =
+            kFirst ? rows[0].take(rows[0].fetch(vec_idx), vec_idx) : rows[0].reload(vec_idx);
+        again.to_floats(values);
+        use(0, vec_idx, Columns(params, vec_idx), values);
+      }
+    }
+  };
+
+  Moments moments[kRows] = {};
+  float total[kRows] = {};
+  if constexpr (Pass::kMoments == MomentsOf::kMeanAndVariance) {
+    for_each_vector(Constant<true>{}, [&](int i, uint32, const Columns&, float (&v)[kVec]) {
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) total[i] += v[k];
+    });
+    team_reduce<Sum, 0>(total, team);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      moments[i].mean = __fdividef(total[i], params.length);
+      total[i] = 0.0f;
+    }
+  }
+  if constexpr (Pass::kMoments != MomentsOf::kNothing) {
+    constexpr bool kCentred = Pass::kMoments == MomentsOf::kMeanAndVariance;
+    for_each_vector(Constant<!kCentred>{}, [&](int i, uint32, const Columns&, float (&v)[kVec]) {
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) {
+        const float value = kCentred ? v[k] - moments[i].mean : v[k];
+        total[i] = fmaf(value, value, total[i]);
+      }
+    });
+    team_reduce<Sum, 1>(total, team);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      moments[i].inverse_root = rsqrtf(__fdividef(total[i], params.length) + params.eps);
+    }
+  }
+  if (computes) {
+    float largest[kRows] = {};
+    for_each_vector(Constant<false>{}, [&](int i, uint32, const Columns& column, float (&v)[kVec]) {
+      Pass::transform(params, moments[i], column, v);
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) largest[i] = fmaxf(largest[i], fabsf(v[k]));
+    });
+    team_reduce<Largest, 2>(largest, team);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const float scale = scale_for(largest[i], kLargest<Element>);
+      factor[i] = reciprocal(scale);
+      if (valid[i] && team.rank == 0) {
+        params.scale.computed[team.first_row + i * team.row_step] = scale;
+      }
+    }
+  }
+
+  Element* outputs[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const uint32 row_idx = team.first_row + i * team.row_step;
+    outputs[i] = static_cast<Element*>(params.output) + Pass::output_offset(params, row_idx);
+  }
+  // Why not streaming stores: the next operator reads the output, from L2 when it fits.
+  const auto put = [&](int i, uint32 vec_idx, const Columns& column, float (&v)[kVec]) {
+    Pass::transform(params, moments[i], column, v);
+    if constexpr (Pass::kScaling != Scaling::kNone) {
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) v[k] *= factor[i];
+    }
+    Vec<Element, kVec> y;
+    y.from_floats(v);
+    store(outputs[i] + vec_idx * kVec, y);
+  };
+  for_each_vector(Constant<false>{}, put);
+}
+
+template <class Pass, class Params>
+__device__ __forceinline__ void run_pass(const Params& params) {
+  pdl_wait();
+  const RowShape& shape = params.shape;
+  const uint32 size = shape.threads_per_row;
+  if (shape.num_vecs <= kWarpSize) {
+    const uint32 log2_size = 31 - __clz(size);
+    const uint32 num_teams = blockDim.x >> log2_size;
+    const uint32 team_idx = threadIdx.x >> log2_size;
+    run_team<Pass, kRowSlots, 1>(
+        params,
+        {size, threadIdx.x & (size - 1), blockIdx.x * num_teams * kRowSlots + team_idx, num_teams});
+    return;
+  }
+  const bool in_warp = size == kWarpSize;
+  const uint32 row_idx = in_warp ? (blockIdx.x * blockDim.x + threadIdx.x) / kWarpSize : blockIdx.x;
+  // Whole warps only, and never in a block that synchronises.
+  if (row_idx >= shape.num_rows) return;
+  run_team<Pass, 1, kRowSlots>(params,
+                               {size, in_warp ? threadIdx.x % kWarpSize : threadIdx.x, row_idx, 0});
+}
+
+}  // namespace ridgeline
