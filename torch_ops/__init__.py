@@ -22,7 +22,19 @@ from .page import (
 )
 from .page_copy import copy_pages
 from .quantization import packbits, segment_packbits
-from .rope import apply_rope_pos_ids, apply_rope_pos_ids_inplace
+from .rope import (
+    apply_llama31_rope,
+    apply_llama31_rope_inplace,
+    apply_llama31_rope_pos_ids,
+    apply_llama31_rope_pos_ids_inplace,
+    apply_rope,
+    apply_rope_inplace,
+    apply_rope_pos_ids,
+    apply_rope_pos_ids_inplace,
+    apply_rope_with_cos_sin_cache,
+    apply_rope_with_cos_sin_cache_inplace,
+)
+from .rope_append import rope_append_paged_kv_cache
 from .sampling import (
     chain_speculative_sampling,
     min_p_sampling_from_probs,
@@ -49,8 +61,16 @@ __all__ = [
     "Warmup",
     "append_paged_kv_cache",
     "append_paged_mla_kv_cache",
+    "apply_llama31_rope",
+    "apply_llama31_rope_inplace",
+    "apply_llama31_rope_pos_ids",
+    "apply_llama31_rope_pos_ids_inplace",
+    "apply_rope",
+    "apply_rope_inplace",
     "apply_rope_pos_ids",
     "apply_rope_pos_ids_inplace",
+    "apply_rope_with_cos_sin_cache",
+    "apply_rope_with_cos_sin_cache_inplace",
     "attention",
     "chain_speculative_sampling",
     "copy_pages",
@@ -63,6 +83,7 @@ __all__ = [
     "min_p_sampling_from_probs",
     "packbits",
     "rmsnorm",
+    "rope_append_paged_kv_cache",
     "sample_from_logits",
     "sampling_from_logits",
     "sampling_from_probs",

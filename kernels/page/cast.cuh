@@ -3,6 +3,7 @@
 
 #include "common/fp8.cuh"
 #include "common/vec.cuh"
+#include "page/params.h"
 
 namespace ridgeline {
 
@@ -12,6 +13,10 @@ __device__ __forceinline__ float reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return fmaf(y, fmaf(-x, y, 1.0f), y);
+}
+
+__device__ __forceinline__ float inverse_scale_of(const CacheSide& side, uint32 head) {
+  return side.scales ? reciprocal(side.scales[head * side.scale_stride]) : side.inverse_scale;
 }
 
 template <int kBytes>
