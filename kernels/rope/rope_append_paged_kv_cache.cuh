@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kRopeMaxThreads)
   constexpr uint32 kHeads = kRopeHeadsPerThread;
   constexpr int kUnits = rope_append_units(kVec);
   __shared__ float2 table[kRopeTableSize];  // [tokens_per_block][kVec][num_turning]
-  __shared__ alignas(16) float weights[2 * kRopeAppendMaxHeadDim];
+  alignas(16) __shared__ float weights[2 * kRopeAppendMaxHeadDim];
   const RopeAppendShape& shape = params.shape;
   pdl_wait();
 
