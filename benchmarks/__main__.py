@@ -29,6 +29,7 @@ NAMES = (
     "norm",
     "activation",
     "rope",
+    "rope_append",
     "merge",
     "page",
     "sampling",

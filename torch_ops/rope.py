@@ -273,7 +273,7 @@ def apply_llama31_rope(
     """
     refuse_grad("apply_llama31_rope", q, k)
     rotary_dim = _rotary_dim(q, rotary_dim)
-    return call(
+    return call(  # type: ignore[no-any-return]
         _LLAMA31,
         q,
         k,
@@ -286,7 +286,7 @@ def apply_llama31_rope(
         low_freq_factor,
         high_freq_factor,
         old_context_len,
-    )  # type: ignore[no-any-return]
+    )
 
 
 def apply_llama31_rope_inplace(
@@ -391,7 +391,7 @@ def apply_llama31_rope_pos_ids(
     """
     refuse_grad("apply_llama31_rope_pos_ids", q, k)
     rotary_dim = _rotary_dim(q, rotary_dim)
-    return call(
+    return call(  # type: ignore[no-any-return]
         _LLAMA31_POS_IDS,
         q,
         k,
@@ -403,7 +403,7 @@ def apply_llama31_rope_pos_ids(
         low_freq_factor,
         high_freq_factor,
         old_context_len,
-    )  # type: ignore[no-any-return]
+    )
 
 
 def apply_llama31_rope_pos_ids_inplace(

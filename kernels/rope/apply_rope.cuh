@@ -12,8 +12,9 @@
 
 namespace ridgeline {
 
+// Why two blocks an SM: told of one, ptxas aims at six and spills for it on sm_80.
 template <class T, int kVec, class Pairing, class Positions, class Angles>
-__global__ void __launch_bounds__(kRopeMaxThreads)
+__global__ void __launch_bounds__(kRopeMaxThreads, 2)
     apply_rope(const __grid_constant__ RopeParams<Positions, Angles> params) {
   pdl_wait();
   rotate_heads<T, kVec, Pairing>(params);

@@ -32,6 +32,7 @@ __device__ __forceinline__ int64 position_in_request(const RequestOffsets& from,
   // indptr[low - 1] <= token < indptr[high], as far as indptr goes.
   uint32 low = 0, high = from.batch_size + 1;
   int64 start = 0;  // offsets - indptr of request low - 1
+#pragma unroll 1
   while (low < high) {
     const uint32 step = (high - low + kWarpSize) / (kWarpSize + 1);
     const uint32 probe = low + (lane + 1) * step - 1;
@@ -61,6 +62,7 @@ struct PositionOf<RequestOffsets> {
     __shared__ int64 found[kRopeBlockThreads];
     const uint32 warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
     if (warp < num_warps) {
+#pragma unroll 1
       for (uint32 i = warp; i < shape.tokens_per_block; i += num_warps) {
         const int64 position = position_in_request(from, blockIdx.x * shape.tokens_per_block + i);
         if (threadIdx.x % kWarpSize == 0) found[i] = position;

@@ -87,7 +87,8 @@ template <class T, class KV, int kVec, class Pairing>
 __global__ void __launch_bounds__(kRopeMaxThreads)
     rope_append_paged_kv_cache(const __grid_constant__ RopeAppendParams params) {
   using Lanes = typename Pairing::template Lanes<kVec>;
-  constexpr uint32 kHeads = kRopeHeadsPerThread;
+  // Single elements come in several units: fewer heads, for as many loads in flight.
+  constexpr uint32 kHeads = kVec == 1 ? 2 : kRopeHeadsPerThread;
   constexpr int kUnits = rope_append_units(kVec);
   __shared__ float2 table[kRopeTableSize];  // [tokens_per_block][kVec][num_turning]
   alignas(16) __shared__ float weights[2 * kRopeAppendMaxHeadDim];
