@@ -83,8 +83,9 @@ __device__ __forceinline__ void store_scaled(To* target, const float (&x)[kVec],
   store(target, y);
 }
 
+// Why two blocks an SM: told of one, ptxas aims at three and spills for it before sm_89.
 template <class T, class KV, int kVec, class Pairing>
-__global__ void __launch_bounds__(kRopeMaxThreads)
+__global__ void __launch_bounds__(kRopeMaxThreads, 2)
     rope_append_paged_kv_cache(const __grid_constant__ RopeAppendParams params) {
   using Lanes = typename Pairing::template Lanes<kVec>;
   // Single elements come in several units: fewer heads, for as many loads in flight.
