@@ -30,6 +30,7 @@ NAMES = (
     "activation",
     "quantization",
     "rope",
+    "rope_append",
     "merge",
     "page",
     "sampling",

@@ -28,6 +28,9 @@ def calls(session: Session) -> dict[str, Call]:
     s = session.randn(4, 8, dtype=torch.float32)
     states, s_states = session.randn(4, 3, 8, 64), session.randn(4, 3, 8, dtype=torch.float32)
     in_place, s_in_place = q.clone(), s.clone()
+    pool, pages = session.randn(1, 2, 16, 2, 64), torch.zeros(1, device=session.device).int()
+    q_out, head_weight = torch.empty_like(q), session.randn(64)
+    places = (positions * 0, positions, pool, pages, positions[:2])
     return {
         "torch.mul": lambda: torch.mul(x, x),
         "rmsnorm": lambda: ridgeline.rmsnorm(x, weight),
@@ -36,6 +39,12 @@ def calls(session: Session) -> dict[str, Call]:
         "silu_and_mul": lambda: ridgeline.silu_and_mul(gate),
         "apply_rope_pos_ids": lambda: ridgeline.apply_rope_pos_ids(q, k, positions),
         "apply_rope_pos_ids_inplace": lambda: ridgeline.apply_rope_pos_ids_inplace(q, k, positions),
+        "rope_append_paged_kv_cache": lambda: ridgeline.rope_append_paged_kv_cache(
+            q, k, v, *places, q_out=q_out
+        ),
+        "rope_append_paged_kv_cache, norm": lambda: ridgeline.rope_append_paged_kv_cache(
+            q, k, v, *places, q_weight=head_weight, k_weight=head_weight
+        ),
         "single_decode_with_kv_cache": lambda: ridgeline.single_decode_with_kv_cache(one, k, v),
         "single_prefill_with_kv_cache": lambda: ridgeline.single_prefill_with_kv_cache(
             q, k, v, causal=True

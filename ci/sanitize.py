@@ -61,6 +61,17 @@ def elementwise(dtype: torch.dtype) -> Iterator[torch.Tensor]:
         q, k = random(7, 6, head_dim, dtype=dtype), random(7, 2, head_dim, dtype=dtype)
         positions = torch.arange(7, dtype=torch.int32, device=DEVICE)
         yield from ridgeline.apply_rope_pos_ids(q, k, positions)
+        indptr, offsets = positions[[0, 3, 6]], positions[:2]
+        yield from ridgeline.apply_rope(q, k, indptr, offsets)
+        table = random(7, head_dim, dtype=torch.float32)
+        yield from ridgeline.apply_rope_with_cos_sin_cache(positions, q, k, head_dim, table)
+        pool = random(2, 2, 4, 2, head_dim, dtype=dtype)
+        weight = random(head_dim, dtype=dtype)
+        yield ridgeline.rope_append_paged_kv_cache(
+            q, k, k, positions * 0, positions, pool, positions[:2], positions[[0, 2]],
+            q_weight=weight, k_weight=weight,
+        )  # fmt: skip
+        yield pool
 
 
 def attention(dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -15,52 +15,19 @@ from elementwise import (
     Wrong,
     assert_raises,
     assert_refuses_grad,
-    assert_rounded,
     captured,
     untouched_outside,
     view_of,
     without_recompilation,
 )
 from hypothesis import strategies as st
+from rope_oracle import Angles, assert_rotated, draw, frequencies
 from support import normal, poisoned_call
 from torch import Tensor
 
 HEAD_DIMS = (2, 16, 40, 64, 80, 96, 128, 192, 256, 512)
 HEADS = ((1, 1), (32, 8), (7, 1), (5, 0), (0, 3), (40, 40))
 FAR = (0, 1, 1_000_000, 3_141_592, 2**31 - 1, -7)
-
-
-def frequencies(rotary_dim: int, scale: float, theta: float) -> Tensor:
-    """Radians per position of each pair."""
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
-    return theta**-exponents / scale
-
-
-def exact_rope(
-    x: Tensor, pos_ids: Tensor, rotary_dim: int, interleave: bool, scale: float, theta: float
-) -> tuple[Tensor, Tensor]:
-    """The rotation as a product of complex numbers in float64, and what float32 may lose in it.
-
-    The loss: cosine and sine are off by 8 roundings at most, and by the float64 rounding of the
-    frequency times the position (the reference's own error); two products and a sum.
-    """
-    x, pos_ids = x.double().cpu(), pos_ids.cpu()
-    rotated, half = x[..., :rotary_dim], rotary_dim // 2
-    if interleave:
-        pairs = torch.complex(rotated[..., 0::2], rotated[..., 1::2])
-    else:
-        pairs = torch.complex(rotated[..., :half], rotated[..., half:])
-    angles = pos_ids.double()[:, None, None] * frequencies(rotary_dim, scale, theta)
-    turned = pairs * torch.polar(torch.ones_like(angles), angles)
-    loss = (pairs.real.abs() + pairs.imag.abs()) * (12 * FLOAT32_UNIT + angles.abs() * 2.0**-50)
-    exact, slack = x.clone(), torch.zeros_like(x)
-    if interleave:
-        exact[..., 0:rotary_dim:2], exact[..., 1:rotary_dim:2] = turned.real, turned.imag
-        slack[..., 0:rotary_dim:2] = slack[..., 1:rotary_dim:2] = loss
-    else:
-        exact[..., :half], exact[..., half:rotary_dim] = turned.real, turned.imag
-        slack[..., :half] = slack[..., half:rotary_dim] = loss
-    return exact, slack
 
 
 def assert_rope(
@@ -72,25 +39,8 @@ def assert_rope(
     scale: float = 1.0,
     theta: float = 1e4,
 ) -> None:
-    for result, x in zip(actual, inputs, strict=True):
-        exact, slack = exact_rope(x, pos_ids, rotary_dim, interleave, scale, theta)
-        assert_rounded(result.cpu(), exact, slack)
-        assert torch.equal(result[..., rotary_dim:], x[..., rotary_dim:])
-
-
-def draw(
-    nnz: int,
-    heads: tuple[int, int],
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    rng: torch.Generator,
-    last: int = 100_000,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, pos_ids."""
-    q = normal((nnz, heads[0], head_dim), dtype, device, rng)
-    k = normal((nnz, heads[1], head_dim), dtype, device, rng)
-    return q, k, torch.randint(0, last, (nnz,), generator=rng).to(device)
+    angles = Angles.of(pos_ids, frequencies(rotary_dim, scale, theta))
+    assert_rotated(actual, inputs, angles, interleave)
 
 
 @pytest.mark.parametrize("interleave", [False, True], ids=["half-split", "interleaved"])

@@ -47,6 +47,19 @@ from .prefill_wrapper import (
 from .quantization import packbits, segment_packbits
 from .quantize import dequantize, quantize
 from .rope import apply_rope_pos_ids, apply_rope_pos_ids_inplace
+from .rope import (
+    apply_llama31_rope,
+    apply_llama31_rope_inplace,
+    apply_llama31_rope_pos_ids,
+    apply_llama31_rope_pos_ids_inplace,
+    apply_rope,
+    apply_rope_inplace,
+    apply_rope_pos_ids,
+    apply_rope_pos_ids_inplace,
+    apply_rope_with_cos_sin_cache,
+    apply_rope_with_cos_sin_cache_inplace,
+)
+from .rope_append import rope_append_paged_kv_cache
 from .sampling import (
     chain_speculative_sampling,
     min_p_sampling_from_probs,
@@ -83,8 +96,16 @@ __all__ = [
     "Warmup",
     "append_paged_kv_cache",
     "append_paged_mla_kv_cache",
+    "apply_llama31_rope",
+    "apply_llama31_rope_inplace",
+    "apply_llama31_rope_pos_ids",
+    "apply_llama31_rope_pos_ids_inplace",
+    "apply_rope",
+    "apply_rope_inplace",
     "apply_rope_pos_ids",
     "apply_rope_pos_ids_inplace",
+    "apply_rope_with_cos_sin_cache",
+    "apply_rope_with_cos_sin_cache_inplace",
     "attention",
     "chain_speculative_sampling",
     "copy_pages",
@@ -108,6 +129,7 @@ __all__ = [
     "quantize",
     "rmsnorm",
     "rmsnorm_quant",
+    "rope_append_paged_kv_cache",
     "sample_from_logits",
     "sampling_from_logits",
     "sampling_from_probs",

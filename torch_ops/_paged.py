@@ -133,12 +133,15 @@ def check_page_table(
     op: str,
     kv_indices: Tensor,
     kv_indptr: Tensor,
-    kv_last_page_len: Tensor,
+    kv_last_page_len: Tensor | None,
     as_arg: str,
     other: Tensor,
 ) -> None:
+    """Checks the index tensors; without the lengths of last pages where positions say all."""
     check_int32_vector(op, "kv_indices", kv_indices, as_arg, other)
     batch_size = check_indptr(op, "kv_indptr", kv_indptr, as_arg, other)
+    if kv_last_page_len is None:
+        return
     check_int32_vector(
         op, "kv_last_page_len", kv_last_page_len, as_arg, other, batch_size, "[batch_size]"
     )

@@ -7,15 +7,13 @@ nothing outside the pool is read or written.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from . import _check, _overlap, _paged
+from . import _check, _paged
+from ._append_cpu import Side, append, split_scale
 from ._ops import call, cpu_impl, fake_impl, refuse_grad
-from ._paged import PagedCache, Pool
+from ._paged import PagedCache
 
 __all__ = [
     "append_paged_kv_cache",
@@ -28,13 +26,6 @@ _APPEND = torch.ops.ridgeline.append_paged_kv_cache.default
 _APPEND_MLA = torch.ops.ridgeline.append_paged_mla_kv_cache.default
 _BATCH_INDICES = torch.ops.ridgeline.get_batch_indices_positions.default
 _SEQ_LENS = torch.ops.ridgeline.get_seq_lens.default
-
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_NARROWER = {
-    torch.float16: _FLOAT8,
-    torch.bfloat16: _FLOAT8,
-    torch.float32: (*_FLOAT8, torch.float16, torch.bfloat16),
-}
 
 
 def append_paged_kv_cache(
@@ -107,8 +98,8 @@ def append_paged_kv_cache(
     op = "append_paged_kv_cache"
     k_cache, v_cache = _paged.split(op, "paged_kv_cache", paged_kv_cache)
     refuse_grad(op, append_key, append_value, k_cache, v_cache)
-    k_value, k_scales = _scale(k_scale)
-    v_value, v_scales = _scale(v_scale)
+    k_value, k_scales = split_scale(k_scale)
+    v_value, v_scales = split_scale(v_scale)
     layout = _paged.layout_code(op, kv_layout)
     call(
         _APPEND, append_key, append_value, batch_indices, positions, k_cache, v_cache, kv_indices,
@@ -232,132 +223,6 @@ def get_seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) ->
     return lens
 
 
-def _scale(scale: float | Tensor | None) -> tuple[float, Tensor | None]:
-    if isinstance(scale, Tensor):
-        return 1.0, scale
-    return 1.0 if scale is None else scale, None
-
-
-class _Side:
-    """New keys or values, their pool and their scale, checked."""
-
-    def __init__(
-        self,
-        op: str,
-        source_arg: str,
-        source: Tensor,
-        target_arg: str,
-        target: Tensor,
-        pool: Pool,
-        scale_arg: str,
-        scale: float,
-        scales: Tensor | None,
-    ) -> None:
-        self.op = op
-        self.source_arg, self.source = source_arg, source
-        self.target_arg, self.target = target_arg, target
-        self.pool = pool
-        self.scale_arg, self.scale, self.scales = scale_arg, scale, scales
-
-    def check_shapes(self, nnz: int) -> None:
-        op, arg, source = self.op, self.source_arg, self.source
-        _check.same_device(op, arg, source, self.target_arg, self.target)
-        expected = (nnz, *self.pool.tokens.shape[2:])
-        names = "[nnz, num_kv_heads, head_dim]" if len(expected) == 3 else "[nnz, head_dim]"
-        _check.rank(op, arg, source, len(expected))
-        _check.shape(op, arg, source, expected, f"{names}, as the cache's")
-        _check.last_stride(op, arg, source)
-        _overlap.writable(op, self.target_arg, self.target)
-        _overlap.distinct(op, self.target_arg, self.target, arg, source)
-
-    def check_conversion(self) -> None:
-        source, target = self.source.dtype, self.target.dtype
-        if source == target:
-            if self.scales is not None or self.scale != 1.0:
-                _check.fail(
-                    self.op,
-                    self.scale_arg,
-                    "None or 1, since the cache has the dtype of what is appended",
-                    "a tensor" if self.scales is not None else self.scale,
-                    "Use a cache of lower precision, or divide beforehand.",
-                )
-            return
-        if target not in _NARROWER.get(source, ()):
-            expected = (
-                f"dtype {source} (that of '{self.source_arg}') or a lower precision: float8_e4m3fn "
-                "or float8_e5m2 from float16, bfloat16 or float32, float16 or bfloat16 from float32"
-            )
-            way_out = f"Convert '{self.source_arg}' first."
-            raise TypeError(_check.message(self.op, self.target_arg, expected, target, way_out))
-
-    def check_scale(self) -> None:
-        op, arg, scales = self.op, self.scale_arg, self.scales
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            _check.fail(op, arg, "a finite number > 0", self.scale, "1 changes nothing.")
-        if scales is None:
-            return
-        _check.same_device(op, arg, scales, self.target_arg, self.target)
-        _check.dtype(op, arg, scales, (torch.float32,))
-        _check.rank(op, arg, scales, 0, 1)
-        num_heads = self.pool.tokens.shape[2]
-        if scales.numel() not in (1, num_heads):
-            expected = f"1 number or one for each of the {num_heads} heads"
-            _check.fail(op, arg, expected, list(scales.shape), "Pass a tensor of that shape.")
-
-    def write(self, rows: Tensor, pages: Tensor, slots: Tensor) -> None:
-        values = self.source[rows]
-        tokens = self.pool.tokens
-        if values.dtype != tokens.dtype:
-            scale = torch.tensor(self.scale) if self.scales is None else self.scales
-            if scale.numel() > 1:
-                scale = scale[:, None]
-            values = values.float() * scale.float().reciprocal()
-            if tokens.dtype in _FLOAT8:
-                limit = torch.finfo(tokens.dtype).max
-                values = values.clamp(-limit, limit)
-            values = values.to(tokens.dtype)
-        if tokens.dtype in _FLOAT8:  # which torch does not index
-            tokens, values = tokens.view(torch.uint8), values.view(torch.uint8)
-        tokens[pages, slots] = values
-
-
-def _append_cpu(
-    sides: Sequence[_Side],
-    batch_indices: Tensor,
-    positions: Tensor,
-    kv_indices: Tensor,
-    kv_indptr: Tensor,
-    kv_last_page_len: Tensor,
-) -> None:
-    k, v = sides
-    op, arg, cache = k.op, k.target_arg, k.target
-    _check.same_device(op, v.target_arg, v.target, arg, cache)
-    _check.same_dtype(op, v.target_arg, v.target, arg, cache)
-    if k.pool.tokens.shape[:-1] != v.pool.tokens.shape[:-1]:
-        _check.fail(
-            op,
-            v.target_arg,
-            f"the shape of '{arg}', {list(cache.shape)}, but for the last dimension",
-            list(v.target.shape),
-            "Keys and values of a token have the same page, slot and head.",
-        )
-    nnz = positions.shape[0] if positions.dim() == 1 else 0
-    _paged.check_indices(op, "positions", positions, nnz, "[nnz]", arg, cache)
-    meaning = "[nnz], as 'positions'"
-    _paged.check_indices(op, "batch_indices", batch_indices, nnz, meaning, arg, cache)
-    _paged.check_page_table(op, kv_indices, kv_indptr, kv_last_page_len, arg, cache)
-    for side in sides:
-        side.check_shapes(nnz)
-    _check.same_dtype(op, v.source_arg, v.source, k.source_arg, k.source)
-    _overlap.distinct(op, v.target_arg, v.target, arg, cache)
-    for side in sides:
-        side.check_conversion()
-        side.check_scale()
-    at = _paged.places(k.pool, batch_indices, positions, kv_indices, kv_indptr)
-    for side in sides:
-        side.write(*at)
-
-
 @cpu_impl("append_paged_kv_cache")
 def _append_kv_cpu(
     append_key: Tensor,
@@ -379,12 +244,12 @@ def _append_kv_cpu(
     k_pool = _paged.checked_pool(op, "k_cache", k_cache, kv_layout)
     v_pool = _paged.checked_pool(op, "v_cache", v_cache, kv_layout)
     sides = (
-        _Side(op, "append_key", append_key, "k_cache", k_cache, k_pool,
+        Side(op, "append_key", append_key, "k_cache", k_cache, k_pool,
               "k_scale", k_scale, k_scales),
-        _Side(op, "append_value", append_value, "v_cache", v_cache, v_pool,
+        Side(op, "append_value", append_value, "v_cache", v_cache, v_pool,
               "v_scale", v_scale, v_scales),
     )  # fmt: skip
-    _append_cpu(sides, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
+    append(sides, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
 
 
 @cpu_impl("append_paged_mla_kv_cache")
@@ -405,12 +270,12 @@ def _append_mla_cpu(
     ckv_pool = _paged.checked_latent_pool(op, "ckv_cache", ckv_cache)
     kpe_pool = _paged.checked_latent_pool(op, "kpe_cache", kpe_cache)
     sides = (
-        _Side(op, "append_ckv", append_ckv, "ckv_cache", ckv_cache, ckv_pool,
+        Side(op, "append_ckv", append_ckv, "ckv_cache", ckv_cache, ckv_pool,
               "ckv_scale", ckv_scale, None),
-        _Side(op, "append_kpe", append_kpe, "kpe_cache", kpe_cache, kpe_pool,
+        Side(op, "append_kpe", append_kpe, "kpe_cache", kpe_cache, kpe_pool,
               "kpe_scale", kpe_scale, None),
     )  # fmt: skip
-    _append_cpu(sides, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
+    append(sides, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
 
 
 @cpu_impl("get_batch_indices_positions")

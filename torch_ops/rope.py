@@ -1,22 +1,126 @@
-"""Rotary position embedding of queries and keys."""
+"""Rotary position embedding of queries and keys.
+
+A function is told positions by id or by request, and angles by frequencies or by a table; each has
+a form that returns new tensors and one that works in place. In all of them the rotation is computed
+in float32 and rounded once.
+"""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
-from . import _check, _overlap
-from ._ops import cpu_impl, fake_impl, find_op, refuse_grad
+from . import _rope_cpu as _rope_cpu  # registers the CPU implementations and the fakes
+from ._ops import call, refuse_grad
 
-__all__ = ["apply_rope_pos_ids", "apply_rope_pos_ids_inplace"]
+__all__ = [
+    "apply_llama31_rope",
+    "apply_llama31_rope_inplace",
+    "apply_llama31_rope_pos_ids",
+    "apply_llama31_rope_pos_ids_inplace",
+    "apply_rope",
+    "apply_rope_inplace",
+    "apply_rope_pos_ids",
+    "apply_rope_pos_ids_inplace",
+    "apply_rope_with_cos_sin_cache",
+    "apply_rope_with_cos_sin_cache_inplace",
+]
 
-_POS_IDS = find_op("apply_rope_pos_ids")
-_POS_IDS_INPLACE = find_op("apply_rope_pos_ids_inplace")
+_OPS = torch.ops.ridgeline
+_ROPE = _OPS.apply_rope.default
+_ROPE_INPLACE = _OPS.apply_rope_inplace.default
+_POS_IDS = _OPS.apply_rope_pos_ids.default
+_POS_IDS_INPLACE = _OPS.apply_rope_pos_ids_inplace.default
+_LLAMA31 = _OPS.apply_llama31_rope.default
+_LLAMA31_INPLACE = _OPS.apply_llama31_rope_inplace.default
+_LLAMA31_POS_IDS = _OPS.apply_llama31_rope_pos_ids.default
+_LLAMA31_POS_IDS_INPLACE = _OPS.apply_llama31_rope_pos_ids_inplace.default
+_TABLE = _OPS.apply_rope_with_cos_sin_cache.default
+_TABLE_INPLACE = _OPS.apply_rope_with_cos_sin_cache_inplace.default
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MAX_ROTARY_DIM = 512  # kRopeMaxPairs of kernels/rope/params.h, twice
+
+def apply_rope(
+    q: Tensor,
+    k: Tensor,
+    indptr: Tensor,
+    offsets: Tensor,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 1,
+    rope_theta: float = 1e4,
+) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by their places in ragged requests.
+
+    Parameters
+    ----------
+    q, k : Tensor
+        As in `apply_rope_pos_ids`.
+    indptr : Tensor
+        ``[batch_size + 1]``, int32: request r has the tokens ``indptr[r] .. indptr[r + 1] - 1``.
+    offsets : Tensor
+        ``[batch_size]``, int32 or int64: the position of each request's first token. Tokens of no
+        request (padding) are at position 0.
+    rotary_dim, interleave, rope_scale, rope_theta
+        As in `apply_rope_pos_ids`.
+
+    Returns
+    -------
+    q_rotated, k_rotated : Tensor
+        New contiguous tensors, shapes and dtype of `q` and `k`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `apply_rope_pos_ids`.
+
+    Examples
+    --------
+    >>> import torch, ridgeline
+    >>> q, k = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
+    >>> ridgeline.apply_rope(q, k, torch.tensor([0, 1]).int(), torch.tensor([1]))
+    (tensor([[[0.5403, 0.8415]]]), tensor([[[-0.8415,  0.5403]]]))
+    """
+    refuse_grad("apply_rope", q, k)
+    rotary_dim = _rotary_dim(q, rotary_dim)
+    return call(_ROPE, q, k, indptr, offsets, rotary_dim, interleave, rope_scale, rope_theta)  # type: ignore[no-any-return]
+
+
+def apply_rope_inplace(
+    q: Tensor,
+    k: Tensor,
+    indptr: Tensor,
+    offsets: Tensor,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 1,
+    rope_theta: float = 1e4,
+) -> None:
+    """Rotate queries and keys by their places in ragged requests, in place.
+
+    Parameters
+    ----------
+    q, k : Tensor
+        As in `apply_rope`; overwritten. They may be views of one buffer, such as a fused
+        projection's output, but share no element.
+    indptr, offsets, rotary_dim, interleave, rope_scale, rope_theta
+        As in `apply_rope`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `apply_rope_pos_ids`.
+
+    Examples
+    --------
+    >>> import torch, ridgeline
+    >>> q, k = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
+    >>> ridgeline.apply_rope_inplace(q, k, torch.tensor([0, 1]).int(), torch.tensor([1]))
+    >>> q
+    tensor([[[0.5403, 0.8415]]])
+    """
+    refuse_grad("apply_rope_inplace", q, k)
+    rotary_dim = _rotary_dim(q, rotary_dim)
+    call(_ROPE_INPLACE, q, k, indptr, offsets, rotary_dim, interleave, rope_scale, rope_theta)
 
 
 def apply_rope_pos_ids(
@@ -75,8 +179,9 @@ def apply_rope_pos_ids(
     """
     refuse_grad("apply_rope_pos_ids", q, k)
     rotary_dim = _rotary_dim(q, rotary_dim)
-    options = _options(interleave, rope_scale, rope_theta)
-    return _POS_IDS(q, k, pos_ids, rotary_dim, *options)  # type: ignore[no-any-return]
+    return call(  # type: ignore[no-any-return]
+        _POS_IDS, q, k, pos_ids, rotary_dim, interleave, rope_scale, rope_theta
+    )
 
 
 def apply_rope_pos_ids_inplace(
@@ -113,131 +218,332 @@ def apply_rope_pos_ids_inplace(
     """
     refuse_grad("apply_rope_pos_ids_inplace", q, k)
     rotary_dim = _rotary_dim(q, rotary_dim)
-    _POS_IDS_INPLACE(q, k, pos_ids, rotary_dim, *_options(interleave, rope_scale, rope_theta))
+    call(_POS_IDS_INPLACE, q, k, pos_ids, rotary_dim, interleave, rope_scale, rope_theta)
 
 
-def _options(
-    interleave: bool, rope_scale: float, rope_theta: float
-) -> tuple[bool, float, float] | tuple[()]:
-    """The last arguments of an op, or none when all have its defaults."""
-    if interleave or rope_scale != 1 or rope_theta != 1e4:
-        return (interleave, rope_scale, rope_theta)
-    return ()
-
-
-@cpu_impl("apply_rope_pos_ids")
-def _pos_ids_cpu(
+def apply_llama31_rope(
     q: Tensor,
     k: Tensor,
-    pos_ids: Tensor,
-    rotary_dim: int,
+    indptr: Tensor,
+    offsets: Tensor,
+    rotary_dim: int | None = None,
     interleave: bool = False,
-    rope_scale: float = 1.0,
-    rope_theta: float = 1e4,
+    rope_scale: float = 8,
+    rope_theta: float = 5e5,
+    low_freq_factor: float = 1,
+    high_freq_factor: float = 4,
+    old_context_len: float = 8192,
 ) -> tuple[Tensor, Tensor]:
-    _check_arguments("apply_rope_pos_ids", q, k, pos_ids, rotary_dim, rope_scale, rope_theta)
-    cos_sin = _cos_sin(pos_ids, rotary_dim, rope_scale, rope_theta)
-    q_rotated, k_rotated = q.new_empty(q.shape), k.new_empty(k.shape)
-    for x, rotated in ((q, q_rotated), (k, k_rotated)):
-        rotated.copy_(x)
-        _rotate(rotated, cos_sin, rotary_dim, interleave)
-    return q_rotated, k_rotated
+    """Rotate by places in ragged requests, with the frequencies of Llama 3.1.
+
+    Parameters
+    ----------
+    q, k : Tensor
+        As in `apply_rope_pos_ids`.
+    indptr : Tensor
+        ``[batch_size + 1]``, int32: request r has the tokens ``indptr[r] .. indptr[r + 1] - 1``.
+    offsets : Tensor
+        ``[batch_size]``, int32 or int64: the position of each request's first token. Tokens of no
+        request (padding) are at position 0.
+    rotary_dim, interleave, rope_theta
+        As in `apply_rope_pos_ids`.
+    rope_scale : float
+        What low frequencies are divided by.
+    low_freq_factor, high_freq_factor, old_context_len : float
+        A frequency that turns fewer than `low_freq_factor` times in `old_context_len` positions is
+        divided by `rope_scale`, one that turns more than `high_freq_factor` times stays, between
+        them both are mixed linearly. low_freq_factor >= 0, high_freq_factor above it.
+
+    Returns
+    -------
+    q_rotated, k_rotated : Tensor
+        New contiguous tensors, shapes and dtype of `q` and `k`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `apply_rope_pos_ids`.
+
+    Examples
+    --------
+    >>> import torch, ridgeline
+    >>> q, k = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
+    >>> ridgeline.apply_llama31_rope(q, k, torch.tensor([0, 1]).int(), torch.tensor([1]))
+    (tensor([[[0.5403, 0.8415]]]), tensor([[[-0.8415,  0.5403]]]))
+    """
+    refuse_grad("apply_llama31_rope", q, k)
+    rotary_dim = _rotary_dim(q, rotary_dim)
+    return call(  # type: ignore[no-any-return]
+        _LLAMA31,
+        q,
+        k,
+        indptr,
+        offsets,
+        rotary_dim,
+        interleave,
+        rope_scale,
+        rope_theta,
+        low_freq_factor,
+        high_freq_factor,
+        old_context_len,
+    )
 
 
-@cpu_impl("apply_rope_pos_ids_inplace")
-def _pos_ids_inplace_cpu(
+def apply_llama31_rope_inplace(
+    q: Tensor,
+    k: Tensor,
+    indptr: Tensor,
+    offsets: Tensor,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 8,
+    rope_theta: float = 5e5,
+    low_freq_factor: float = 1,
+    high_freq_factor: float = 4,
+    old_context_len: float = 8192,
+) -> None:
+    """Rotate by places in ragged requests, with the frequencies of Llama 3.1, in place.
+
+    Parameters
+    ----------
+    q, k : Tensor
+        As in `apply_llama31_rope`; overwritten.
+    indptr, offsets, rotary_dim, interleave, rope_scale, rope_theta
+    low_freq_factor, high_freq_factor, old_context_len
+        As in `apply_llama31_rope`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `apply_rope_pos_ids`.
+
+    Examples
+    --------
+    >>> import torch, ridgeline
+    >>> q, k = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
+    >>> ridgeline.apply_llama31_rope_inplace(q, k, torch.tensor([0, 1]).int(), torch.tensor([1]))
+    >>> q
+    tensor([[[0.5403, 0.8415]]])
+    """
+    refuse_grad("apply_llama31_rope_inplace", q, k)
+    rotary_dim = _rotary_dim(q, rotary_dim)
+    call(
+        _LLAMA31_INPLACE,
+        q,
+        k,
+        indptr,
+        offsets,
+        rotary_dim,
+        interleave,
+        rope_scale,
+        rope_theta,
+        low_freq_factor,
+        high_freq_factor,
+        old_context_len,
+    )
+
+
+def apply_llama31_rope_pos_ids(
     q: Tensor,
     k: Tensor,
     pos_ids: Tensor,
-    rotary_dim: int,
+    rotary_dim: int | None = None,
     interleave: bool = False,
-    rope_scale: float = 1.0,
-    rope_theta: float = 1e4,
+    rope_scale: float = 8,
+    rope_theta: float = 5e5,
+    low_freq_factor: float = 1,
+    high_freq_factor: float = 4,
+    old_context_len: float = 8192,
+) -> tuple[Tensor, Tensor]:
+    """Rotate by positions, with the frequencies of Llama 3.1.
+
+    Parameters
+    ----------
+    q, k : Tensor
+        As in `apply_rope_pos_ids`.
+    pos_ids : Tensor
+        ``[nnz]``, int32 or int64.
+    rotary_dim, interleave, rope_theta
+        As in `apply_rope_pos_ids`.
+    rope_scale : float
+        What low frequencies are divided by.
+    low_freq_factor, high_freq_factor, old_context_len : float
+        A frequency that turns fewer than `low_freq_factor` times in `old_context_len` positions is
+        divided by `rope_scale`, one that turns more than `high_freq_factor` times stays, between
+        them both are mixed linearly. low_freq_factor >= 0, high_freq_factor above it.
+
+    Returns
+    -------
+    q_rotated, k_rotated : Tensor
+        New contiguous tensors, shapes and dtype of `q` and `k`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `apply_rope_pos_ids`.
+
+    Examples
+    --------
+    >>> import torch, ridgeline
+    >>> q, k = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
+    >>> ridgeline.apply_llama31_rope_pos_ids(q, k, torch.tensor([1]))
+    (tensor([[[0.5403, 0.8415]]]), tensor([[[-0.8415,  0.5403]]]))
+    """
+    refuse_grad("apply_llama31_rope_pos_ids", q, k)
+    rotary_dim = _rotary_dim(q, rotary_dim)
+    return call(  # type: ignore[no-any-return]
+        _LLAMA31_POS_IDS,
+        q,
+        k,
+        pos_ids,
+        rotary_dim,
+        interleave,
+        rope_scale,
+        rope_theta,
+        low_freq_factor,
+        high_freq_factor,
+        old_context_len,
+    )
+
+
+def apply_llama31_rope_pos_ids_inplace(
+    q: Tensor,
+    k: Tensor,
+    pos_ids: Tensor,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 8,
+    rope_theta: float = 5e5,
+    low_freq_factor: float = 1,
+    high_freq_factor: float = 4,
+    old_context_len: float = 8192,
 ) -> None:
-    op = "apply_rope_pos_ids_inplace"
-    _check_arguments(op, q, k, pos_ids, rotary_dim, rope_scale, rope_theta)
-    _overlap.writable(op, "q", q)
-    _overlap.writable(op, "k", k)
-    _overlap.distinct(op, "k", k, "q", q)
-    cos_sin = _cos_sin(pos_ids, rotary_dim, rope_scale, rope_theta)
-    _rotate(q, cos_sin, rotary_dim, interleave)
-    _rotate(k, cos_sin, rotary_dim, interleave)
+    """Rotate by positions, with the frequencies of Llama 3.1, in place.
+
+    Parameters
+    ----------
+    q, k : Tensor
+        As in `apply_llama31_rope_pos_ids`; overwritten.
+    pos_ids, rotary_dim, interleave, rope_scale, rope_theta
+    low_freq_factor, high_freq_factor, old_context_len
+        As in `apply_llama31_rope_pos_ids`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `apply_rope_pos_ids`.
+
+    Examples
+    --------
+    >>> import torch, ridgeline
+    >>> q, k = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
+    >>> ridgeline.apply_llama31_rope_pos_ids_inplace(q, k, torch.tensor([1]))
+    >>> q
+    tensor([[[0.5403, 0.8415]]])
+    """
+    refuse_grad("apply_llama31_rope_pos_ids_inplace", q, k)
+    rotary_dim = _rotary_dim(q, rotary_dim)
+    call(
+        _LLAMA31_POS_IDS_INPLACE,
+        q,
+        k,
+        pos_ids,
+        rotary_dim,
+        interleave,
+        rope_scale,
+        rope_theta,
+        low_freq_factor,
+        high_freq_factor,
+        old_context_len,
+    )
 
 
-@fake_impl("apply_rope_pos_ids")
-def _pos_ids_fake(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+def apply_rope_with_cos_sin_cache(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor,
+    head_size: int,
+    cos_sin_cache: Tensor,
+    is_neox: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by cosines and sines from a table.
+
+    Parameters
+    ----------
+    positions : Tensor
+        ``[nnz]``, int32 or int64. One outside the table is taken as the nearest inside.
+    query, key : Tensor
+        ``[nnz, num_heads * head_size]`` or ``[nnz, num_heads, head_size]``, float16, bfloat16 or
+        float32; any strides but a last one of 1.
+    head_size : int
+    cos_sin_cache : Tensor
+        ``[max_position, rotary_dim]``, float32: a position's rotary_dim / 2 cosines, then as many
+        sines. rotary_dim is even, at most head_size and 512; the other elements of a head are
+        copied. Any strides but a last one of 1.
+    is_neox : bool
+        True: pairs ``(i, i + rotary_dim / 2)``; False: pairs ``(2 i, 2 i + 1)``.
+
+    Returns
+    -------
+    query_rotated, key_rotated : Tensor
+        New contiguous tensors, shapes and dtype of `query` and `key`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `apply_rope_pos_ids`.
+
+    Examples
+    --------
+    >>> import torch, ridgeline
+    >>> query, key = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    >>> quarter_turns = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> ridgeline.apply_rope_with_cos_sin_cache(torch.tensor([1]), query, key, 2, quarter_turns)
+    (tensor([[0., 1.]]), tensor([[-1.,  0.]]))
+    """
+    refuse_grad("apply_rope_with_cos_sin_cache", query, key, cos_sin_cache)
+    return call(  # type: ignore[no-any-return]
+        _TABLE, positions, query, key, head_size, cos_sin_cache, is_neox
+    )
 
 
-@fake_impl("apply_rope_pos_ids_inplace")
-def _pos_ids_inplace_fake(*_: object) -> None:
-    return None
+def apply_rope_with_cos_sin_cache_inplace(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor,
+    head_size: int,
+    cos_sin_cache: Tensor,
+    is_neox: bool = True,
+) -> None:
+    """Rotate queries and keys by cosines and sines from a table, in place.
+
+    Parameters
+    ----------
+    positions, head_size, cos_sin_cache, is_neox
+        As in `apply_rope_with_cos_sin_cache`.
+    query, key : Tensor
+        As in `apply_rope_with_cos_sin_cache`; overwritten. They may be views of one buffer, but
+        share no element.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `apply_rope_pos_ids`.
+
+    Examples
+    --------
+    >>> import torch, ridgeline
+    >>> query, key = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    >>> table = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> ridgeline.apply_rope_with_cos_sin_cache_inplace(torch.tensor([1]), query, key, 2, table)
+    >>> query
+    tensor([[0., 1.]])
+    """
+    refuse_grad("apply_rope_with_cos_sin_cache_inplace", query, key, cos_sin_cache)
+    call(_TABLE_INPLACE, positions, query, key, head_size, cos_sin_cache, is_neox)
 
 
 def _rotary_dim(q: Tensor, rotary_dim: int | None) -> int:
     if rotary_dim is not None:
         return rotary_dim
     return q.shape[-1] if q.dim() > 0 else 0  # the op's own check refuses a scalar
-
-
-def _cos_sin(
-    pos_ids: Tensor, rotary_dim: int, rope_scale: float, rope_theta: float
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, [nnz, 1, rotary_dim / 2] in float32.
-
-    Why float64 angles: a float32 frequency is off by 6e-8 of itself, 0.06 radians at 1,000,000.
-    """
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / max(rotary_dim, 1)
-    frequencies = torch.pow(torch.tensor(rope_theta, dtype=torch.float64), -exponents) / rope_scale
-    angles = pos_ids.to(torch.float64)[:, None, None] * frequencies
-    return angles.cos().float(), angles.sin().float()
-
-
-def _rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor], rotary_dim: int, interleave: bool) -> None:
-    """Rotates [nnz, num_heads, head_dim] in place."""
-    cos, sin = cos_sin
-    if interleave:
-        first, second = x[..., 0:rotary_dim:2], x[..., 1:rotary_dim:2]
-    else:
-        first, second = x[..., : rotary_dim // 2], x[..., rotary_dim // 2 : rotary_dim]
-    a, b = first.float(), second.float()
-    rotated = a * cos - b * sin, b * cos + a * sin
-    first.copy_(rotated[0])
-    second.copy_(rotated[1])
-
-
-def _check_arguments(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    pos_ids: Tensor,
-    rotary_dim: int,
-    rope_scale: float,
-    rope_theta: float,
-) -> None:
-    _check.dtype(op, "q", q, _DTYPES)
-    _check.rank(op, "q", q, 3)
-    _check.last_stride(op, "q", q)
-    nnz, _, head_dim = q.shape
-    _check.same_device(op, "k", k, "q", q)
-    _check.same_dtype(op, "k", k, "q", q)
-    _check.rank(op, "k", k, 3)
-    expected = (nnz, k.shape[1], head_dim)
-    _check.shape(op, "k", k, expected, "[nnz, num_k_heads, head_dim], as q's")
-    _check.last_stride(op, "k", k)
-    _check.same_device(op, "pos_ids", pos_ids, "q", q)
-    _check.dtype(op, "pos_ids", pos_ids, (torch.int32, torch.int64))
-    _check.rank(op, "pos_ids", pos_ids, 1)
-    _check.shape(op, "pos_ids", pos_ids, (nnz,), "[nnz]")
-    _check.last_stride(op, "pos_ids", pos_ids)
-    if rotary_dim % 2 != 0 or not 0 < rotary_dim <= min(head_dim, _MAX_ROTARY_DIM):
-        _check.fail(
-            op,
-            "rotary_dim",
-            f"an even number from 2 to head_dim ({head_dim}) and at most {_MAX_ROTARY_DIM}",
-            rotary_dim,
-            "Leave it out to rotate whole heads.",
-        )
-    for name, value in (("rope_scale", rope_scale), ("rope_theta", rope_theta)):
-        if not (math.isfinite(value) and value > 0):
-            _check.fail(op, name, "a finite number > 0", value, "The defaults are 1 and 1e4.")

@@ -58,8 +58,7 @@ struct AppendRow {
 
   __device__ __forceinline__ float inverse_scale(uint32 head) const {
     if constexpr (!Cast::kScales) return 1.0f;
-    return tensor.scales ? reciprocal(tensor.scales[head * tensor.scale_stride])
-                         : tensor.inverse_scale;
+    return inverse_scale_of(tensor, head);
   }
 };
 

@@ -4,8 +4,13 @@
 #include "common/fast_math.cuh"
 #include "common/fp8.cuh"
 #include "common/vec.cuh"
+#include "page/params.h"
 
 namespace ridgeline {
+
+__device__ __forceinline__ float inverse_scale_of(const CacheSide& side, uint32 head) {
+  return side.scales ? reciprocal(side.scales[head * side.scale_stride]) : side.inverse_scale;
+}
 
 template <int kBytes>
 struct Copy {

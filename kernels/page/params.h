@@ -20,16 +20,20 @@ constexpr uint32 page_team(uint32 num_vecs) {
   return team;
 }
 
-// Keys or values. Strides count elements, or bytes where nothing is converted.
-struct AppendTensor {
+// New keys or values and the pool they go to. Strides count elements, or bytes where nothing is
+// converted.
+struct CacheSide {
   const void* source;  // [nnz, num_heads, head_dim]
   void* target;        // the pool
   int64 source_token_stride;
   int64 source_head_stride;
   PagedStrides target_strides;
-  const float* scales;    // [num_heads], or one when scale_stride is 0; null: inverse_scale
-  int64 scale_stride;     // elements
-  float inverse_scale;    // what an element is multiplied by before it is rounded
+  const float* scales;  // [num_heads], or one when scale_stride is 0; null: inverse_scale
+  int64 scale_stride;   // elements
+  float inverse_scale;  // what an element is multiplied by before it is rounded
+};
+
+struct AppendTensor : CacheSide {
   uint32 num_vecs;        // num_heads * head_dim / kVec
   uint32 team_size;       // page_team(num_vecs)
   Divider vecs_per_head;  // head_dim / kVec

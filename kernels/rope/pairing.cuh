@@ -26,16 +26,10 @@ struct HalfSplitLanes {
   static __device__ __forceinline__ uint32 pair(uint32 lane, uint32 slot, uint32) {
     return lane * kVec + slot;
   }
-  template <class T>
-  static __device__ __forceinline__ void rotate(Vec<T, kVec>& a, Vec<T, kVec>& b,
+  static __device__ __forceinline__ void rotate(float (&x)[kVec], float (&y)[kVec],
                                                 const float2 (&angles)[kVec]) {
-    float x[kVec], y[kVec];
-    a.to_floats(x);
-    b.to_floats(y);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) rotate_pair(x[i], y[i], angles[i]);
-    a.from_floats(x);
-    b.from_floats(y);
   }
 };
 
@@ -51,21 +45,13 @@ struct InterleavedLanes {
     constexpr uint32 kHalf = kVec / 2;
     return lane * kHalf + (slot < kHalf ? slot : num_pairs / 2 + slot - kHalf);
   }
-  template <class T>
-  static __device__ __forceinline__ void rotate(Vec<T, kVec>& a, Vec<T, kVec>& b,
+  static __device__ __forceinline__ void rotate(float (&x)[kVec], float (&y)[kVec],
                                                 const float2 (&angles)[kVec]) {
-    rotate_neighbours(a, angles, 0);
-    rotate_neighbours(b, angles, kVec / 2);
-  }
-  template <class T>
-  static __device__ __forceinline__ void rotate_neighbours(Vec<T, kVec>& a,
-                                                           const float2 (&angles)[kVec],
-                                                           int first_slot) {
-    float x[kVec];
-    a.to_floats(x);
 #pragma unroll
-    for (int i = 0; i < kVec; i += 2) rotate_pair(x[i], x[i + 1], angles[first_slot + i / 2]);
-    a.from_floats(x);
+    for (int i = 0; i < kVec / 2; ++i) {
+      rotate_pair(x[2 * i], x[2 * i + 1], angles[i]);
+      rotate_pair(y[2 * i], y[2 * i + 1], angles[kVec / 2 + i]);
+    }
   }
 };
 
@@ -75,6 +61,18 @@ struct InterleavedLanes<1> : HalfSplitLanes<1> {
   static __device__ __forceinline__ uint32 first(uint32 lane) { return 2 * lane; }
   static __device__ __forceinline__ uint32 second(uint32 lane, uint32) { return 2 * lane + 1; }
 };
+
+// Both vectors of a lane, rounded once.
+template <class Lanes, class T, int kVec>
+__device__ __forceinline__ void rotate(Vec<T, kVec>& a, Vec<T, kVec>& b,
+                                       const float2 (&angles)[kVec]) {
+  float x[kVec], y[kVec];
+  a.to_floats(x);
+  b.to_floats(y);
+  Lanes::rotate(x, y, angles);
+  a.from_floats(x);
+  b.from_floats(y);
+}
 
 // The names in kernel keys.
 struct HalfSplit {

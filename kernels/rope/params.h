@@ -2,7 +2,9 @@
 #pragma once
 
 #include "common/divide.h"
+#include "common/paging.h"
 #include "common/types.h"
+#include "page/params.h"
 
 namespace ridgeline {
 
@@ -33,24 +35,55 @@ struct RopeShape {
   Divider threads_per_token;
 };
 
-struct RopePosIdsParams {
+// Where a token's position comes from; found by positions.cuh.
+struct PosIds {
+  Indices ids;  // [nnz]
+};
+
+// The i-th token of request r is at offsets[r] + i. A token of no request is at 0.
+struct RequestOffsets {
+  const int32* indptr;  // [batch_size + 1], tokens
+  Indices offsets;      // [batch_size]
+  uint32 batch_size;
+};
+
+// Where the angle of a position comes from; computed by angle.cuh.
+struct Frequencies {
+  // [num_pairs] turns of the circle that one position adds, modulo 1, in units of 2^-64.
+  uint64 turns[kRopeMaxPairs];
+};
+
+struct CosSinCache {
+  const float* values;  // [num_positions, 2 * num_pairs]: a position's cosines, then its sines
+  int64 stride;         // elements from one position to the next
+  int64 num_positions;  // at least 1
+  uint32 num_pairs;
+};
+
+template <class Positions, class Angles>
+struct RopeParams {
   RopeTensor q;
   RopeTensor k;
-  const void* pos_ids;  // [nnz], int32 or int64, contiguous
-  uint32 pos_ids_are_int64;
   RopeShape shape;
-  // [num_pairs] turns of the circle that one position adds, modulo 1, in units of 2^-64:
-  // theta^(-i / num_pairs) / (2 pi rope_scale). See angle.cuh.
-  uint64 turns[kRopeMaxPairs];
+  Positions positions;
+  Angles angles;
 };
 
 struct RopePlan {
   uint32 lanes_per_head;  // each lane owns kVec pairs of a head
   uint32 head_step;       // a thread's heads are head_step apart
   uint32 threads_per_token;
-  uint32 tokens_per_block;
-  uint32 block;  // threads
+  uint32 tokens_per_block;  // at most kRopeBlockThreads
+  uint32 block;             // threads, at least kRopeBlockThreads / 2
 };
+
+// Tokens that fill a block of kRopeBlockThreads and whose angles fit in the table; at least 1.
+constexpr uint32 rope_tokens_per_block(uint32 threads_per_token, uint32 num_pairs) {
+  const uint32 by_threads =
+      threads_per_token < kRopeBlockThreads ? kRopeBlockThreads / threads_per_token : 1;
+  const uint32 by_table = kRopeTableSize / num_pairs;
+  return by_threads < by_table ? by_threads : by_table;
+}
 
 // A thread owns the same pairs of up to kRopeHeadsPerThread heads (more if the block is full), so
 // that it reads its cosines and sines once. Wants num_pairs from vec_size to kRopeMaxPairs.
@@ -60,10 +93,104 @@ constexpr RopePlan rope_plan(uint32 num_heads, uint32 num_pairs, int vec_size) {
   const uint32 most = kRopeMaxThreads / lanes;
   const uint32 head_step = wanted < most ? wanted : most;
   const uint32 threads = lanes * head_step;
-  const uint32 by_threads = threads < kRopeBlockThreads ? kRopeBlockThreads / threads : 1;
-  const uint32 by_table = kRopeTableSize / num_pairs;
-  const uint32 tokens = by_threads < by_table ? by_threads : by_table;
+  const uint32 tokens = rope_tokens_per_block(threads, num_pairs);
   return {lanes, head_step, threads, tokens, tokens * threads};
+}
+
+constexpr int kRopeAppendMaxHeadDim = 256;
+constexpr uint32 kRopeAppendFewTokens = 512;  // up to here each thread takes one head
+constexpr uint32 kRopeAppendSliceThreads = 128;
+
+// Units that a lane owns of a head: kRopeAppendMaxHeadDim elements over 32 lanes of two vectors.
+constexpr int rope_append_units(int vec_size) {
+  return vec_size == 1 ? kRopeAppendMaxHeadDim / 64 : 1;
+}
+
+// How a head's vectors are paired into units: first those that turn, then the rest, two by two.
+struct HeadUnits {
+  uint32 num_turning;  // units of kVec pairs
+  uint32 rotary_dim;   // elements
+  uint32 num_rest;     // units of the rest
+  uint32 rest_vecs;    // vectors of the rest
+
+  constexpr uint32 count() const { return num_turning + num_rest; }
+};
+
+constexpr HeadUnits head_units(uint32 head_dim, uint32 rotary_dim, uint32 vec_size) {
+  const uint32 rest_vecs = (head_dim - rotary_dim) / vec_size;
+  return {rotary_dim / 2 / vec_size, rotary_dim, (rest_vecs + 1) / 2, rest_vecs};
+}
+
+struct RopeAppendShape {
+  uint32 nnz;  // tokens, below 2^31
+  uint32 num_q_heads;
+  uint32 num_qk_heads;  // of q and k together
+  uint32 num_heads;     // of q, k and v together
+  uint32 num_pairs;     // rotary_dim / 2
+  HeadUnits qk_units;
+  HeadUnits v_units;
+  uint32 heads_per_slice;  // heads of a token that a block takes
+  uint32 head_step;        // a thread's heads are head_step apart
+  uint32 team_size;        // threads of a head: a power of two, at most 32
+  uint32 tokens_per_block;
+  Divider threads_per_token;  // of a slice
+  Divider turning_units;      // qk_units.num_turning
+};
+
+// Root mean square norm of each head of q and k.
+struct HeadNorm {
+  const void* q_weight;  // [head_dim], T or float; null: no norm
+  const void* k_weight;  // [head_dim], as q_weight
+  bool weights_are_float;
+  float head_dim;
+  float eps;
+};
+
+struct RopeAppendParams {
+  RopeTensor q;
+  CacheSide k;
+  CacheSide v;
+  Indices batch_indices;  // [nnz]
+  Indices positions;      // [nnz], in the cache
+  Indices pos_ids;        // [nnz], for the angle
+  PageTable table;
+  HeadNorm norm;
+  RopeAppendShape shape;
+  CosSinCache cache;  // values null: the frequencies count
+  Frequencies frequencies;
+};
+
+struct RopeAppendPlan {
+  uint32 team_size;
+  uint32 head_step;
+  uint32 heads_per_slice;
+  uint32 threads_per_token;
+  uint32 tokens_per_block;
+  uint32 num_slices;
+  uint32 block;  // threads, whole warps
+};
+
+// Few tokens: slices of heads, one head a thread, so that the blocks of q do not wait for the page
+// table and all SMs have work. Many: a block takes whole tokens and computes their angles once.
+constexpr RopeAppendPlan rope_append_plan(uint32 num_heads, uint32 num_units, uint32 num_pairs,
+                                          uint32 num_tokens) {
+  uint32 team = 1;
+  while (team < num_units && team < 32) team *= 2;
+  const bool few = num_tokens <= kRopeAppendFewTokens;
+  const uint32 wanted =
+      few ? num_heads : (num_heads + kRopeHeadsPerThread - 1) / kRopeHeadsPerThread;
+  const uint32 most = (few ? kRopeAppendSliceThreads : kRopeMaxThreads) / team;
+  const uint32 head_step = wanted < most ? wanted : most;
+  const uint32 heads_per_slice = few ? head_step : num_heads;
+  const uint32 threads = team * head_step;
+  const uint32 tokens = rope_tokens_per_block(threads, num_pairs);
+  return {team,
+          head_step,
+          heads_per_slice,
+          threads,
+          tokens,
+          (num_heads + heads_per_slice - 1) / heads_per_slice,
+          (tokens * threads + 31) / 32 * 32};
 }
 
 }  // namespace ridgeline

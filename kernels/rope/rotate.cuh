@@ -3,15 +3,15 @@
 // Thread t of a token owns lane t % lanes_per_head of heads t / lanes_per_head + i * head_step (q's
 // heads first, then k's). The block makes each token's cosines and sines once, in shared memory,
 // while the first loads of q and k are in flight; a thread then keeps its own in registers for all
-// of its heads. `Angles` says where angles come from:
-// - load(token): issues the loads of what the token's angles depend on;
-// - cos_sin(pair): the cosine and sine of a pair of that token.
+// of its heads.
 #pragma once
 
 #include "common/pdl.cuh"
 #include "common/vec.cuh"
+#include "rope/angle.cuh"
 #include "rope/pairing.cuh"
 #include "rope/params.h"
+#include "rope/positions.cuh"
 
 namespace ridgeline {
 
@@ -35,9 +35,22 @@ struct RopeToken {
   }
 };
 
-template <class T, int kVec, class Pairing, class Angles>
-__device__ __forceinline__ void rotate_heads(const RopeTensor& q, const RopeTensor& k,
-                                             const RopeShape& shape, Angles angles) {
+// Fills a token's [kVec][num_lanes] cosines and sines, as thread `thread` of num_threads.
+template <class Lanes, class CosSin>
+__device__ __forceinline__ void fill_angles(float2* table, uint32 num_pairs,
+                                            const Divider& num_lanes, uint32 thread,
+                                            uint32 num_threads, const CosSin& cos_sin_of) {
+  for (uint32 i = thread; i < num_pairs; i += num_threads) {
+    const uint32 slot = num_lanes.quotient(i);
+    table[i] = cos_sin_of(Lanes::pair(i - slot * num_lanes.divisor, slot, num_pairs));
+  }
+}
+
+template <class T, int kVec, class Pairing, class Positions, class Angles>
+__device__ __forceinline__ void rotate_heads(const RopeParams<Positions, Angles>& params) {
+  const RopeTensor& q = params.q;
+  const RopeTensor& k = params.k;
+  const RopeShape& shape = params.shape;
   using Lanes = typename Pairing::template Lanes<kVec>;
   constexpr uint32 kHeads = kRopeHeadsPerThread;
   __shared__ float2 table[kRopeTableSize];  // [tokens_per_block][kVec][lanes_per_head]
@@ -74,16 +87,16 @@ __device__ __forceinline__ void rotate_heads(const RopeTensor& q, const RopeTens
       b[i] = load_once<kVec>(input + second);
     }
   };
-  if (token < shape.nnz) angles.load(token);
+  PositionOf<Positions> position_of;
+  if (token < shape.nnz) position_of.load(params.positions, token);
   load_heads(first_head);
 
   float2* token_table = table + token_in_block * shape.num_pairs;
+  const int64 position = position_of.get(params.positions, shape, token_in_block);
   if (token < shape.nnz) {
-    for (uint32 i = thread; i < shape.num_pairs; i += shape.threads_per_token.divisor) {
-      const uint32 slot = shape.lanes_per_head.quotient(i);
-      const uint32 pair = Lanes::pair(i - slot * num_lanes, slot, shape.num_pairs);
-      token_table[i] = angles.cos_sin(pair);
-    }
+    fill_angles<Lanes>(token_table, shape.num_pairs, shape.lanes_per_head, thread,
+                       shape.threads_per_token.divisor,
+                       [&](uint32 pair) { return cos_sin(params.angles, position, pair); });
   }
   pdl_launch_dependents();
   __syncthreads();
@@ -98,7 +111,7 @@ __device__ __forceinline__ void rotate_heads(const RopeTensor& q, const RopeTens
       const uint32 head = chunk + i * shape.head_step;
       if (head >= num_heads) continue;
       T* output = output_of(head);
-      Lanes::rotate(a[i], b[i], lane_angles);
+      rotate<Lanes>(a[i], b[i], lane_angles);
       // Why not streaming stores: attention and the cache append read the output next.
       store(output + first, a[i]);
       store(output + second, b[i]);

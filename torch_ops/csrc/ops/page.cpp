@@ -5,11 +5,11 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <optional>
 #include <tuple>
 #include <utility>
 
+#include "ops/cache_cast.h"
 #include "page/params.h"
 #include "runtime/alloc.h"
 #include "runtime/catalog.h"
@@ -26,22 +26,6 @@ constexpr const char* kAppend = "page/append_paged_kv_cache.cuh:append_paged_kv_
 constexpr const char* kBatchIndices =
     "page/get_batch_indices_positions.cuh:get_batch_indices_positions";
 constexpr const char* kSeqLens = "page/get_seq_lens.cuh:get_seq_lens";
-
-struct Conversion {
-  Dtype from;
-  Dtype to;
-};
-
-constexpr std::array kConversions = {
-    Conversion{Dtype::Half, Dtype::Float8_e4m3fn},
-    Conversion{Dtype::Half, Dtype::Float8_e5m2},
-    Conversion{Dtype::BFloat16, Dtype::Float8_e4m3fn},
-    Conversion{Dtype::BFloat16, Dtype::Float8_e5m2},
-    Conversion{Dtype::Float, Dtype::Float8_e4m3fn},
-    Conversion{Dtype::Float, Dtype::Float8_e5m2},
-    Conversion{Dtype::Float, Dtype::Half},
-    Conversion{Dtype::Float, Dtype::BFloat16},
-};
 
 int wide_elements(Dtype from) {
   return from == Dtype::Float ? 4 : 8;  // 16 bytes
@@ -112,21 +96,6 @@ const RegisterFamily family({{"append_paged_kv_cache", "append_paged_mla_kv_cach
                              page_rows,
                              page_choose});
 
-// What an element is divided by: one number, or one for each head.
-struct Scale {
-  const char* name;
-  double value;
-  const std::optional<Tensor>& values;
-};
-
-// New keys or values and where they go.
-struct Side {
-  Arg source;  // [nnz, num_heads, head_dim], or [nnz, head_dim] without heads
-  Arg target;
-  PagedCache cache;
-  Scale scale;
-};
-
 struct Batch {
   const Tensor& batch_indices;
   const Tensor& positions;
@@ -135,86 +104,17 @@ struct Batch {
   const Tensor& kv_last_page_len;
 };
 
-void check_source(const Side& side, int64_t nnz) {
-  const Arg& arg = side.source;
-  const PagedCache& cache = side.cache;
-  check_same_device(arg, side.target);
-  if (side.target.tensor.dim() == 3) {
-    check_rank(arg, {2});
-    check_shape(arg, std::array{nnz, cache.head_dim}, "[nnz, head_dim], as the cache's");
-  } else {
-    check_rank(arg, {3});
-    check_shape(arg, std::array{nnz, cache.num_heads, cache.head_dim},
-                "[nnz, num_kv_heads, head_dim], as the cache's");
-  }
-  check_last_stride(arg);
-  check_writable(side.target);
-  check_distinct(side.target, arg);
-}
-
-// Which of kConversions; none when the cache has the dtype of what is appended.
-std::optional<size_t> conversion_of(const Side& side) {
-  const Dtype from = side.source.tensor.scalar_type(), to = side.target.tensor.scalar_type();
-  if (from == to) return {};
-  for (size_t i = 0; i < kConversions.size(); ++i) {
-    if (kConversions[i].from == from && kConversions[i].to == to) return i;
-  }
-  fail(side.target.op, side.target.name,
-       "dtype " + dtype_name(from) + " (that of '" + side.source.name +
-           "') or a lower precision: float8_e4m3fn or float8_e5m2 from float16, bfloat16 or "
-           "float32, float16 or bfloat16 from float32",
-       dtype_name(to), std::string("Convert '") + side.source.name + "' first");
-}
-
-void set_scale(AppendTensor& tensor, const Side& side, bool converts) {
-  const Scale& scale = side.scale;
-  const char* op = side.target.op;
-  if (!(std::isfinite(scale.value) && scale.value > 0)) {
-    fail(op, scale.name, "a finite number > 0", std::to_string(scale.value), "1 changes nothing");
-  }
-  if (!converts && (scale.values || scale.value != 1.0)) {
-    fail(op, scale.name, "None or 1, since the cache has the dtype of what is appended",
-         scale.values ? "a tensor" : std::to_string(scale.value),
-         "Use a cache of lower precision, or divide beforehand");
-  }
-  tensor.inverse_scale = 1.0f / static_cast<float>(scale.value);
-  if (!scale.values) return;
-  const Arg arg{op, scale.name, *scale.values};
-  check_same_device(arg, side.target);
-  check_dtype(arg, {Dtype::Float});
-  check_rank(arg, {0, 1});
-  const int64_t size = arg.tensor.dim() == 0 ? 1 : arg.tensor.size(0);
-  if (size != 1 && size != side.cache.num_heads) {
-    fail(op, scale.name,
-         "1 number or one for each of the " + std::to_string(side.cache.num_heads) + " heads",
-         shape_text(arg.tensor), "Pass a tensor of that shape");
-  }
-  tensor.scales = static_cast<const float*>(arg.tensor.const_data_ptr());
-  tensor.scale_stride = size == 1 ? 0 : arg.tensor.stride(0);
-}
-
-// Strides count elements, or bytes when nothing is converted (`unit` bytes an element then).
 AppendTensor append_tensor(const Side& side, int64_t unit, int vec_size, bool converts) {
-  const Tensor& source = side.source.tensor;
   const PagedCache& cache = side.cache;
   const int64_t vecs_per_head = cache.head_dim * unit / vec_size;
   const int64_t num_vecs = cache.num_heads * vecs_per_head;
   if (num_vecs > kMaxCount) {
     fail(side.source.op, side.source.name, "fewer than 2^31 bytes for each token",
-         shape_text(source), "Split the call");
+         shape_text(side.source.tensor), "Split the call");
   }
-  AppendTensor tensor{};
-  tensor.source = source.const_data_ptr();
-  tensor.target = side.target.tensor.mutable_data_ptr();
-  tensor.source_token_stride = source.stride(0) * unit;
-  tensor.source_head_stride = source.dim() == 3 ? source.stride(1) * unit : 0;
-  tensor.target_strides = {cache.strides.page * unit, cache.strides.token * unit,
-                           cache.strides.head * unit};
-  tensor.num_vecs = static_cast<uint32>(num_vecs);
-  tensor.team_size = page_team(tensor.num_vecs);
-  tensor.vecs_per_head = make_divider(static_cast<uint32>(std::max<int64_t>(vecs_per_head, 1)));
-  set_scale(tensor, side, converts);
-  return tensor;
+  return {cache_side(side, unit, converts), static_cast<uint32>(num_vecs),
+          page_team(static_cast<uint32>(num_vecs)),
+          make_divider(static_cast<uint32>(std::max<int64_t>(vecs_per_head, 1)))};
 }
 
 void append(const std::array<Side, 2>& sides, const Batch& batch) {

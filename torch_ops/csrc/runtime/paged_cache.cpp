@@ -73,8 +73,8 @@ Indices indices_of(const Arg& arg, int64_t size, const char* meaning, const Arg&
   return {arg.tensor.const_data_ptr(), arg.tensor.scalar_type() == Dtype::Long};
 }
 
-PageTable page_table(const Arg& kv_indices, const Arg& kv_indptr, const Arg& kv_last_page_len,
-                     const PagedCache& cache, const Arg& as) {
+PageTable page_table(const Arg& kv_indices, const Arg& kv_indptr, const PagedCache& cache,
+                     const Arg& as) {
   check_int32_vector(kv_indices, -1, "", as);
   check_int32_vector(kv_indptr, -1, "", as);
   const int64_t batch_size = kv_indptr.tensor.size(0) - 1;
@@ -82,13 +82,19 @@ PageTable page_table(const Arg& kv_indices, const Arg& kv_indptr, const Arg& kv_
     fail(kv_indptr.op, kv_indptr.name, "shape [batch_size + 1]", shape_text(kv_indptr.tensor),
          "An empty batch has one number, 0");
   }
-  check_int32_vector(kv_last_page_len, batch_size, "[batch_size]", as);
   return {static_cast<const int32*>(kv_indices.tensor.const_data_ptr()),
           static_cast<const int32*>(kv_indptr.tensor.const_data_ptr()),
           static_cast<uint32>(std::min(kv_indices.tensor.size(0), kMaxCount)),
           static_cast<uint32>(batch_size),
           static_cast<uint32>(cache.num_pages),
           make_divider(static_cast<uint32>(cache.page_size))};
+}
+
+PageTable page_table(const Arg& kv_indices, const Arg& kv_indptr, const Arg& kv_last_page_len,
+                     const PagedCache& cache, const Arg& as) {
+  const PageTable table = page_table(kv_indices, kv_indptr, cache, as);
+  check_int32_vector(kv_last_page_len, table.batch_size, "[batch_size]", as);
+  return table;
 }
 
 }  // namespace ridgeline

@@ -29,7 +29,10 @@ PagedCache paged_latent_cache(const Arg& cache);
 void check_paged_pair(const Arg& k_cache, const PagedCache& k, const Arg& v_cache,
                       const PagedCache& v);
 
-// The index tensors of a batch over pools like `cache`, on the device of `as`.
+// The index tensors of a batch over pools like `cache`, on the device of `as`; without the lengths
+// of last pages where positions say all.
+PageTable page_table(const Arg& kv_indices, const Arg& kv_indptr, const PagedCache& cache,
+                     const Arg& as);
 PageTable page_table(const Arg& kv_indices, const Arg& kv_indptr, const Arg& kv_last_page_len,
                      const PagedCache& cache, const Arg& as);
 
