@@ -33,7 +33,7 @@ __device__ __forceinline__ RowCut weighed_cut(const CutParams& params, uint32 ro
   if (filters.any()) {
     const CandidateSource source = candidates_of(params.scratch, row, params.input.vocab, order);
     uint32 bound;
-    if (!complete_from(source, bound, scratch.block) || !find(source, bound)) {
+    if (!complete_from(source, bound) || !find(source, bound)) {
       const uint32 vocab = params.input.vocab;
       const RowSource<T> whole{row_data<T>(params.input, row), vocab, order};
       Narrowed found;
@@ -61,7 +61,7 @@ __device__ __forceinline__ RowCut counted_cut(const CutParams& params, uint32 ro
   const CandidateSource source = candidates_of(params.scratch, row, params.input.vocab, order);
   const uint64 top = order.first_of(0xffffffffu);
   uint32 bound;
-  if (!complete_from(source, bound, scratch.block) ||
+  if (!complete_from(source, bound) ||
       !select<false>(source, weigher, Range{order.last_of(bound), top}, ~uint64{0}, k, scratch,
                      cut)) {
     const RowSource<T> whole{row_data<T>(params.input, row), params.input.vocab, order};
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     cut = counted_cut<Kind>(params, row, filters.k, Kind::weigher(0.0f, filters.rate), scratch);
   } else {
     const SegmentStats* segments = params.scratch.segments + static_cast<int64>(row) * num_segments;
-    const RowSummary summary = summarize<Kind>(segments, num_segments, filters.rate, scratch.block);
+    const RowSummary summary = summarize<Kind>(segments, num_segments, filters.rate);
     cut = weighed_cut<Kind>(params, row, filters, summary, scratch);
   }
   pdl_launch_dependents();

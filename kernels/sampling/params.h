@@ -7,16 +7,18 @@
 namespace ridgeline {
 
 // A warp holds a segment in registers; a block of kCollectThreads holds a slice. Both depend on the
-// vocabulary alone, so that a row has the same bits in every batch.
+// vocabulary alone, so that a row has the same bits in every batch. A part is some slices in
+// succession that one block takes: the fewer rows, the more parts a row is cut into.
 constexpr uint32 kSegmentSize = 1024;
 constexpr uint32 kCollectThreads = 256;
 constexpr uint32 kSegmentsPerSlice = kCollectThreads / 32;
 constexpr uint32 kSliceSize = kSegmentSize * kSegmentsPerSlice;
 constexpr uint32 kRowThreads = 512;  // of the kernels that give a row to one block
+constexpr uint32 kPlainThreads = 256;
 constexpr uint32 kSoftmaxThreads = 1024;
 constexpr uint32 kMaxCollectedK = 256;  // larger top-k thresholds are searched in the whole row
 constexpr uint32 kSpeculativeK = 64;    // collected of each slice when only top-p or min-p filter
-constexpr uint32 kSliceCapacity = 512;  // candidates of a slice; more than that overflow
+constexpr uint32 kPartCapacity = 768;   // candidates of a part; more than that overflow
 constexpr uint32 kOverflow = 0xffffffffu;
 constexpr int kMassBits = 42;  // a weight of 1 is a mass of 2^42
 
@@ -34,8 +36,8 @@ struct SegmentStats {
   uint64 mass;  // sum of the weights
 };
 
-// The candidates of a slice are all of its elements whose key is at least `bound`.
-struct SliceInfo {
+// The candidates of a part are all of its elements whose key is at least `bound`.
+struct PartInfo {
   uint32 count;  // kOverflow: there is no complete list
   uint32 bound;
 };
@@ -81,9 +83,12 @@ struct Filters {
 
 struct Scratch {
   SegmentStats* segments;  // [num_rows, num_segments]
-  SliceInfo* slices;       // [num_rows, num_slices], or null: nothing was collected
-  uint64* candidates;      // [num_rows, num_slices, kSliceCapacity] composites, or null
+  PartInfo* parts;         // [num_rows, num_parts], or null: nothing was collected
+  uint64* candidates;      // [num_rows, num_slices, kPartCapacity] composites, or null; parts of a
+                           // row take the first places
   RowCut* cuts;            // [num_rows]
+  uint32 num_parts;        // of a row
+  uint32 slices_per_part;
 };
 
 struct CollectParams {

@@ -13,6 +13,7 @@ namespace {
 constexpr const char* kSegments = "sampling/row_segments.cuh:row_segments";
 constexpr const char* kCandidates = "sampling/collect_candidates.cuh:collect_candidates";
 constexpr const char* kDraw = "sampling/draw.cuh:draw";
+constexpr const char* kDrawPlain = "sampling/draw_plain.cuh:draw_plain";
 constexpr const char* kFindCut = "sampling/find_cut.cuh:find_cut";
 constexpr const char* kApplyCut = "sampling/apply_cut.cuh:apply_cut";
 constexpr const char* kGather = "sampling/gather_top_k.cuh:gather_top_k";
@@ -30,7 +31,10 @@ std::vector<std::string> kernels_of(const std::string& op, RowKind kind) {
   const std::string cut = kind_kernel(kFindCut, kind);
   static constexpr std::array kTypes{"__half", "__nv_bfloat16", "float", "float"};
   const char* type = kTypes[static_cast<size_t>(kind)];
-  if (op == "sample") return {collect, kind_kernel(kDraw, kind), kind_kernel(kSegments, kind, vec)};
+  if (op == "sample") {
+    return {collect, kind_kernel(kDraw, kind), kind_kernel(kSegments, kind, vec),
+            kind_kernel(kDrawPlain, kind)};
+  }
   if (op == "top_k") return {collect, cut, kernel_name(kGather, type)};
   if (op == "softmax") {
     return {kernel_name(kSoftmax, type, vec), kind_kernel(kSegments, kind, vec),
@@ -61,6 +65,7 @@ int block_of(const std::string& kernel) {
   if (kernel.find("row_segments") != std::string::npos ||
       kernel.find("collect_candidates") != std::string::npos ||
       kernel.find("apply_cut") != std::string::npos ||
+      kernel.find("draw_plain") != std::string::npos ||
       kernel.find("softmax_slices") != std::string::npos) {
     return kCollectThreads;
   }
@@ -121,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& input, const Tensor& see
                                           const std::optional<Tensor>& top_p, double top_p_val,
                                           const std::optional<Tensor>& min_p, double min_p_val) {
   constexpr const char* kOp = "sample";
-  static const KindKernels kernels(kDraw, false);
+  static const KindKernels filtered(kDraw, false), plain(kDrawPlain, false);
   const Arg arg{kOp, from_logits ? "logits" : "probs", input};
   const RowInput rows = from_logits
                             ? row_input(arg, {Dtype::Float, Dtype::Half, Dtype::BFloat16}, indices)
@@ -138,7 +143,8 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& input, const Tensor& see
   if (num_rows == 0) return {tokens, valid, log_probs};
 
   const RowKind kind = from_logits ? logits_kind(input.scalar_type()) : RowKind::Probs;
-  const RowScratch scratch(input, rows, lists_for(filters, rows.vocab));
+  const Lists lists = lists_for(filters, rows.vocab);
+  const RowScratch scratch(input, rows, lists);
   const Device& gpu = device(input.get_device_index());
   launch_collect(gpu, kind, input, {rows, filters, scratch.get()});
   const DrawParams params{rows,
@@ -148,8 +154,12 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& input, const Tensor& see
                           static_cast<int32*>(tokens.mutable_data_ptr()),
                           static_cast<uint8*>(valid.mutable_data_ptr()),
                           static_cast<float*>(log_probs.mutable_data_ptr())};
-  launch(kernels.of(kind), gpu,
-         {.grid_x = rows.num_rows, .block = kRowThreads, .pdl = gpu.sm >= 90}, &params);
+  const bool is_plain = lists == Lists::None;
+  launch((is_plain ? plain : filtered).of(kind), gpu,
+         {.grid_x = rows.num_rows,
+          .block = is_plain ? kPlainThreads : kRowThreads,
+          .pdl = gpu.sm >= 90},
+         &params);
   return {tokens, valid, log_probs};
 }
 

@@ -2,6 +2,7 @@
 
 #include "ops/sampling.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
@@ -29,6 +30,18 @@ int64_t per_row_stride(const Arg& arg, const Arg& input, int64_t num_rows) {
 
 constexpr size_t aligned(size_t bytes) {
   return (bytes + 15) / 16 * 16;
+}
+
+// As many slices a block as leave one block for every place on the GPU, or, with more rows than
+// places, several for each, so that the last ones make no wave of their own.
+uint32 slices_per_part(const Device& gpu, const RowInput& input) {
+  constexpr uint32 kBlocksPerSm = 4, kWaves = 4;
+  const uint32 places = static_cast<uint32>(gpu.num_sms) * kBlocksPerSm;
+  const uint32 num_slices = num_slices_of(input.vocab);
+  const uint32 parts = input.num_rows <= places
+                           ? places / input.num_rows
+                           : (places * kWaves + input.num_rows - 1) / input.num_rows;
+  return std::max(1u, (num_slices + parts - 1) / parts);
 }
 
 }  // namespace
@@ -145,12 +158,13 @@ RowInput row_input(const Arg& input, std::initializer_list<Dtype> dtypes,
 }
 
 RowScratch::RowScratch(const Tensor& like, const RowInput& input, Lists lists) {
+  const Device& gpu = device(like.get_device_index());
   const size_t rows = input.num_rows;
   const size_t slices = rows * num_slices_of(input.vocab);
   const size_t segment_bytes = aligned(rows * num_segments_of(input.vocab) * sizeof(SegmentStats));
   const size_t cut_bytes = aligned(rows * sizeof(RowCut));
-  const size_t slice_bytes = lists == Lists::Candidates ? aligned(slices * sizeof(SliceInfo)) : 0;
-  const size_t list_bytes = lists != Lists::None ? slices * kSliceCapacity * sizeof(uint64) : 0;
+  const size_t slice_bytes = lists == Lists::Candidates ? aligned(slices * sizeof(PartInfo)) : 0;
+  const size_t list_bytes = lists != Lists::None ? slices * kPartCapacity * sizeof(uint64) : 0;
   const auto size = static_cast<int64_t>(segment_bytes + cut_bytes + slice_bytes + list_bytes);
   memory_ = empty(like, {size}, Dtype::Byte);
   auto* place = static_cast<uint8*>(memory_.mutable_data_ptr());
@@ -158,9 +172,12 @@ RowScratch::RowScratch(const Tensor& like, const RowInput& input, Lists lists) {
   scratch_.segments = reinterpret_cast<SegmentStats*>(place);
   scratch_.cuts = reinterpret_cast<RowCut*>(place + segment_bytes);
   if (lists == Lists::Candidates) {
-    scratch_.slices = reinterpret_cast<SliceInfo*>(place + segment_bytes + cut_bytes);
+    scratch_.parts = reinterpret_cast<PartInfo*>(place + segment_bytes + cut_bytes);
   }
   scratch_.candidates = reinterpret_cast<uint64*>(place + segment_bytes + cut_bytes + slice_bytes);
+  scratch_.slices_per_part = slices_per_part(gpu, input);
+  scratch_.num_parts =
+      (num_slices_of(input.vocab) + scratch_.slices_per_part - 1) / scratch_.slices_per_part;
 }
 
 unsigned num_slice_blocks(const RowInput& input) {
@@ -171,9 +188,11 @@ void launch_collect(const Device& gpu, RowKind kind, const Tensor& input,
                     const CollectParams& how) {
   static const KindKernels segments("sampling/row_segments.cuh:row_segments", true);
   static const KindKernels candidates("sampling/collect_candidates.cuh:collect_candidates", true);
-  const KindKernels& kernels = how.scratch.slices ? candidates : segments;
-  launch(kernels.of(kind, access_width({&input}, {input.size(1)})), gpu,
-         {.grid_x = num_slice_blocks(how.input), .block = kCollectThreads}, &how);
+  const bool lists = how.scratch.parts != nullptr;
+  const unsigned num_blocks =
+      lists ? how.input.num_rows * how.scratch.num_parts : num_slice_blocks(how.input);
+  launch((lists ? candidates : segments).of(kind, access_width({&input}, {input.size(1)})), gpu,
+         {.grid_x = num_blocks, .block = kCollectThreads}, &how);
 }
 
 Filters no_filters() {
