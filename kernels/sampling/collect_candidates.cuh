@@ -12,6 +12,7 @@
 // whole.
 #pragma once
 
+#include "common/arch.cuh"
 #include "common/pdl.cuh"
 #include "sampling/order.cuh"
 #include "sampling/rows.cuh"
@@ -123,7 +124,7 @@ __device__ __forceinline__ bool append(CollectScratch& scratch, const Order& ord
 }
 
 template <class Kind, int kVec>
-__global__ void __launch_bounds__(kCollectThreads, kVec > 1 ? 4 : 3)
+__global__ void __launch_bounds__(kCollectThreads, kVec > 1 && kSm >= 90 ? 4 : 3)
     collect_candidates(const __grid_constant__ CollectParams params) {
   __shared__ CollectScratch scratch;
   const RowInput& input = params.input;

@@ -19,6 +19,7 @@ constexpr const char* kApplyCut = "sampling/apply_cut.cuh:apply_cut";
 constexpr const char* kGather = "sampling/gather_top_k.cuh:gather_top_k";
 constexpr const char* kSoftmax = "sampling/softmax.cuh:softmax";
 constexpr const char* kSoftmaxSlices = "sampling/softmax.cuh:softmax_slices";
+constexpr const char* kSoftmaxClusters = "sampling/softmax_sm90.cuh:softmax_sm90";
 constexpr const char* kChain = "sampling/chain_speculative_sampling.cuh:chain_speculative_sampling";
 
 constexpr std::array kLogitsKinds{RowKind::HalfLogits, RowKind::BFloat16Logits,
@@ -41,6 +42,11 @@ std::vector<std::string> kernels_of(const std::string& op, RowKind kind) {
             kernel_name(kSoftmaxSlices, type, vec)};
   }
   return {collect, cut, kind_kernel(kApplyCut, kind, vec)};
+}
+
+std::string cluster_kernel(RowKind kind) {
+  static constexpr std::array kTypes{"__half", "__nv_bfloat16", "float"};
+  return kernel_name(kSoftmaxClusters, kTypes[static_cast<size_t>(kind)], wide_vec(kind));
 }
 
 const std::vector<std::string>& family_ops() {
@@ -81,6 +87,13 @@ std::vector<Row> sampling_rows() {
       continue;
     }
     for (const RowKind kind : kinds_of(op)) {
+      if (op == "softmax") {
+        rows.push_back({.op = op,
+                        .kernel = cluster_kernel(kind),
+                        .min_sm = 90,
+                        .block = kClusterThreads,
+                        .why = "a row in the registers of a cluster"});
+      }
       for (const std::string& name : kernels_of(op, kind)) {
         rows.push_back(
             {.op = op, .kernel = name, .block = block_of(name), .why = "rows of 16-byte accesses"});
@@ -90,7 +103,7 @@ std::vector<Row> sampling_rows() {
   return rows;
 }
 
-Choice sampling_choose(const std::string& op, const Config& config, int) {
+Choice sampling_choose(const std::string& op, const Config& config, int sm) {
   if (op == "chain_speculative_sampling") return {{kChain}, {}};
   const std::string dtype = config.get("dtype", "float32");
   const bool probs = config.get("from", "logits") == "probs" || kinds_of(op).size() == 1;
@@ -98,7 +111,9 @@ Choice sampling_choose(const std::string& op, const Config& config, int) {
   if (probs) return {kernels_of(op, RowKind::Probs), {}};
   for (const RowKind kind : kLogitsKinds) {
     static constexpr std::array kDtypes{"float16", "bfloat16", "float32"};
-    if (dtype == kDtypes[static_cast<size_t>(kind)]) return {kernels_of(op, kind), {}};
+    if (dtype != kDtypes[static_cast<size_t>(kind)]) continue;
+    if (op == "softmax" && sm >= 90) return {{cluster_kernel(kind)}, {}};
+    return {kernels_of(op, kind), {}};
   }
   return {{}, {"dtype " + dtype + ": expected float16, bfloat16 or float32"}};
 }

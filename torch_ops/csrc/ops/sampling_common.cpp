@@ -35,8 +35,9 @@ constexpr size_t aligned(size_t bytes) {
 // As many slices a block as leave one block for every place on the GPU, or, with more rows than
 // places, several for each, so that the last ones make no wave of their own.
 uint32 slices_per_part(const Device& gpu, const RowInput& input) {
-  constexpr uint32 kBlocksPerSm = 4, kWaves = 4;
-  const uint32 places = static_cast<uint32>(gpu.num_sms) * kBlocksPerSm;
+  constexpr uint32 kWaves = 4;
+  const uint32 blocks_per_sm = gpu.sm >= 90 ? 4 : 3;
+  const uint32 places = static_cast<uint32>(gpu.num_sms) * blocks_per_sm;
   const uint32 num_slices = num_slices_of(input.vocab);
   const uint32 parts = input.num_rows <= places
                            ? places / input.num_rows
