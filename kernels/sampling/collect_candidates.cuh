@@ -1,5 +1,5 @@
-// row_segments, and of every part of a row a short list of elements that is sure to hold what the
-// filters keep of it.
+// row_segments, and of every part of a row a short list of elements that is sure to hold what a
+// small top-k keeps of it, or, for filters that may keep many, a histogram of the weights.
 //
 // A block takes a part, a slice of 8,192 elements at a time in registers, 32 a thread. Each thread
 // knows the largest elements of two groups: of the 16 registers' halves, over all slices so far.
@@ -8,21 +8,25 @@
 // list: at the end about 1.1 k of them, in any order, since whatever reads them is indifferent to
 // it. The row is read once, whatever its spread. Layouts, access width and SMs as in
 // row_segments.cuh; launch: kCollectThreads threads, num_rows * num_parts blocks. A list that does
-// not fit (many equal elements, k over kMaxCollectedK) is marked, and the row is searched as a
-// whole.
+// not fit (many equal elements) is marked, and the row is searched as a whole.
 #pragma once
 
 #include "common/arch.cuh"
 #include "common/pdl.cuh"
 #include "sampling/order.cuh"
 #include "sampling/rows.cuh"
+#include "sampling/weight_bins.cuh"
 
 namespace ridgeline {
 
 constexpr uint32 kHeldCandidates = 2048;
 
 struct CollectScratch {
-  uint64 list[kHeldCandidates];
+  union {
+    uint64 list[kHeldCandidates];
+    uint32 histogram[kWeightBins];
+  };
+  float maxima[kSegmentsPerSlice];
   uint32 counts[2][kSegmentsPerSlice];  // of a warp, two rounds in turn
   uint32 least[kSegmentsPerSlice];
   uint32 most[kSegmentsPerSlice];
@@ -79,6 +83,24 @@ __device__ __forceinline__ uint32 bound_of(const float (&group_max)[2], uint32 k
   return low;
 }
 
+// The largest of 256 pieces spread over the row; every part finds the same.
+template <class Kind, int kVec>
+__device__ __forceinline__ float row_reference(const typename Kind::Element* data, uint32 vocab,
+                                               CollectScratch& scratch) {
+  const uint32 num_pieces = vocab / kVec;
+  const auto place = static_cast<uint32>(uint64{num_pieces} * threadIdx.x / kCollectThreads);
+  const auto piece = load<kVec>(data + place * kVec);
+  float max = Kind::padding();
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) max = fmaxf(max, to_float(piece.elements[i]));
+  max = warp_max(max);
+  if (threadIdx.x % kWarpSize == 0) scratch.maxima[threadIdx.x / kWarpSize] = max;
+  __syncthreads();
+#pragma unroll
+  for (uint32 i = 0; i < kSegmentsPerSlice; ++i) max = fmaxf(max, scratch.maxima[i]);
+  return max > -kInfinity && max < kInfinity ? max : 0.0f;
+}
+
 // Drops from the list what is below `bound`, and what is of the indices from `end` on.
 __device__ __forceinline__ void prune(CollectScratch& scratch, const Order& order, uint32 bound,
                                       uint32 end) {
@@ -123,10 +145,8 @@ __device__ __forceinline__ bool append(CollectScratch& scratch, const Order& ord
   return !__syncthreads_or(full);
 }
 
-template <class Kind, int kVec>
-__global__ void __launch_bounds__(kCollectThreads, kVec > 1 && kSm >= 90 ? 4 : 3)
-    collect_candidates(const __grid_constant__ CollectParams params) {
-  __shared__ CollectScratch scratch;
+template <class Kind, int kVec, bool kCounts>
+__device__ __forceinline__ void collect(const CollectParams& params, CollectScratch& scratch) {
   const RowInput& input = params.input;
   const uint32 num_parts = params.scratch.num_parts;
   const uint32 row = blockIdx.x / num_parts, part = blockIdx.x % num_parts;
@@ -142,8 +162,14 @@ __global__ void __launch_bounds__(kCollectThreads, kVec > 1 && kSm >= 90 ? 4 : 3
   const RowFilters filters(params.filters, row, input.vocab);
   pdl_launch_dependents();
   const Order order{input.index_bits};
-  const uint32 k = filters.k > 0 ? filters.k : kSpeculativeK;
-  bool collects = filters.any() && filters.k <= kMaxCollectedK;
+  bool collects = filters.k > 0 && filters.k <= kMaxCollectedK;
+  const bool counts = kCounts && !collects && (filters.k > 0 || filters.top_p < 1.0);
+  WeightBins<Kind> bins;
+  if (counts) {
+    bins = {row_reference<Kind, kVec>(data, input.vocab, scratch), filters.rate};
+    for (uint32 i = threadIdx.x; i < kWeightBins; i += kCollectThreads) scratch.histogram[i] = 0;
+    __syncthreads();
+  }
   bool bad = false;
   float group_max[2] = {Kind::padding(), Kind::padding()};
   uint32 bound = Kind::kLeastKey;
@@ -162,19 +188,31 @@ __global__ void __launch_bounds__(kCollectThreads, kVec > 1 && kSm >= 90 ? 4 : 3
         segment_stats<Kind>(x, fmaxf(slice_max[0], slice_max[1]), filters.rate);
     if (lane == 0 && segment < num_segments) segments[segment] = stats;
     bad |= stats.max != stats.max;
+    if (counts) {
+      // What pads the row counts in bin 0, of which nothing but an upper bound is asked.
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j) atomicAdd(&scratch.histogram[bins.of(x[j])], 1u);
+    }
     if (!collects) continue;
     group_max[0] = fmaxf(group_max[0], slice_max[0]);
     group_max[1] = fmaxf(group_max[1], slice_max[1]);
     // Slices in which the bound rises: 1, 2, 4, 8, ... are enough, unless the row rises too.
     const bool due = (i & (i + 1)) == 0 || i + 1 == count;
-    if (due) bound = bound_of(group_max, k, bound, scratch);
+    if (due) bound = bound_of(group_max, filters.k, bound, scratch);
     if (append<kVec>(scratch, order, x, slice_max, segment * kSegmentSize, bound)) continue;
-    if (!due) bound = bound_of(group_max, k, bound, scratch);
+    if (!due) bound = bound_of(group_max, filters.k, bound, scratch);
     prune(scratch, order, bound, (first_slice + i) * kSliceSize);
     collects = append<kVec>(scratch, order, x, slice_max, segment * kSegmentSize, bound);
   }
 
   collects = !__syncthreads_or(bad || !collects);
+  if (counts) {
+    if (part == 0 && threadIdx.x == 0) params.scratch.references[row] = bins.reference;
+    uint32* histogram = params.scratch.histograms + static_cast<int64>(blockIdx.x) * kWeightBins;
+    for (uint32 i = threadIdx.x; i < kWeightBins; i += kCollectThreads) {
+      histogram[i] = scratch.histogram[i];
+    }
+  }
   if (collects) {
     const int64 place = (static_cast<int64>(row) * num_slices + part) * kPartCapacity;
     uint64* written = params.scratch.candidates + place;
@@ -192,6 +230,21 @@ __global__ void __launch_bounds__(kCollectThreads, kVec > 1 && kSm >= 90 ? 4 : 3
     params.scratch.parts[static_cast<int64>(row) * num_parts + part] = {
         collects ? scratch.num_written : kOverflow, bound};
   }
+}
+
+template <class Kind, int kVec>
+__global__ void __launch_bounds__(kCollectThreads, kVec > 1 && kSm >= 90 ? 4 : 3)
+    collect_candidates(const __grid_constant__ CollectParams params) {
+  __shared__ CollectScratch scratch;
+  collect<Kind, kVec, false>(params, scratch);
+}
+
+// With histograms of the rows whose top-k is none or large.
+template <class Kind, int kVec>
+__global__ void __launch_bounds__(kCollectThreads, kVec > 1 ? 3 : 1)
+    collect_histograms(const __grid_constant__ CollectParams params) {
+  __shared__ CollectScratch scratch;
+  collect<Kind, kVec, true>(params, scratch);
 }
 
 }  // namespace ridgeline

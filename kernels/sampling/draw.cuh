@@ -1,11 +1,12 @@
 // One token of a row: the filters' threshold, then the element at which the running mass of what
 // is kept, in the order of the indices, passes a random number.
 //
-// A block of kRowThreads threads takes a row, behind row_segments or collect_candidates. A top-k
-// among the candidates is the short way (few.cuh); other filters look for their threshold among the
-// candidates, and in the whole row (narrow.cuh) when those do not hold it. Launch: num_rows blocks.
-// All SMs. log_probs are of the softmax of the whole row at its temperature (1 for greedy rows). A
-// row with NaN, an infinity above, or no mass gives token 0, valid 0 and log_prob NaN.
+// A block of kRowThreads threads takes a row, behind collect_candidates and, when filters may
+// keep many, find_between and list_between. A top-k among the candidates is the short way
+// (few.cuh), the list the other (narrow.cuh); the whole row is searched when neither is complete.
+// Launch: num_rows blocks. All SMs. log_probs are of the softmax of the whole row at its
+// temperature (1 for greedy rows). A row with NaN, an infinity above, or no mass gives token 0,
+// valid 0 and log_prob NaN.
 #pragma once
 
 #include "common/pdl.cuh"
@@ -70,9 +71,8 @@ struct RowDraw {
   __device__ __forceinline__ bool narrowed(const RowSource<typename Kind::Element>& source,
                                            SelectScratch& scratch, uint32& token) const {
     Narrowed found;
-    if (!narrow<Kind>(source, weigher, filters, params.filters.joint, summary,
-                      list_of(params.scratch, row, source.vocab), list_capacity(source.vocab),
-                      scratch, found)) {
+    if (!narrow<Kind>(params.scratch, row, source.vocab, source.order, weigher, filters,
+                      params.filters.joint, summary, scratch, found)) {
       return false;
     }
     token = narrowed_token(source, weigher, found.cut, target_of(found.kept), scratch);

@@ -35,14 +35,13 @@ __device__ __forceinline__ RowCut weighed_cut(const CutParams& params, uint32 ro
     uint32 bound;
     if (!complete_from(source, bound) || !find(source, bound)) {
       const uint32 vocab = params.input.vocab;
-      const RowSource<T> whole{row_data<T>(params.input, row), vocab, order};
       Narrowed found;
-      if (narrow<Kind>(whole, weigher, filters, joint, summary, list_of(params.scratch, row, vocab),
-                       list_capacity(vocab), scratch, found)) {
+      if (narrow<Kind>(params.scratch, row, vocab, order, weigher, filters, joint, summary, scratch,
+                       found)) {
         cut = found.cut;
         kept = found.kept;
       } else {
-        find(whole, Kind::kLeastKey);
+        find(RowSource<T>{row_data<T>(params.input, row), vocab, order}, Kind::kLeastKey);
       }
     }
   }

@@ -12,6 +12,9 @@ namespace {
 
 constexpr const char* kSegments = "sampling/row_segments.cuh:row_segments";
 constexpr const char* kCandidates = "sampling/collect_candidates.cuh:collect_candidates";
+constexpr const char* kHistograms = "sampling/collect_candidates.cuh:collect_histograms";
+constexpr const char* kFindBetween = "sampling/find_between.cuh:find_between";
+constexpr const char* kListBetween = "sampling/list_between.cuh:list_between";
 constexpr const char* kDraw = "sampling/draw.cuh:draw";
 constexpr const char* kDrawPlain = "sampling/draw_plain.cuh:draw_plain";
 constexpr const char* kFindCut = "sampling/find_cut.cuh:find_cut";
@@ -33,7 +36,11 @@ std::vector<std::string> kernels_of(const std::string& op, RowKind kind) {
   static constexpr std::array kTypes{"__half", "__nv_bfloat16", "float", "float"};
   const char* type = kTypes[static_cast<size_t>(kind)];
   if (op == "sample") {
-    return {collect, kind_kernel(kDraw, kind), kind_kernel(kSegments, kind, vec),
+    return {collect,
+            kind_kernel(kFindBetween, kind),
+            kind_kernel(kListBetween, kind, vec),
+            kind_kernel(kDraw, kind),
+            kind_kernel(kSegments, kind, vec),
             kind_kernel(kDrawPlain, kind)};
   }
   if (op == "top_k") return {collect, cut, kernel_name(kGather, type)};
@@ -41,7 +48,15 @@ std::vector<std::string> kernels_of(const std::string& op, RowKind kind) {
     return {kernel_name(kSoftmax, type, vec), kind_kernel(kSegments, kind, vec),
             kernel_name(kSoftmaxSlices, type, vec)};
   }
-  return {collect, cut, kind_kernel(kApplyCut, kind, vec)};
+  const std::string apply = kind_kernel(kApplyCut, kind, vec);
+  if (op == "top_k_mask_logits") return {collect, cut, apply};
+  return {collect,
+          kind_kernel(kHistograms, kind, vec),
+          kind_kernel(kFindBetween, kind),
+          kind_kernel(kListBetween, kind, vec),
+          cut,
+          apply,
+          kind_kernel(kSegments, kind, vec)};
 }
 
 std::string cluster_kernel(RowKind kind) {
@@ -69,7 +84,8 @@ std::vector<RowKind> kinds_of(const std::string& op) {
 
 int block_of(const std::string& kernel) {
   if (kernel.find("row_segments") != std::string::npos ||
-      kernel.find("collect_candidates") != std::string::npos ||
+      kernel.find("collect_") != std::string::npos ||
+      kernel.find("list_between") != std::string::npos ||
       kernel.find("apply_cut") != std::string::npos ||
       kernel.find("draw_plain") != std::string::npos ||
       kernel.find("softmax_slices") != std::string::npos) {
@@ -119,18 +135,6 @@ Choice sampling_choose(const std::string& op, const Config& config, int sm) {
 }
 
 const RegisterFamily family({family_ops(), sampling_rows, sampling_choose});
-
-// What rows may need: nothing without filters, and no candidates when no row's fit their lists.
-Lists lists_for(const Filters& filters, uint32 vocab) {
-  const bool greedy = filters.temperature.values || !(filters.temperature.value > 0);
-  const bool shares = filters.top_p.values || filters.top_p.value < 1 || filters.min_p.values ||
-                      filters.min_p.value > 0;
-  if (filters.top_k.values || greedy) return Lists::Candidates;
-  if (filters.top_k.value > 0 && filters.top_k.value < vocab) {
-    return filters.top_k.value <= kMaxCollectedK ? Lists::Candidates : Lists::Rows;
-  }
-  return shares ? Lists::Candidates : Lists::None;
-}
 
 std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& input, const Tensor& seed,
                                           const std::optional<Tensor>& offset, bool from_logits,

@@ -100,7 +100,8 @@ Tensor filtered(RowKind kind, const Tensor& input, const RowInput& rows, const F
   const Tensor output = empty_like(input);
   if (rows.num_rows == 0) return output;
   const Device& gpu = device(input.get_device_index());
-  const RowScratch scratch(input, rows, Lists::Candidates);
+  const Lists lists = count_only ? Lists::Candidates : lists_for(filters, rows.vocab);
+  const RowScratch scratch(input, rows, lists);
   find_cuts(gpu, kind, input, rows, filters, count_only, scratch.get());
   const ApplyParams params{rows, scratch.get().cuts, scratch.get().segments,
                            output.mutable_data_ptr()};
