@@ -197,12 +197,15 @@ __device__ __forceinline__ void collect(const CollectParams& params, CollectScra
     group_max[0] = fmaxf(group_max[0], slice_max[0]);
     group_max[1] = fmaxf(group_max[1], slice_max[1]);
     // Slices in which the bound rises: 1, 2, 4, 8, ... are enough, unless the row rises too.
-    const bool due = (i & (i + 1)) == 0 || i + 1 == count;
-    if (due) bound = bound_of(group_max, filters.k, bound, scratch);
-    if (append<kVec>(scratch, order, x, slice_max, segment * kSegmentSize, bound)) continue;
-    if (!due) bound = bound_of(group_max, filters.k, bound, scratch);
-    prune(scratch, order, bound, (first_slice + i) * kSliceSize);
-    collects = append<kVec>(scratch, order, x, slice_max, segment * kSegmentSize, bound);
+    bool rises = (i & (i + 1)) == 0 || i + 1 == count;
+#pragma unroll 1
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      if (rises) bound = bound_of(group_max, filters.k, bound, scratch);
+      if (attempt > 0) prune(scratch, order, bound, (first_slice + i) * kSliceSize);
+      collects = append<kVec>(scratch, order, x, slice_max, segment * kSegmentSize, bound);
+      if (collects) break;
+      rises = true;
+    }
   }
 
   collects = !__syncthreads_or(bad || !collects);

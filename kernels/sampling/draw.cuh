@@ -55,19 +55,6 @@ struct RowDraw {
     }
     return true;
   }
-  template <class Source>
-  __device__ __forceinline__ bool from(const Source& source, uint32 least_key,
-                                       SelectScratch& scratch, uint32& token) const {
-    const Range range{source.order.last_of(least_key), source.order.first_of(key_of(summary.max))};
-    uint64 threshold;
-    if (!find_threshold<Kind>(source, weigher, filters, params.filters.joint, range,
-                              least_key <= Kind::kLeastKey, summary, scratch, threshold)) {
-      return false;
-    }
-    const uint64 kept = mass_from(source, weigher, threshold, scratch);
-    token = index_at(source, weigher, source.order, threshold, target_of(kept), scratch);
-    return true;
-  }
   __device__ __forceinline__ bool narrowed(const RowSource<typename Kind::Element>& source,
                                            SelectScratch& scratch, uint32& token) const {
     Narrowed found;
@@ -77,6 +64,16 @@ struct RowDraw {
     }
     token = narrowed_token(source, weigher, found.cut, target_of(found.kept), scratch);
     return true;
+  }
+  __device__ __forceinline__ uint32 of_whole(const RowSource<typename Kind::Element>& source,
+                                             SelectScratch& scratch) const {
+    const Order& order = source.order;
+    const Range range{order.last_of(Kind::kLeastKey), order.first_of(key_of(summary.max))};
+    uint64 threshold;
+    find_threshold<Kind>(source, weigher, filters, params.filters.joint, range, true, summary,
+                         scratch, threshold);
+    const uint64 kept = mass_from(source, weigher, threshold, scratch);
+    return index_at(source, weigher, order, threshold, target_of(kept), scratch);
   }
 };
 
@@ -109,14 +106,10 @@ __global__ void __launch_bounds__(kRowThreads, 2) draw(const __grid_constant__ D
     token = plain_token<Kind, kRowThreads>(data, vocab, segments, filters.rate, job.weigher,
                                            job.target_of(summary.mass), scratch.plain);
   } else {
-    if (complete && filters.k > 0 && job.among_few(source, bound, scratch.few)) return;
+    if (complete && job.among_few(source, bound, scratch.few)) return;
     __syncthreads();
-    if (!complete || !job.from(source, bound, scratch.select, token)) {
-      const RowSource<T> whole{data, vocab, order};
-      if (!job.narrowed(whole, scratch.select, token)) {
-        job.from(whole, Kind::kLeastKey, scratch.select, token);
-      }
-    }
+    const RowSource<T> whole{data, vocab, order};
+    if (!job.narrowed(whole, scratch.select, token)) token = job.of_whole(whole, scratch.select);
   }
   if (threadIdx.x == 0) {
     const float log_weight = job.weigher.log_weight(to_float(data[token]));

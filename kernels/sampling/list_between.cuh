@@ -25,6 +25,13 @@ __device__ __forceinline__ uint64 warp_mass(const Mass& mass) {
   return warp_sum(mass.sum());
 }
 
+// Why not inlined: it is rare, and would be there for every register.
+__device__ __noinline__ void list_directly(Between& between, uint64* list, uint32 capacity,
+                                           uint64 entry) {
+  const uint32 place = atomicAdd(&between.num_listed, 1u);
+  if (place < capacity) list[place] = entry;
+}
+
 template <class Kind, int kVec>
 __global__ void __launch_bounds__(kCollectThreads, kVec > 1 ? 3 : 1)
     list_between(const __grid_constant__ NarrowParams params) {
@@ -86,8 +93,7 @@ __global__ void __launch_bounds__(kCollectThreads, kVec > 1 ? 3 : 1)
         if (place < kHeldBetween) {
           scratch.list[place] = entry;
         } else {
-          const uint32 global_place = atomicAdd(&between.num_listed, 1u);
-          if (global_place < capacity) list[global_place] = entry;
+          list_directly(between, list, capacity, entry);
         }
       } else if (bin >= gap_start) {
         gap.add(weight);

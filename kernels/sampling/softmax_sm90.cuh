@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
     const auto high = static_cast<uint32>(stats.mass >> 32);
     store_in_cluster(&segments[segment], lane, {__float_as_uint(stats.max), 0, low, high});
   }
+  __syncwarp();
   cluster_arrive();
   cluster_wait();
   const RowSummary summary = summarize<Logits<T>>(segments, num_segments_of(input.vocab), rate);
