@@ -217,8 +217,7 @@ __device__ __forceinline__ void collect(const CollectParams& params, CollectScra
     }
   }
   if (collects) {
-    const int64 place = (static_cast<int64>(row) * num_slices + part) * kPartCapacity;
-    uint64* written = params.scratch.candidates + place;
+    uint64* written = list_of(params.scratch, row) + part * kPartCapacity;
     const uint32 num_listed = scratch.num_listed;
     for (uint32 i = threadIdx.x; i < num_listed; i += kCollectThreads) {
       const uint64 entry = scratch.list[i];

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) draw(const __grid_constant__ D
   const T* data = row_data<T>(input, row);
   const uint64 random = random_bits(params.keys, row, 0);
   const SegmentStats* segments = params.scratch.segments + static_cast<int64>(row) * num_segments;
-  const CandidateSource source = candidates_of(params.scratch, row, vocab, order);
+  const CandidateSource source = candidates_of(params.scratch, row, order);
   pdl_wait();
   uint32 bound;
   const bool complete = filters.any() && complete_from(source, bound);

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   }
   // Why the rate: beyond that, differences overflow before they are bins.
   const bool listable =
-      k_bin > 0 && num_listed <= list_capacity(input.vocab) && filters.rate < 1e30f;
+      k_bin > 0 && num_listed <= params.scratch.row_capacity && filters.rate < 1e30f;
   between = {listable, first, sure, k_bin, counted, 0, summary.max, 0, 0, 0};
 }
 

@@ -31,7 +31,7 @@ __device__ __forceinline__ RowCut weighed_cut(const CutParams& params, uint32 ro
     return true;
   };
   if (filters.any()) {
-    const CandidateSource source = candidates_of(params.scratch, row, params.input.vocab, order);
+    const CandidateSource source = candidates_of(params.scratch, row, order);
     uint32 bound;
     if (!complete_from(source, bound) || !find(source, bound)) {
       const uint32 vocab = params.input.vocab;
@@ -57,7 +57,7 @@ __device__ __forceinline__ RowCut counted_cut(const CutParams& params, uint32 ro
   const Order order{params.input.index_bits};
   uint64 cut = 0;
   if (k == 0) return {cut, 1.0f, 1};
-  const CandidateSource source = candidates_of(params.scratch, row, params.input.vocab, order);
+  const CandidateSource source = candidates_of(params.scratch, row, order);
   const uint64 top = order.first_of(0xffffffffu);
   uint32 bound;
   if (!complete_from(source, bound) ||

@@ -8,7 +8,6 @@
 #include "common/pdl.cuh"
 #include "sampling/order.cuh"
 #include "sampling/rows.cuh"
-#include "sampling/sources.cuh"
 #include "sampling/weight_bins.cuh"
 
 namespace ridgeline {
@@ -62,9 +61,9 @@ __global__ void __launch_bounds__(kCollectThreads, kVec > 1 ? 3 : 1)
     least = fminf(Kind::min_p_bound(max, filters.min_p, filters.temperature), max);
   }
   const uint32 gap_start = k_bin < kWeightBins ? k_bin + 1 : kWeightBins;
-  uint64* list = list_of(params.scratch, row, input.vocab);
+  uint64* list = list_of(params.scratch, row);
   uint64* kept_of = params.scratch.kept + static_cast<int64>(row) * num_segments;
-  const uint32 capacity = list_capacity(input.vocab);
+  const uint32 capacity = params.scratch.row_capacity;
   const float floor = value_of(Kind::kLeastKey);
   __syncthreads();
 

@@ -35,7 +35,7 @@ __device__ __forceinline__ bool narrow(const Scratch& memory, uint32 row, uint32
   if (!between.listable) return false;
   const uint32 num_segments = num_segments_of(vocab);
   const uint64* kept_of = memory.kept + static_cast<int64>(row) * num_segments;
-  const ListSource source{list_of(memory, row, vocab), between.num_listed, order};
+  const ListSource source{list_of(memory, row), between.num_listed, order};
   uint64 sure_mass = 0;
   for (uint32 i = threadIdx.x; i < num_segments; i += kRowThreads) sure_mass += kept_of[i];
   sure_mass = block_total(sure_mass, scratch.block) + between.dropped;

@@ -103,8 +103,8 @@ struct Filters {
 struct Scratch {
   SegmentStats* segments;  // [num_rows, num_segments]
   PartInfo* parts;         // [num_rows, num_parts], or null: nothing was collected
-  uint64* candidates;      // [num_rows, num_slices, kPartCapacity] composites, or null; parts of a
-                           // row take the first places
+  uint64* candidates;      // [num_rows, row_capacity] composites: of each part kPartCapacity, or
+                           // list_between's list; or null
   RowCut* cuts;            // [num_rows]
   uint32* histograms;      // [num_rows, num_parts, kWeightBins] counts, or null
   float* references;       // [num_rows], of the histograms' bins
@@ -112,6 +112,7 @@ struct Scratch {
   uint64* kept;            // [num_rows, num_segments]: mass of the sure elements that are kept
   uint32 num_parts;        // of a row
   uint32 slices_per_part;
+  uint32 row_capacity;  // elements of a row's lists
 };
 
 struct CollectParams {

@@ -28,6 +28,11 @@ __device__ __forceinline__ const T* row_data(const RowInput& input, uint32 row) 
   return static_cast<const T*>(input.data) + source * input.row_stride;
 }
 
+// A row's lists.
+__device__ __forceinline__ uint64* list_of(const Scratch& scratch, uint32 row) {
+  return scratch.candidates + static_cast<int64>(row) * scratch.row_capacity;
+}
+
 // A row's filters, with what switches them off made plain.
 struct RowFilters {
   float rate;          // log2(e) / temperature

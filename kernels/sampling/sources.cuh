@@ -58,19 +58,10 @@ struct CandidateSource {
 };
 
 __device__ __forceinline__ CandidateSource candidates_of(const Scratch& scratch, uint32 row,
-                                                         uint32 vocab, const Order& order) {
-  const int64 first = static_cast<int64>(row) * num_slices_of(vocab);
-  return {scratch.candidates + first * kPartCapacity,
+                                                         const Order& order) {
+  return {list_of(scratch, row),
           scratch.parts ? scratch.parts + static_cast<int64>(row) * scratch.num_parts : nullptr,
           scratch.num_parts, order};
-}
-
-// Memory of a row for a list of its elements, when its candidates are done with.
-__device__ __forceinline__ uint64* list_of(const Scratch& scratch, uint32 row, uint32 vocab) {
-  return scratch.candidates + static_cast<int64>(row) * num_slices_of(vocab) * kPartCapacity;
-}
-__device__ __forceinline__ uint32 list_capacity(uint32 vocab) {
-  return num_slices_of(vocab) * kPartCapacity;
 }
 
 // The least key down to which a row's lists are complete; false when one has overflowed, or

@@ -158,7 +158,6 @@ RowScratch::RowScratch(const Tensor& like, const RowInput& input, Lists lists) {
   const Device& gpu = device(like.get_device_index());
   const size_t rows = input.num_rows;
   const size_t segments = rows * num_segments_of(input.vocab);
-  const size_t slices = rows * num_slices_of(input.vocab);
   scratch_ = {};
   scratch_.slices_per_part = slices_per_part(gpu, input, lists);
   scratch_.num_parts =
@@ -174,7 +173,9 @@ RowScratch::RowScratch(const Tensor& like, const RowInput& input, Lists lists) {
   const size_t segments_at = place(true, segments * sizeof(SegmentStats));
   const size_t cuts_at = place(true, rows * sizeof(RowCut));
   const size_t parts_at = place(collects, parts * sizeof(PartInfo));
-  const size_t lists_at = place(collects, slices * kPartCapacity * sizeof(uint64));
+  scratch_.row_capacity =
+      (counts ? num_slices_of(input.vocab) : scratch_.num_parts) * kPartCapacity;
+  const size_t lists_at = place(collects, rows * scratch_.row_capacity * sizeof(uint64));
   const size_t histograms_at = place(counts, parts * kWeightBins * sizeof(uint32));
   const size_t references_at = place(counts, rows * sizeof(float));
   const size_t between_at = place(counts, rows * sizeof(Between));
