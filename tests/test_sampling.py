@@ -146,6 +146,56 @@ def test_a_row_is_alone(how: Filter, device: torch.device, rng: torch.Generator)
         assert all(torch.equal(a[0], t[row]) for a, t in zip(alone, together, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [128_256, 50_257])
+@pytest.mark.parametrize("how", [*FILTERS, Filter(top_k=1000, top_p=0.95)], ids=str)
+def test_size_of_the_batch_changes_nothing(how: Filter, vocab: int, rng: torch.Generator) -> None:
+    """How a row is cut over blocks depends on the batch; its token does not."""
+    device = torch.device("cuda", 0)
+    x = torch.randn(600, vocab, generator=torch.Generator(device).manual_seed(1), device=device)
+    x[::2] *= 4
+    seed = keys(600, device, rng)
+    together = draw(x, True, how, seed)
+    for num_rows in (1, 2, 33, 64, 300, 512):
+        part = draw(x[:num_rows], True, how, seed[:num_rows])
+        for a, b in zip(part, together, strict=True):
+            assert torch.equal(a, b[:num_rows]), num_rows
+
+
+def odd_rows(vocab: int, rng: torch.Generator) -> Tensor:
+    """Rows on which guesses about logits fail."""
+    x = torch.randn(9, vocab, generator=rng) * 2
+    x[1] = x[1].sort().values
+    x[2] = x[2].sort(descending=True).values
+    x[3, :: vocab // 3] += 40  # few tokens far above all
+    x[4, ::2] = -math.inf
+    x[5] = (x[5] * 2).round() / 2  # thousands of ties
+    x[6] = x[6] * 1e-3 + 1e4
+    x[7] *= 1e4
+    x[8, vocab // 2 :] -= 60
+    return x
+
+
+@pytest.mark.parametrize("vocab", [20_000, 128_256])
+def test_odd_rows(vocab: int, device: torch.device, rng: torch.Generator) -> None:
+    logits = odd_rows(vocab, rng).to(device)
+    repeats = 16 if device.type == "cuda" else 1
+    rows = torch.arange(9 * repeats, device=device) % 9
+    hows = (*FILTERS, Filter(top_k=1000, top_p=0.95), Filter(top_p=0.999, min_p=1e-3))
+    for how in hows if device.type == "cuda" else hows[5::3]:
+        for from_logits, x in ((True, logits), (False, as_probs(logits))):
+            sure, possible = support(x, from_logits, how)
+            seed = keys(rows.numel(), device, rng)
+            tokens, valid, _ = draw(x, from_logits, how, seed, indices=rows)
+            assert valid.all(), how
+            chosen = possible[rows.cpu(), tokens.long().cpu()]
+            assert chosen.all(), f"{how}: rows {rows.cpu()[~chosen].tolist()} outside the exact set"
+        if how.top_p < 1 and not how.top_k and not how.min_p:
+            kept = ridgeline.top_p_renorm_probs(x, how.top_p).cpu() > 0
+            assert not (kept & ~possible).any(), how
+            assert not (~kept & sure & (x.cpu() > 1e-30)).any(), how
+
+
 @pytest.mark.parametrize("kind", VIEWS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [9000, 8193])

@@ -46,7 +46,6 @@ from .prefill_wrapper import (
 )
 from .quantization import packbits, segment_packbits
 from .quantize import dequantize, quantize
-from .rope import apply_rope_pos_ids, apply_rope_pos_ids_inplace
 from .rope import (
     apply_llama31_rope,
     apply_llama31_rope_inplace,

@@ -57,25 +57,29 @@ struct RowSummary {
   bool valid;
 };
 
+// Every warp for itself.
 template <class Kind>
 __device__ __forceinline__ RowSummary summarize(const SegmentStats* segments, uint32 num_segments,
-                                                float rate, BlockScratch& scratch) {
+                                                float rate) {
+  const uint32 lane = threadIdx.x % kWarpSize;
   float max = Kind::padding();
   bool bad = false;
-  for (uint32 i = threadIdx.x; i < num_segments; i += blockDim.x) {
+#pragma unroll 4
+  for (uint32 i = lane; i < num_segments; i += kWarpSize) {
     const float segment_max = segments[i].max;
     bad |= segment_max != segment_max;
     max = fmaxf(max, segment_max);
   }
-  bad = __syncthreads_or(bad);
-  max = block_max(max, scratch);
+  bad = __any_sync(kFullWarp, bad);
+  max = warp_max(max);
   const typename Kind::Weigher weigher = Kind::weigher(max, rate);
   uint64 mass = 0;
-  for (uint32 i = threadIdx.x; i < num_segments; i += blockDim.x) {
+#pragma unroll 4
+  for (uint32 i = lane; i < num_segments; i += kWarpSize) {
     const SegmentStats stats = segments[i];
     mass += scaled_mass(stats.mass, Kind::weigher(stats.max, rate).scale_in(weigher));
   }
-  mass = block_total(mass, scratch);
+  mass = warp_sum(mass);
   return {max, mass, !bad && mass > 0};
 }
 

@@ -1,34 +1,47 @@
-// row_segments, and of every slice a short list of elements that is sure to hold what the filters
-// keep of it.
+// row_segments, and of every part of a row a short list of elements that is sure to hold what a
+// small top-k keeps of it, or, for filters that may keep many, a histogram of the weights.
 //
-// A block holds a slice of 8,192 elements in registers, 32 a thread. The k-th largest of its 512
-// half-thread maxima is a lower bound of the k-th largest element; a bisection finds a bound that
-// is nearly that. Elements from the bound on are the list: about 1.1 k of them, in any order, since
-// whatever reads them is indifferent to it. The row is read once, whatever its spread. Layouts,
-// launch and limits as in row_segments.cuh. A list that does not fit (many equal elements, k over
-// kMaxCollectedK) is marked, and the row is searched as a whole.
+// A block takes a part, a slice of 8,192 elements at a time in registers, 32 a thread. Each thread
+// knows the largest elements of two groups: of the 16 registers' halves, over all slices so far.
+// The k-th largest of these 512 is a lower bound of the k-th largest element, and a bisection finds
+// a bound that is nearly that; it rises while the part is read. Elements from the bound on are the
+// list: at the end about 1.1 k of them, in any order, since whatever reads them is indifferent to
+// it. The row is read once, whatever its spread. Layouts, access width and SMs as in
+// row_segments.cuh; launch: kCollectThreads threads, num_rows * num_parts blocks. A list that does
+// not fit (many equal elements) is marked, and the row is searched as a whole.
 #pragma once
 
+#include "common/arch.cuh"
 #include "common/pdl.cuh"
 #include "sampling/order.cuh"
 #include "sampling/rows.cuh"
+#include "sampling/weight_bins.cuh"
 
 namespace ridgeline {
 
+constexpr uint32 kHeldCandidates = 2048;
+
 struct CollectScratch {
+  union {
+    uint64 list[kHeldCandidates];
+    uint32 histogram[kWeightBins];
+  };
+  float maxima[kSegmentsPerSlice];
   uint32 counts[2][kSegmentsPerSlice];  // of a warp, two rounds in turn
   uint32 least[kSegmentsPerSlice];
   uint32 most[kSegmentsPerSlice];
-  uint32 num_collected;
+  uint32 num_listed;
+  uint32 num_written;
 };
 
-// A key that at least k of the block's halves (two keys a thread) reach, or `floor` if fewer reach
+// A key that at least k of the block's groups (two keys a thread) reach, or `floor` if fewer reach
 // that; nearly the largest such key.
-__device__ __forceinline__ uint32 bound_of(const uint32 (&half_max)[2], uint32 k, uint32 floor,
+__device__ __forceinline__ uint32 bound_of(const float (&group_max)[2], uint32 k, uint32 floor,
                                            CollectScratch& scratch) {
   const uint32 warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  uint32 least = half_max[0] < half_max[1] ? half_max[0] : half_max[1];
-  uint32 most = half_max[0] < half_max[1] ? half_max[1] : half_max[0];
+  const uint32 keys[2] = {key_of(group_max[0]), key_of(group_max[1])};
+  uint32 least = keys[0] < keys[1] ? keys[0] : keys[1];
+  uint32 most = keys[0] < keys[1] ? keys[1] : keys[0];
 #pragma unroll
   for (uint32 offset = kWarpSize / 2; offset > 0; offset /= 2) {
     const uint32 other_least = __shfl_xor_sync(kFullWarp, least, offset);
@@ -52,8 +65,8 @@ __device__ __forceinline__ uint32 bound_of(const uint32 (&half_max)[2], uint32 k
   const uint32 enough = k + k / 8 + 1;
   for (int round = 0; round < 24 && low < high; ++round) {
     const uint32 middle = low + (high - low + 1) / 2;
-    const uint32 count = __popc(__ballot_sync(kFullWarp, half_max[0] >= middle)) +
-                         __popc(__ballot_sync(kFullWarp, half_max[1] >= middle));
+    const uint32 count = __popc(__ballot_sync(kFullWarp, keys[0] >= middle)) +
+                         __popc(__ballot_sync(kFullWarp, keys[1] >= middle));
     uint32* counts = scratch.counts[round % 2];
     if (lane == 0) counts[warp] = count;
     __syncthreads();
@@ -70,58 +83,170 @@ __device__ __forceinline__ uint32 bound_of(const uint32 (&half_max)[2], uint32 k
   return low;
 }
 
+// The largest of 256 pieces spread over the row; every part finds the same.
 template <class Kind, int kVec>
-__global__ void __launch_bounds__(kCollectThreads, 4)
-    collect_candidates(const __grid_constant__ CollectParams params) {
-  __shared__ CollectScratch scratch;
-  const RowInput& input = params.input;
-  const uint32 num_slices = num_slices_of(input.vocab);
-  const uint32 row = blockIdx.x / num_slices, slice = blockIdx.x % num_slices;
-  const uint32 warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const uint32 segment = slice * kSegmentsPerSlice + warp;
-  const uint32 num_segments = num_segments_of(input.vocab);
-  float x[kHeld];
-  load_segment<kVec>(row_data<typename Kind::Element>(input, row), segment * kSegmentSize,
-                     input.vocab, lane, Kind::padding(), x);
-  const RowFilters filters(params.filters, row, input.vocab);
-  pdl_launch_dependents();
-  if (threadIdx.x == 0) scratch.num_collected = 0;
-
-  const SegmentStats stats = segment_stats<Kind>(x, filters.rate);
-  if (lane == 0 && segment < num_segments) {
-    params.scratch.segments[static_cast<int64>(row) * num_segments + segment] = stats;
-  }
-
-  const int64 list_idx = static_cast<int64>(row) * num_slices + slice;
-  const bool bad = __syncthreads_or(stats.max != stats.max);
-  if (bad || !filters.any() || filters.k > kMaxCollectedK) {
-    if (threadIdx.x == 0) params.scratch.slices[list_idx] = {kOverflow, 0};
-    return;
-  }
-  float half_max[2] = {Kind::padding(), Kind::padding()};
+__device__ __forceinline__ float row_reference(const typename Kind::Element* data, uint32 vocab,
+                                               CollectScratch& scratch) {
+  const uint32 num_pieces = vocab / kVec;
+  const auto place = static_cast<uint32>(uint64{num_pieces} * threadIdx.x / kCollectThreads);
+  const auto piece = load<kVec>(data + place * kVec);
+  float max = Kind::padding();
 #pragma unroll
-  for (int j = 0; j < kHeld; ++j) {
-    half_max[2 * j / kHeld] = fmaxf(half_max[2 * j / kHeld], x[j]);
-  }
-  const uint32 keys[2] = {key_of(half_max[0]), key_of(half_max[1])};
-  const uint32 bound =
-      bound_of(keys, filters.k > 0 ? filters.k : kSpeculativeK, Kind::kLeastKey, scratch);
-  const float least = value_of(bound);
-  const Order order{input.index_bits};
-  uint64* list = params.scratch.candidates + list_idx * kSliceCapacity;
+  for (int i = 0; i < kVec; ++i) max = fmaxf(max, to_float(piece.elements[i]));
+  max = warp_max(max);
+  if (threadIdx.x % kWarpSize == 0) scratch.maxima[threadIdx.x / kWarpSize] = max;
+  __syncthreads();
 #pragma unroll
-  for (int j = 0; j < kHeld; ++j) {
-    if (x[j] >= least) {
-      const uint32 place = atomicAdd(&scratch.num_collected, 1u);
-      const uint32 index = segment * kSegmentSize + held_index<kVec>(j, lane);
-      if (place < kSliceCapacity) list[place] = order.composite(x[j], index);
+  for (uint32 i = 0; i < kSegmentsPerSlice; ++i) max = fmaxf(max, scratch.maxima[i]);
+  return max > -kInfinity && max < kInfinity ? max : 0.0f;
+}
+
+// Drops from the list what is below `bound`, and what is of the indices from `end` on.
+__device__ __forceinline__ void prune(CollectScratch& scratch, const Order& order, uint32 bound,
+                                      uint32 end) {
+  const uint32 count = scratch.num_listed < kHeldCandidates ? scratch.num_listed : kHeldCandidates;
+  __syncthreads();
+  if (threadIdx.x == 0) scratch.num_listed = 0;
+  for (uint32 first = 0; first < count; first += kCollectThreads) {
+    const uint32 i = first + threadIdx.x;
+    const uint64 entry = i < count ? scratch.list[i] : 0;
+    // Why here: what was read may be overwritten from now on.
+    __syncthreads();
+    if (i < count && entry >= order.last_of(bound) && order.index(entry) < end) {
+      scratch.list[atomicAdd(&scratch.num_listed, 1u)] = entry;
     }
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    const uint32 count = scratch.num_collected;
-    params.scratch.slices[list_idx] = {count <= kSliceCapacity ? count : kOverflow, bound};
+}
+
+// Adds this slice's elements from `bound` on to the list. False when it is full. Synchronises.
+template <int kVec>
+__device__ __forceinline__ bool append(CollectScratch& scratch, const Order& order,
+                                       const float (&x)[kHeld], const float (&slice_max)[2],
+                                       uint32 first, uint32 bound) {
+  const float least = value_of(bound);
+  bool full = false;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (!(slice_max[half] >= least)) continue;
+#pragma unroll
+    for (int i = 0; i < kHeld / 2; ++i) {
+      const int j = half * (kHeld / 2) + i;
+      if (x[j] >= least) {
+        const uint32 place = atomicAdd(&scratch.num_listed, 1u);
+        full |= place >= kHeldCandidates;
+        if (place < kHeldCandidates) {
+          const uint32 index = first + held_index<kVec>(j, threadIdx.x % kWarpSize);
+          scratch.list[place] = order.composite(x[j], index);
+        }
+      }
+    }
   }
+  return !__syncthreads_or(full);
+}
+
+template <class Kind, int kVec, bool kCounts>
+__device__ __forceinline__ void collect(const CollectParams& params, CollectScratch& scratch) {
+  const RowInput& input = params.input;
+  const uint32 num_parts = params.scratch.num_parts;
+  const uint32 row = blockIdx.x / num_parts, part = blockIdx.x % num_parts;
+  const uint32 warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const uint32 num_segments = num_segments_of(input.vocab);
+  const uint32 num_slices = num_slices_of(input.vocab);
+  const uint32 first_slice = part * params.scratch.slices_per_part;
+  const uint32 left = num_slices - first_slice;
+  const uint32 count =
+      left < params.scratch.slices_per_part ? left : params.scratch.slices_per_part;
+  const typename Kind::Element* data = row_data<typename Kind::Element>(input, row);
+  SegmentStats* segments = params.scratch.segments + static_cast<int64>(row) * num_segments;
+  const RowFilters filters(params.filters, row, input.vocab);
+  pdl_launch_dependents();
+  const Order order{input.index_bits};
+  bool collects = filters.k > 0 && filters.k <= kMaxCollectedK;
+  const bool counts = kCounts && !collects && (filters.k > 0 || filters.top_p < 1.0);
+  WeightBins<Kind> bins;
+  if (counts) {
+    bins = {row_reference<Kind, kVec>(data, input.vocab, scratch), filters.rate};
+    for (uint32 i = threadIdx.x; i < kWeightBins; i += kCollectThreads) scratch.histogram[i] = 0;
+    __syncthreads();
+  }
+  bool bad = false;
+  float group_max[2] = {Kind::padding(), Kind::padding()};
+  uint32 bound = Kind::kLeastKey;
+  if (threadIdx.x == 0) scratch.num_listed = scratch.num_written = 0;
+
+  for (uint32 i = 0; i < count; ++i) {
+    const uint32 segment = (first_slice + i) * kSegmentsPerSlice + warp;
+    float x[kHeld];
+    load_segment<kVec>(data, segment * kSegmentSize, input.vocab, lane, Kind::padding(), x);
+    float slice_max[2] = {Kind::padding(), Kind::padding()};
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      slice_max[2 * j / kHeld] = fmaxf(slice_max[2 * j / kHeld], x[j]);
+    }
+    const SegmentStats stats =
+        segment_stats<Kind>(x, fmaxf(slice_max[0], slice_max[1]), filters.rate);
+    if (lane == 0 && segment < num_segments) segments[segment] = stats;
+    bad |= stats.max != stats.max;
+    if (counts) {
+      // What pads the row counts in bin 0, of which nothing but an upper bound is asked.
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j) atomicAdd(&scratch.histogram[bins.of(x[j])], 1u);
+    }
+    if (!collects) continue;
+    group_max[0] = fmaxf(group_max[0], slice_max[0]);
+    group_max[1] = fmaxf(group_max[1], slice_max[1]);
+    // Slices in which the bound rises: 1, 2, 4, 8, ... are enough, unless the row rises too.
+    bool rises = (i & (i + 1)) == 0 || i + 1 == count;
+#pragma unroll 1
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      if (rises) bound = bound_of(group_max, filters.k, bound, scratch);
+      if (attempt > 0) prune(scratch, order, bound, (first_slice + i) * kSliceSize);
+      collects = append<kVec>(scratch, order, x, slice_max, segment * kSegmentSize, bound);
+      if (collects) break;
+      rises = true;
+    }
+  }
+
+  collects = !__syncthreads_or(bad || !collects);
+  if (counts) {
+    if (part == 0 && threadIdx.x == 0) params.scratch.references[row] = bins.reference;
+    uint32* histogram = params.scratch.histograms + static_cast<int64>(blockIdx.x) * kWeightBins;
+    for (uint32 i = threadIdx.x; i < kWeightBins; i += kCollectThreads) {
+      histogram[i] = scratch.histogram[i];
+    }
+  }
+  if (collects) {
+    uint64* written = list_of(params.scratch, row) + part * kPartCapacity;
+    const uint32 num_listed = scratch.num_listed;
+    for (uint32 i = threadIdx.x; i < num_listed; i += kCollectThreads) {
+      const uint64 entry = scratch.list[i];
+      if (entry < order.last_of(bound)) continue;
+      const uint32 to = atomicAdd(&scratch.num_written, 1u);
+      if (to < kPartCapacity) written[to] = entry;
+    }
+    __syncthreads();
+    collects = scratch.num_written <= kPartCapacity;
+  }
+  if (threadIdx.x == 0) {
+    params.scratch.parts[static_cast<int64>(row) * num_parts + part] = {
+        collects ? scratch.num_written : kOverflow, bound};
+  }
+}
+
+template <class Kind, int kVec>
+__global__ void __launch_bounds__(kCollectThreads, kVec > 1 && kSm >= 90 ? 4 : 3)
+    collect_candidates(const __grid_constant__ CollectParams params) {
+  __shared__ CollectScratch scratch;
+  collect<Kind, kVec, false>(params, scratch);
+}
+
+// With histograms of the rows whose top-k is none or large.
+template <class Kind, int kVec>
+__global__ void __launch_bounds__(kCollectThreads, kVec > 1 ? 3 : 1)
+    collect_histograms(const __grid_constant__ CollectParams params) {
+  __shared__ CollectScratch scratch;
+  collect<Kind, kVec, true>(params, scratch);
 }
 
 }  // namespace ridgeline

@@ -31,18 +31,17 @@ __device__ __forceinline__ RowCut weighed_cut(const CutParams& params, uint32 ro
     return true;
   };
   if (filters.any()) {
-    const CandidateSource source = candidates_of(params.scratch, row, params.input.vocab, order);
+    const CandidateSource source = candidates_of(params.scratch, row, order);
     uint32 bound;
-    if (!complete_from(source, bound, scratch.block) || !find(source, bound)) {
+    if (!complete_from(source, bound) || !find(source, bound)) {
       const uint32 vocab = params.input.vocab;
-      const RowSource<T> whole{row_data<T>(params.input, row), vocab, order};
       Narrowed found;
-      if (narrow<Kind>(whole, weigher, filters, joint, summary, list_of(params.scratch, row, vocab),
-                       list_capacity(vocab), scratch, found)) {
+      if (narrow<Kind>(params.scratch, row, vocab, order, weigher, filters, joint, summary, scratch,
+                       found)) {
         cut = found.cut;
         kept = found.kept;
       } else {
-        find(whole, Kind::kLeastKey);
+        find(RowSource<T>{row_data<T>(params.input, row), vocab, order}, Kind::kLeastKey);
       }
     }
   }
@@ -58,10 +57,10 @@ __device__ __forceinline__ RowCut counted_cut(const CutParams& params, uint32 ro
   const Order order{params.input.index_bits};
   uint64 cut = 0;
   if (k == 0) return {cut, 1.0f, 1};
-  const CandidateSource source = candidates_of(params.scratch, row, params.input.vocab, order);
+  const CandidateSource source = candidates_of(params.scratch, row, order);
   const uint64 top = order.first_of(0xffffffffu);
   uint32 bound;
-  if (!complete_from(source, bound, scratch.block) ||
+  if (!complete_from(source, bound) ||
       !select<false>(source, weigher, Range{order.last_of(bound), top}, ~uint64{0}, k, scratch,
                      cut)) {
     const RowSource<T> whole{row_data<T>(params.input, row), params.input.vocab, order};
@@ -83,7 +82,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     cut = counted_cut<Kind>(params, row, filters.k, Kind::weigher(0.0f, filters.rate), scratch);
   } else {
     const SegmentStats* segments = params.scratch.segments + static_cast<int64>(row) * num_segments;
-    const RowSummary summary = summarize<Kind>(segments, num_segments, filters.rate, scratch.block);
+    const RowSummary summary = summarize<Kind>(segments, num_segments, filters.rate);
     cut = weighed_cut<Kind>(params, row, filters, summary, scratch);
   }
   pdl_launch_dependents();

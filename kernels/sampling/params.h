@@ -7,16 +7,21 @@
 namespace ridgeline {
 
 // A warp holds a segment in registers; a block of kCollectThreads holds a slice. Both depend on the
-// vocabulary alone, so that a row has the same bits in every batch.
+// vocabulary alone, so that a row has the same bits in every batch. A part is some slices in
+// succession that one block takes: the fewer rows, the more parts a row is cut into.
 constexpr uint32 kSegmentSize = 1024;
 constexpr uint32 kCollectThreads = 256;
 constexpr uint32 kSegmentsPerSlice = kCollectThreads / 32;
 constexpr uint32 kSliceSize = kSegmentSize * kSegmentsPerSlice;
 constexpr uint32 kRowThreads = 512;  // of the kernels that give a row to one block
+constexpr uint32 kPlainThreads = 256;
 constexpr uint32 kSoftmaxThreads = 1024;
+constexpr uint32 kClusterThreads = 512;
+constexpr uint32 kClusterSegments = kClusterThreads / 32;  // that a block of a cluster holds
+constexpr uint32 kMaxCluster = 8;
 constexpr uint32 kMaxCollectedK = 256;  // larger top-k thresholds are searched in the whole row
-constexpr uint32 kSpeculativeK = 64;    // collected of each slice when only top-p or min-p filter
-constexpr uint32 kSliceCapacity = 512;  // candidates of a slice; more than that overflow
+constexpr uint32 kWeightBins = 2048;    // of the histograms that narrow larger sets
+constexpr uint32 kPartCapacity = 768;   // candidates of a part; more than that overflow
 constexpr uint32 kOverflow = 0xffffffffu;
 constexpr int kMassBits = 42;  // a weight of 1 is a mass of 2^42
 
@@ -34,10 +39,26 @@ struct SegmentStats {
   uint64 mass;  // sum of the weights
 };
 
-// The candidates of a slice are all of its elements whose key is at least `bound`.
-struct SliceInfo {
+// The candidates of a part are all of its elements whose key is at least `bound`.
+struct PartInfo {
   uint32 count;  // kOverflow: there is no complete list
   uint32 bound;
+};
+
+// What a histogram tells of a row whose set may be large: elements of the bins from `sure` on are
+// kept by top-k and top-p, the list takes those of bins [first, sure) and of `k_bin`, where top-k
+// ends.
+struct Between {
+  uint32 listable;  // 0: the histogram does not tell enough, or was not asked
+  uint32 first;
+  uint32 sure;
+  uint32 k_bin;       // kWeightBins: no top-k
+  uint32 counted;     // elements of bins that are not listed, above k_bin
+  uint32 num_listed;  // of all parts so far
+  float max;          // the row's largest element
+  uint32 pad;
+  uint64 gap;      // mass of the bins between k_bin and first
+  uint64 dropped;  // mass of the sure elements that min-p drops
 };
 
 // What a filter leaves of a row: the elements whose composite (order.cuh) is at least `cut`.
@@ -81,12 +102,26 @@ struct Filters {
 
 struct Scratch {
   SegmentStats* segments;  // [num_rows, num_segments]
-  SliceInfo* slices;       // [num_rows, num_slices], or null: nothing was collected
-  uint64* candidates;      // [num_rows, num_slices, kSliceCapacity] composites, or null
+  PartInfo* parts;         // [num_rows, num_parts], or null: nothing was collected
+  uint64* candidates;      // [num_rows, row_capacity] composites: of each part kPartCapacity, or
+                           // list_between's list; or null
   RowCut* cuts;            // [num_rows]
+  uint32* histograms;      // [num_rows, num_parts, kWeightBins] counts, or null
+  float* references;       // [num_rows], of the histograms' bins
+  Between* between;        // [num_rows]
+  uint64* kept;            // [num_rows, num_segments]: mass of the sure elements that are kept
+  uint32 num_parts;        // of a row
+  uint32 slices_per_part;
+  uint32 row_capacity;  // elements of a row's lists
 };
 
 struct CollectParams {
+  RowInput input;
+  Filters filters;
+  Scratch scratch;
+};
+
+struct NarrowParams {
   RowInput input;
   Filters filters;
   Scratch scratch;

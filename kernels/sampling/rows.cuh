@@ -28,6 +28,11 @@ __device__ __forceinline__ const T* row_data(const RowInput& input, uint32 row) 
   return static_cast<const T*>(input.data) + source * input.row_stride;
 }
 
+// A row's lists.
+__device__ __forceinline__ uint64* list_of(const Scratch& scratch, uint32 row) {
+  return scratch.candidates + static_cast<int64>(row) * scratch.row_capacity;
+}
+
 // A row's filters, with what switches them off made plain.
 struct RowFilters {
   float rate;          // log2(e) / temperature
@@ -110,16 +115,14 @@ __device__ __forceinline__ uint64 warp_sum(uint64 x) {
   return x;
 }
 
+// What all lanes make of their elements, the largest of which is `lane_max`.
 template <class Kind>
-__device__ __forceinline__ SegmentStats segment_stats(const float (&x)[kHeld], float rate) {
-  float max = Kind::padding();
+__device__ __forceinline__ SegmentStats segment_stats(const float (&x)[kHeld], float lane_max,
+                                                      float rate) {
   bool bad = false;
 #pragma unroll
-  for (int j = 0; j < kHeld; ++j) {
-    max = fmaxf(max, x[j]);
-    bad |= Kind::is_bad(x[j]);
-  }
-  max = warp_max(max);
+  for (int j = 0; j < kHeld; ++j) bad |= Kind::is_bad(x[j]);
+  const float max = warp_max(lane_max);
   const typename Kind::Weigher weigher = Kind::weigher(max, rate);
   Mass mass;
 #pragma unroll
@@ -127,6 +130,14 @@ __device__ __forceinline__ SegmentStats segment_stats(const float (&x)[kHeld], f
   const uint64 sum = warp_sum(mass.sum());
   if (__any_sync(kFullWarp, bad)) return {__uint_as_float(0x7fffffffu), 0, 0};
   return {max, 0, sum};
+}
+
+template <class Kind>
+__device__ __forceinline__ SegmentStats segment_stats(const float (&x)[kHeld], float rate) {
+  float lane_max = Kind::padding();
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) lane_max = fmaxf(lane_max, x[j]);
+  return segment_stats<Kind>(x, lane_max, rate);
 }
 
 }  // namespace ridgeline

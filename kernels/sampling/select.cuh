@@ -19,7 +19,6 @@ struct SelectScratch {
   uint32 counts[kMaxBins];
   uint32 low[kMaxBins];
   uint32 high[kMaxBins];
-  uint64 by_index[kMaxBins];  // of narrow.cuh
   uint32 bin;
   uint32 bin_count;
   uint64 rest;

@@ -44,7 +44,6 @@ __global__ void __launch_bounds__(kSoftmaxThreads)
     softmax(const __grid_constant__ SoftmaxParams params) {
   extern __shared__ __align__(16) float held[];  // [num_held, kHeld, 32]
   __shared__ SegmentStats segments[kMaxSegmentsInSmem];
-  __shared__ BlockScratch scratch;
   const RowInput& input = params.input;
   const uint32 row = blockIdx.x, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   constexpr uint32 kWarps = kSoftmaxThreads / kWarpSize;
@@ -62,7 +61,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads)
     if (lane == 0) segments[segment] = stats;
   }
   __syncthreads();
-  const RowSummary summary = summarize<Logits<T>>(segments, num_segments, rate, scratch);
+  const RowSummary summary = summarize<Logits<T>>(segments, num_segments, rate);
   const LogitWeigher weigher = Logits<T>::weigher(summary.max, rate);
   const float scale = softmax_scale(summary);
   float* output = params.output + static_cast<int64>(row) * input.vocab;
@@ -80,7 +79,6 @@ __global__ void __launch_bounds__(kSoftmaxThreads)
 template <class T, int kVec>
 __global__ void __launch_bounds__(kCollectThreads)
     softmax_slices(const __grid_constant__ SoftmaxParams params) {
-  __shared__ BlockScratch scratch;
   const RowInput& input = params.input;
   const uint32 num_slices = num_slices_of(input.vocab);
   const uint32 row = blockIdx.x / num_slices, slice = blockIdx.x % num_slices;
@@ -92,7 +90,7 @@ __global__ void __launch_bounds__(kCollectThreads)
   const float rate = softmax_rate(params.temperature, row);
   pdl_wait();
   const RowSummary summary = summarize<Logits<T>>(
-      params.segments + static_cast<int64>(row) * num_segments, num_segments, rate, scratch);
+      params.segments + static_cast<int64>(row) * num_segments, num_segments, rate);
   write_segment<kVec>(x, first, input.vocab, lane, Logits<T>::weigher(summary.max, rate),
                       softmax_scale(summary),
                       params.output + static_cast<int64>(row) * input.vocab);

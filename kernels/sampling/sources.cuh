@@ -32,68 +32,55 @@ struct RowSource {
   }
 };
 
-// A warp takes a slice's list.
+// Several warps take a part's list, or all of them when there is one.
 struct CandidateSource {
-  const uint64* candidates;  // [num_slices, kSliceCapacity]
-  const SliceInfo* slices;   // [num_slices]
-  uint32 num_slices;
+  const uint64* candidates;  // [num_parts, kPartCapacity]
+  const PartInfo* parts;     // [num_parts]
+  uint32 num_parts;
   Order order;
 
   template <class Visit>
   __device__ __forceinline__ void for_each(const Visit& visit) const {
-    for (uint32 slice = threadIdx.x / kWarpSize; slice < num_slices;
-         slice += kRowThreads / kWarpSize) {
-      const uint32 count = slices[slice].count;
-      const uint64* list = candidates + static_cast<int64>(slice) * kSliceCapacity;
-      for (uint32 i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
-        visit(list[i], order.value(list[i]));
-      }
+    const uint32 num_groups =
+        num_parts < kRowThreads / kWarpSize ? num_parts : kRowThreads / kWarpSize;
+    const uint32 warp = threadIdx.x / kWarpSize;
+    const uint32 warps_each = kRowThreads / kWarpSize / num_groups;
+    const uint32 step = warps_each * kWarpSize;
+    const uint32 start = warp % warps_each * kWarpSize + threadIdx.x % kWarpSize;
+    if (warp >= num_groups * warps_each) return;
+    for (uint32 part = warp / warps_each; part < num_parts; part += num_groups) {
+      const uint32 count = parts[part].count;
+      const uint64* list = candidates + static_cast<int64>(part) * kPartCapacity;
+#pragma unroll 2
+      for (uint32 i = start; i < count; i += step) visit(list[i], order.value(list[i]));
     }
   }
 };
 
 __device__ __forceinline__ CandidateSource candidates_of(const Scratch& scratch, uint32 row,
-                                                         uint32 vocab, const Order& order) {
-  const uint32 num_slices = num_slices_of(vocab);
-  const int64 first = static_cast<int64>(row) * num_slices;
-  return {scratch.candidates + first * kSliceCapacity,
-          scratch.slices ? scratch.slices + first : nullptr, num_slices, order};
-}
-
-// Memory of a row for a list of its elements, when its candidates are done with.
-__device__ __forceinline__ uint64* list_of(const Scratch& scratch, uint32 row, uint32 vocab) {
-  return scratch.candidates + static_cast<int64>(row) * num_slices_of(vocab) * kSliceCapacity;
-}
-__device__ __forceinline__ uint32 list_capacity(uint32 vocab) {
-  return num_slices_of(vocab) * kSliceCapacity;
+                                                         const Order& order) {
+  return {list_of(scratch, row),
+          scratch.parts ? scratch.parts + static_cast<int64>(row) * scratch.num_parts : nullptr,
+          scratch.num_parts, order};
 }
 
 // The least key down to which a row's lists are complete; false when one has overflowed, or
-// nothing was collected.
-__device__ __forceinline__ bool complete_from(const CandidateSource& source, uint32& bound,
-                                              BlockScratch& scratch) {
-  if (!source.slices) return false;
-  uint32 mine = 0;
+// nothing was collected. Every warp for itself.
+__device__ __forceinline__ bool complete_from(const CandidateSource& source, uint32& bound) {
+  if (!source.parts) return false;
+  bound = 0;
   bool overflow = false;
-  for (uint32 i = threadIdx.x; i < source.num_slices; i += kRowThreads) {
-    const SliceInfo info = source.slices[i];
+  for (uint32 i = threadIdx.x % kWarpSize; i < source.num_parts; i += kWarpSize) {
+    const PartInfo info = source.parts[i];
     overflow |= info.count == kOverflow;
-    mine = mine > info.bound ? mine : info.bound;
+    bound = bound > info.bound ? bound : info.bound;
   }
 #pragma unroll
   for (uint32 offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    const uint32 other = __shfl_xor_sync(kFullWarp, mine, offset);
-    mine = mine > other ? mine : other;
-  }
-  if (threadIdx.x % kWarpSize == 0) scratch.sums[threadIdx.x / kWarpSize] = mine;
-  overflow = __syncthreads_or(overflow);
-  bound = 0;
-  for (uint32 i = 0; i < kRowThreads / kWarpSize; ++i) {
-    const uint32 other = static_cast<uint32>(scratch.sums[i]);
+    const uint32 other = __shfl_xor_sync(kFullWarp, bound, offset);
     bound = bound > other ? bound : other;
   }
-  __syncthreads();
-  return !overflow;
+  return !__any_sync(kFullWarp, overflow);
 }
 
 }  // namespace ridgeline

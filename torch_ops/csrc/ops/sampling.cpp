@@ -12,12 +12,17 @@ namespace {
 
 constexpr const char* kSegments = "sampling/row_segments.cuh:row_segments";
 constexpr const char* kCandidates = "sampling/collect_candidates.cuh:collect_candidates";
+constexpr const char* kHistograms = "sampling/collect_candidates.cuh:collect_histograms";
+constexpr const char* kFindBetween = "sampling/find_between.cuh:find_between";
+constexpr const char* kListBetween = "sampling/list_between.cuh:list_between";
 constexpr const char* kDraw = "sampling/draw.cuh:draw";
+constexpr const char* kDrawPlain = "sampling/draw_plain.cuh:draw_plain";
 constexpr const char* kFindCut = "sampling/find_cut.cuh:find_cut";
 constexpr const char* kApplyCut = "sampling/apply_cut.cuh:apply_cut";
 constexpr const char* kGather = "sampling/gather_top_k.cuh:gather_top_k";
 constexpr const char* kSoftmax = "sampling/softmax.cuh:softmax";
 constexpr const char* kSoftmaxSlices = "sampling/softmax.cuh:softmax_slices";
+constexpr const char* kSoftmaxClusters = "sampling/softmax_sm90.cuh:softmax_sm90";
 constexpr const char* kChain = "sampling/chain_speculative_sampling.cuh:chain_speculative_sampling";
 
 constexpr std::array kLogitsKinds{RowKind::HalfLogits, RowKind::BFloat16Logits,
@@ -30,13 +35,33 @@ std::vector<std::string> kernels_of(const std::string& op, RowKind kind) {
   const std::string cut = kind_kernel(kFindCut, kind);
   static constexpr std::array kTypes{"__half", "__nv_bfloat16", "float", "float"};
   const char* type = kTypes[static_cast<size_t>(kind)];
-  if (op == "sample") return {collect, kind_kernel(kDraw, kind), kind_kernel(kSegments, kind, vec)};
+  if (op == "sample") {
+    return {collect,
+            kind_kernel(kFindBetween, kind),
+            kind_kernel(kListBetween, kind, vec),
+            kind_kernel(kDraw, kind),
+            kind_kernel(kSegments, kind, vec),
+            kind_kernel(kDrawPlain, kind)};
+  }
   if (op == "top_k") return {collect, cut, kernel_name(kGather, type)};
   if (op == "softmax") {
     return {kernel_name(kSoftmax, type, vec), kind_kernel(kSegments, kind, vec),
             kernel_name(kSoftmaxSlices, type, vec)};
   }
-  return {collect, cut, kind_kernel(kApplyCut, kind, vec)};
+  const std::string apply = kind_kernel(kApplyCut, kind, vec);
+  if (op == "top_k_mask_logits") return {collect, cut, apply};
+  return {collect,
+          kind_kernel(kHistograms, kind, vec),
+          kind_kernel(kFindBetween, kind),
+          kind_kernel(kListBetween, kind, vec),
+          cut,
+          apply,
+          kind_kernel(kSegments, kind, vec)};
+}
+
+std::string cluster_kernel(RowKind kind) {
+  static constexpr std::array kTypes{"__half", "__nv_bfloat16", "float"};
+  return kernel_name(kSoftmaxClusters, kTypes[static_cast<size_t>(kind)], wide_vec(kind));
 }
 
 const std::vector<std::string>& family_ops() {
@@ -59,8 +84,10 @@ std::vector<RowKind> kinds_of(const std::string& op) {
 
 int block_of(const std::string& kernel) {
   if (kernel.find("row_segments") != std::string::npos ||
-      kernel.find("collect_candidates") != std::string::npos ||
+      kernel.find("collect_") != std::string::npos ||
+      kernel.find("list_between") != std::string::npos ||
       kernel.find("apply_cut") != std::string::npos ||
+      kernel.find("draw_plain") != std::string::npos ||
       kernel.find("softmax_slices") != std::string::npos) {
     return kCollectThreads;
   }
@@ -76,6 +103,13 @@ std::vector<Row> sampling_rows() {
       continue;
     }
     for (const RowKind kind : kinds_of(op)) {
+      if (op == "softmax") {
+        rows.push_back({.op = op,
+                        .kernel = cluster_kernel(kind),
+                        .min_sm = 90,
+                        .block = kClusterThreads,
+                        .why = "a row in the registers of a cluster"});
+      }
       for (const std::string& name : kernels_of(op, kind)) {
         rows.push_back(
             {.op = op, .kernel = name, .block = block_of(name), .why = "rows of 16-byte accesses"});
@@ -85,7 +119,7 @@ std::vector<Row> sampling_rows() {
   return rows;
 }
 
-Choice sampling_choose(const std::string& op, const Config& config, int) {
+Choice sampling_choose(const std::string& op, const Config& config, int sm) {
   if (op == "chain_speculative_sampling") return {{kChain}, {}};
   const std::string dtype = config.get("dtype", "float32");
   const bool probs = config.get("from", "logits") == "probs" || kinds_of(op).size() == 1;
@@ -93,24 +127,14 @@ Choice sampling_choose(const std::string& op, const Config& config, int) {
   if (probs) return {kernels_of(op, RowKind::Probs), {}};
   for (const RowKind kind : kLogitsKinds) {
     static constexpr std::array kDtypes{"float16", "bfloat16", "float32"};
-    if (dtype == kDtypes[static_cast<size_t>(kind)]) return {kernels_of(op, kind), {}};
+    if (dtype != kDtypes[static_cast<size_t>(kind)]) continue;
+    if (op == "softmax" && sm >= 90) return {{cluster_kernel(kind)}, {}};
+    return {kernels_of(op, kind), {}};
   }
   return {{}, {"dtype " + dtype + ": expected float16, bfloat16 or float32"}};
 }
 
 const RegisterFamily family({family_ops(), sampling_rows, sampling_choose});
-
-// What rows may need: nothing without filters, and no candidates when no row's fit their lists.
-Lists lists_for(const Filters& filters, uint32 vocab) {
-  const bool greedy = filters.temperature.values || !(filters.temperature.value > 0);
-  const bool shares = filters.top_p.values || filters.top_p.value < 1 || filters.min_p.values ||
-                      filters.min_p.value > 0;
-  if (filters.top_k.values || greedy) return Lists::Candidates;
-  if (filters.top_k.value > 0 && filters.top_k.value < vocab) {
-    return filters.top_k.value <= kMaxCollectedK ? Lists::Candidates : Lists::Rows;
-  }
-  return shares ? Lists::Candidates : Lists::None;
-}
 
 std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& input, const Tensor& seed,
                                           const std::optional<Tensor>& offset, bool from_logits,
@@ -121,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& input, const Tensor& see
                                           const std::optional<Tensor>& top_p, double top_p_val,
                                           const std::optional<Tensor>& min_p, double min_p_val) {
   constexpr const char* kOp = "sample";
-  static const KindKernels kernels(kDraw, false);
+  static const KindKernels filtered(kDraw, false), plain(kDrawPlain, false);
   const Arg arg{kOp, from_logits ? "logits" : "probs", input};
   const RowInput rows = from_logits
                             ? row_input(arg, {Dtype::Float, Dtype::Half, Dtype::BFloat16}, indices)
@@ -138,7 +162,8 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& input, const Tensor& see
   if (num_rows == 0) return {tokens, valid, log_probs};
 
   const RowKind kind = from_logits ? logits_kind(input.scalar_type()) : RowKind::Probs;
-  const RowScratch scratch(input, rows, lists_for(filters, rows.vocab));
+  const Lists lists = lists_for(filters, rows.vocab);
+  const RowScratch scratch(input, rows, lists);
   const Device& gpu = device(input.get_device_index());
   launch_collect(gpu, kind, input, {rows, filters, scratch.get()});
   const DrawParams params{rows,
@@ -148,8 +173,12 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& input, const Tensor& see
                           static_cast<int32*>(tokens.mutable_data_ptr()),
                           static_cast<uint8*>(valid.mutable_data_ptr()),
                           static_cast<float*>(log_probs.mutable_data_ptr())};
-  launch(kernels.of(kind), gpu,
-         {.grid_x = rows.num_rows, .block = kRowThreads, .pdl = gpu.sm >= 90}, &params);
+  const bool is_plain = lists == Lists::None;
+  launch((is_plain ? plain : filtered).of(kind), gpu,
+         {.grid_x = rows.num_rows,
+          .block = is_plain ? kPlainThreads : kRowThreads,
+          .pdl = gpu.sm >= 90},
+         &params);
   return {tokens, valid, log_probs};
 }
 

@@ -56,10 +56,11 @@ RowInput row_input(const Arg& input, std::initializer_list<Dtype> dtypes,
                    const std::optional<Tensor>& indices);
 uint32 index_bits_of(uint32 vocab);
 
-enum class Lists { None, Rows, Candidates };
+// What is made of a row besides its segments' statistics: nothing, lists of candidates, or for
+// filters that may keep many also a histogram.
+enum class Lists { None, Candidates, Histograms };
 
-// Memory for `input`'s rows: statistics of the segments, thresholds, and lists of elements, which
-// collect_candidates or the kernels behind it fill.
+// Memory of the launches of one call.
 class RowScratch {
  public:
   RowScratch(const Tensor& like, const RowInput& input, Lists lists);
@@ -72,8 +73,12 @@ class RowScratch {
 
 unsigned num_slice_blocks(const RowInput& input);
 
-// The first launch of most ops: row_segments, or collect_candidates when there are lists for it.
+// The first launches of most ops: row_segments; or collect_candidates, and behind it find_between
+// and list_between when there are histograms.
 void launch_collect(const Device& gpu, RowKind kind, const Tensor& input, const CollectParams& how);
+
+// What rows may need: nothing without filters, histograms where a row's top-k may be none or large.
+Lists lists_for(const Filters& filters, uint32 vocab);
 
 Filters no_filters();
 

@@ -2,6 +2,7 @@
 
 #include "ops/sampling.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
@@ -27,8 +28,17 @@ int64_t per_row_stride(const Arg& arg, const Arg& input, int64_t num_rows) {
        shape_text(arg.tensor), "Pass a tensor of that shape");
 }
 
-constexpr size_t aligned(size_t bytes) {
-  return (bytes + 15) / 16 * 16;
+// As many slices a block as leave one block for every place on the GPU, or, with more rows than
+// places, several for each, so that the last ones make no wave of their own.
+uint32 slices_per_part(const Device& gpu, const RowInput& input, Lists lists) {
+  constexpr uint32 kWaves = 4;
+  const uint32 blocks_per_sm = gpu.sm >= 90 && lists == Lists::Candidates ? 4 : 3;
+  const uint32 places = static_cast<uint32>(gpu.num_sms) * blocks_per_sm;
+  const uint32 num_slices = num_slices_of(input.vocab);
+  const uint32 parts = input.num_rows <= places
+                           ? places / input.num_rows
+                           : (places * kWaves + input.num_rows - 1) / input.num_rows;
+  return std::max(1u, (num_slices + parts - 1) / parts);
 }
 
 }  // namespace
@@ -145,22 +155,45 @@ RowInput row_input(const Arg& input, std::initializer_list<Dtype> dtypes,
 }
 
 RowScratch::RowScratch(const Tensor& like, const RowInput& input, Lists lists) {
+  const Device& gpu = device(like.get_device_index());
   const size_t rows = input.num_rows;
-  const size_t slices = rows * num_slices_of(input.vocab);
-  const size_t segment_bytes = aligned(rows * num_segments_of(input.vocab) * sizeof(SegmentStats));
-  const size_t cut_bytes = aligned(rows * sizeof(RowCut));
-  const size_t slice_bytes = lists == Lists::Candidates ? aligned(slices * sizeof(SliceInfo)) : 0;
-  const size_t list_bytes = lists != Lists::None ? slices * kSliceCapacity * sizeof(uint64) : 0;
-  const auto size = static_cast<int64_t>(segment_bytes + cut_bytes + slice_bytes + list_bytes);
-  memory_ = empty(like, {size}, Dtype::Byte);
-  auto* place = static_cast<uint8*>(memory_.mutable_data_ptr());
+  const size_t segments = rows * num_segments_of(input.vocab);
   scratch_ = {};
-  scratch_.segments = reinterpret_cast<SegmentStats*>(place);
-  scratch_.cuts = reinterpret_cast<RowCut*>(place + segment_bytes);
-  if (lists == Lists::Candidates) {
-    scratch_.slices = reinterpret_cast<SliceInfo*>(place + segment_bytes + cut_bytes);
+  scratch_.slices_per_part = slices_per_part(gpu, input, lists);
+  scratch_.num_parts =
+      (num_slices_of(input.vocab) + scratch_.slices_per_part - 1) / scratch_.slices_per_part;
+  const size_t parts = rows * scratch_.num_parts;
+  size_t size = 0;
+  const auto place = [&](bool wanted, size_t bytes) {
+    const size_t at = size;
+    size += wanted ? (bytes + 15) / 16 * 16 : 0;
+    return at;
+  };
+  const bool collects = lists != Lists::None, counts = lists == Lists::Histograms;
+  const size_t segments_at = place(true, segments * sizeof(SegmentStats));
+  const size_t cuts_at = place(true, rows * sizeof(RowCut));
+  const size_t parts_at = place(collects, parts * sizeof(PartInfo));
+  scratch_.row_capacity =
+      (counts ? num_slices_of(input.vocab) : scratch_.num_parts) * kPartCapacity;
+  const size_t lists_at = place(collects, rows * scratch_.row_capacity * sizeof(uint64));
+  const size_t histograms_at = place(counts, parts * kWeightBins * sizeof(uint32));
+  const size_t references_at = place(counts, rows * sizeof(float));
+  const size_t between_at = place(counts, rows * sizeof(Between));
+  const size_t kept_at = place(counts, segments * sizeof(uint64));
+  memory_ = empty(like, {static_cast<int64_t>(size)}, Dtype::Byte);
+  auto* memory = static_cast<uint8*>(memory_.mutable_data_ptr());
+  scratch_.segments = reinterpret_cast<SegmentStats*>(memory + segments_at);
+  scratch_.cuts = reinterpret_cast<RowCut*>(memory + cuts_at);
+  if (collects) {
+    scratch_.parts = reinterpret_cast<PartInfo*>(memory + parts_at);
+    scratch_.candidates = reinterpret_cast<uint64*>(memory + lists_at);
   }
-  scratch_.candidates = reinterpret_cast<uint64*>(place + segment_bytes + cut_bytes + slice_bytes);
+  if (counts) {
+    scratch_.histograms = reinterpret_cast<uint32*>(memory + histograms_at);
+    scratch_.references = reinterpret_cast<float*>(memory + references_at);
+    scratch_.between = reinterpret_cast<Between*>(memory + between_at);
+    scratch_.kept = reinterpret_cast<uint64*>(memory + kept_at);
+  }
 }
 
 unsigned num_slice_blocks(const RowInput& input) {
@@ -171,9 +204,37 @@ void launch_collect(const Device& gpu, RowKind kind, const Tensor& input,
                     const CollectParams& how) {
   static const KindKernels segments("sampling/row_segments.cuh:row_segments", true);
   static const KindKernels candidates("sampling/collect_candidates.cuh:collect_candidates", true);
-  const KindKernels& kernels = how.scratch.slices ? candidates : segments;
-  launch(kernels.of(kind, access_width({&input}, {input.size(1)})), gpu,
-         {.grid_x = num_slice_blocks(how.input), .block = kCollectThreads}, &how);
+  static const KindKernels histograms("sampling/collect_candidates.cuh:collect_histograms", true);
+  static const KindKernels find_bins("sampling/find_between.cuh:find_between", false);
+  static const KindKernels list_bins("sampling/list_between.cuh:list_between", true);
+  const Scratch& scratch = how.scratch;
+  const int width = access_width({&input}, {input.size(1)});
+  if (!scratch.parts) {
+    launch(segments.of(kind, width), gpu,
+           {.grid_x = num_slice_blocks(how.input), .block = kCollectThreads}, &how);
+    return;
+  }
+  const unsigned num_blocks = how.input.num_rows * scratch.num_parts;
+  const KindKernels& collect = scratch.histograms ? histograms : candidates;
+  launch(collect.of(kind, width), gpu, {.grid_x = num_blocks, .block = kCollectThreads}, &how);
+  if (!scratch.histograms) return;
+  const bool pdl = gpu.sm >= 90;
+  const NarrowParams narrow{how.input, how.filters, scratch};
+  launch(find_bins.of(kind), gpu, {.grid_x = how.input.num_rows, .block = kRowThreads, .pdl = pdl},
+         &narrow);
+  launch(list_bins.of(kind, width), gpu,
+         {.grid_x = num_blocks, .block = kCollectThreads, .pdl = pdl}, &narrow);
+}
+
+Lists lists_for(const Filters& filters, uint32 vocab) {
+  const IntSetting& k = filters.top_k;
+  const bool greedy = !filters.temperature.values && !(filters.temperature.value > 0);
+  const bool limits = k.value > 0 && k.value < vocab;
+  if (greedy || (!k.values && limits && k.value <= kMaxCollectedK)) return Lists::Candidates;
+  const bool shares = filters.top_p.values || filters.top_p.value < 1 || filters.min_p.values ||
+                      filters.min_p.value > 0;
+  if (k.values || limits || shares) return Lists::Histograms;
+  return filters.temperature.values ? Lists::Candidates : Lists::None;
 }
 
 Filters no_filters() {

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 
 #include "ops/sampling.h"
 #include "runtime/access.h"
@@ -19,13 +20,15 @@ constexpr int kSoftmaxStaticSmem = 6144;
 constexpr std::initializer_list<Dtype> kLogitsDtypes{Dtype::Float, Dtype::Half, Dtype::BFloat16};
 
 struct SoftmaxKernels {
-  std::array<Kernel*, 3> rows, wide_slices, narrow_slices;
+  std::array<Kernel*, 3> rows, clusters, wide_slices, narrow_slices;
 
   SoftmaxKernels() {
     constexpr std::array kTypes{"__half", "__nv_bfloat16", "float"};
     for (size_t i = 0; i < rows.size(); ++i) {
       const int vec = wide_vec(static_cast<RowKind>(i));
       const std::string slices = "sampling/softmax.cuh:softmax_slices";
+      const std::string in_clusters = "sampling/softmax_sm90.cuh:softmax_sm90";
+      clusters[i] = &kernel(kernel_name(in_clusters, kTypes[i], vec));
       rows[i] = &kernel(kernel_name("sampling/softmax.cuh:softmax", kTypes[i], vec));
       wide_slices[i] = &kernel(kernel_name(slices, kTypes[i], vec));
       narrow_slices[i] = &kernel(kernel_name(slices, kTypes[i], 1));
@@ -51,6 +54,13 @@ Tensor softmax(const Tensor& logits, const std::optional<Tensor>& temperature,
   const uint32 num_segments = num_segments_of(rows.vocab);
   SoftmaxParams params{rows, filters.temperature, nullptr,
                        static_cast<float*>(output.mutable_data_ptr()), 0};
+  const uint32 cluster = std::bit_ceil((num_segments + kClusterSegments - 1) / kClusterSegments);
+  if (wide && gpu.sm >= 90 && cluster <= kMaxCluster) {
+    launch(*kernels.clusters[idx], gpu,
+           {.grid_x = rows.num_rows * cluster, .block = kClusterThreads, .cluster = cluster},
+           &params);
+    return output;
+  }
   // With many rows a block each keeps every SM busy, and reads memory once.
   if (wide && num_segments >= kMinSoftmaxSegments && num_segments <= kMaxSoftmaxSegments &&
       rows.num_rows * 3 >= static_cast<uint32>(gpu.num_sms) * 2) {
@@ -90,7 +100,8 @@ Tensor filtered(RowKind kind, const Tensor& input, const RowInput& rows, const F
   const Tensor output = empty_like(input);
   if (rows.num_rows == 0) return output;
   const Device& gpu = device(input.get_device_index());
-  const RowScratch scratch(input, rows, Lists::Candidates);
+  const Lists lists = count_only ? Lists::Candidates : lists_for(filters, rows.vocab);
+  const RowScratch scratch(input, rows, lists);
   find_cuts(gpu, kind, input, rows, filters, count_only, scratch.get());
   const ApplyParams params{rows, scratch.get().cuts, scratch.get().segments,
                            output.mutable_data_ptr()};

@@ -1,0 +1,112 @@
+// The draw of a row whose top-k is among its candidates (k up to kMaxCollectedK), in few steps.
+//
+// A histogram of the candidates' keys leaves little more than k of them. A thread takes one of
+// these and compares it with all others: how many come before it, and what they weigh, tells
+// whether top-k, top-p and min-p keep it; then, what those of lower index weigh, whether it is the
+// token. All sums are of integers.
+#pragma once
+
+#include "sampling/filter.cuh"
+
+namespace ridgeline {
+
+constexpr int kFewBinBits = 10;
+constexpr uint32 kFewBins = 1u << kFewBinBits;
+static_assert(kFewBins == 2 * kRowThreads, "a thread sums two bins");
+
+struct FewScratch {
+  BlockScratch block;
+  uint64 composites[kRowThreads];
+  uint64 masses[kRowThreads];
+  uint32 counts[kFewBins];
+  uint32 num_listed;
+  uint32 least_bin;
+  uint64 left;  // mass of what top-k leaves
+};
+
+// The bin, from the last one down, in which the running count reaches k; 0 if none does.
+__device__ __forceinline__ uint32 bin_of_kth(uint32 k, FewScratch& scratch) {
+  const uint32 bin = kFewBins - 1 - 2 * threadIdx.x;
+  const uint32 upper = scratch.counts[bin];
+  const uint32 mine = upper + scratch.counts[bin - 1];
+  if (threadIdx.x == 0) scratch.least_bin = 0;
+  const auto before = static_cast<uint32>(sum_before(mine, scratch.block));
+  if (before < k && k <= before + mine) scratch.least_bin = before + upper < k ? bin - 1 : bin;
+  __syncthreads();
+  return scratch.least_bin;
+}
+
+// Fills composites and masses; false when too many elements are as large as the k-th.
+template <class Weigher>
+__device__ __forceinline__ bool list_largest(const CandidateSource& source, const Weigher& weigher,
+                                             uint32 bound, uint32 top, uint32 k,
+                                             FewScratch& scratch) {
+  const uint32 range = top > bound ? top - bound : 0;
+  const int bits = 32 - __clz(static_cast<int>(range));
+  const int shift = bits > kFewBinBits ? bits - kFewBinBits : 0;
+  const auto bin_of = [&](uint64 composite) {
+    const uint32 above = static_cast<uint32>(composite >> source.order.index_bits) - bound;
+    return above >> shift;
+  };
+  const uint64 floor = source.order.last_of(bound);
+  for (uint32 i = threadIdx.x; i < kFewBins; i += kRowThreads) scratch.counts[i] = 0;
+  if (threadIdx.x == 0) scratch.num_listed = 0;
+  __syncthreads();
+  source.for_each([&](uint64 composite, float) {
+    if (composite >= floor) atomicAdd(&scratch.counts[bin_of(composite)], 1u);
+  });
+  __syncthreads();
+  const uint32 least_bin = bin_of_kth(k, scratch);
+  source.for_each([&](uint64 composite, float x) {
+    if (composite < floor || bin_of(composite) < least_bin) return;
+    const uint32 place = atomicAdd(&scratch.num_listed, 1u);
+    if (place >= kRowThreads) return;
+    scratch.composites[place] = composite;
+    scratch.masses[place] = mass_of(weigher.weight(x));
+  });
+  __syncthreads();
+  return scratch.num_listed <= kRowThreads;
+}
+
+struct FewDraw {
+  bool found;  // by this thread, and no other
+  uint64 composite;
+};
+
+// After list_largest; `least` is what min-p keeps at least.
+__device__ __forceinline__ FewDraw draw_of_few(const Order& order, uint32 k, double top_p,
+                                               bool joint, uint64 row_mass, uint64 least,
+                                               uint64 random, FewScratch& scratch) {
+  const uint32 count = scratch.num_listed;
+  const bool listed = threadIdx.x < count;
+  const uint64 composite = listed ? scratch.composites[threadIdx.x] : 0;
+  const uint64 mass = listed ? scratch.masses[threadIdx.x] : 0;
+  uint32 rank = 0;
+  uint64 before = 0;
+  if (listed) {
+#pragma unroll 4
+    for (uint32 i = 0; i < count; ++i) {
+      const bool earlier = scratch.composites[i] > composite;
+      rank += earlier;
+      before += earlier ? scratch.masses[i] : 0;
+    }
+    if (rank == (k < count ? k : count) - 1) scratch.left = before + mass;
+  }
+  __syncthreads();
+  bool kept = listed && rank < k && composite >= least;
+  if (top_p < 1.0) kept = kept && before < share_of(top_p, joint ? row_mass : scratch.left);
+  if (listed) scratch.masses[threadIdx.x] = kept ? mass : 0;
+  const uint64 target = __umul64hi(random, block_total(kept ? mass : uint64{0}, scratch.block));
+  uint64 lower = 0;
+  if (kept) {
+    const uint64 mask = order.index_mask();
+#pragma unroll 4
+    for (uint32 i = 0; i < count; ++i) {
+      // The lower the index, the larger these bits.
+      lower += (scratch.composites[i] & mask) > (composite & mask) ? scratch.masses[i] : 0;
+    }
+  }
+  return {kept && lower <= target && target < lower + mass, composite};
+}
+
+}  // namespace ridgeline
