@@ -8,7 +8,7 @@ runs of a plan or of a CUDA-graph capture (`_list_for`), and calls the narrow op
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from ._attention_cpu import check_values, one_of
 from ._batch_attention_cpu import BATCH_INVARIANT, CAUSAL, HND, validate_contents
 from ._capture import current_capture, is_capturing
 from ._older_verbs import OlderVerbs
-from ._ops import call, is_compiling, is_grad_enabled, refuse_grad
+from ._ops import is_compiling, is_grad_enabled, refuse_grad
 from ._wrapper_options import dtypes_of, refuse_backend
 from .batch_attention import _FULL, _NARROW, _POS_ENCODING_MODES, _SCHEDULE, _into
 
@@ -272,10 +272,10 @@ class Wrapper(OlderVerbs):
         logs = logs if lse is None else _into(self._where("run"), "lse", lse, logs)
         return (result, logs) if return_lse else result
 
-    def _call(self, op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Any:
+    def _call(self, op: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Call an op; what differs from the plan is named as the plan names it."""
         try:
-            return call(op, *args)
+            return op(*args)
         except (RuntimeError, ValueError, TypeError):
             self._explain(*args[:3])
             raise
@@ -316,8 +316,8 @@ class Wrapper(OlderVerbs):
         assert self._index is not None
         qo_indptr, kv_indptr, _, kv_lens = self._index
         shape = self._shape
-        work: Tensor = call(
-            _SCHEDULE, qo_indptr, kv_indptr, kv_lens, flags & ~HND, shape.page_size, num_tokens,
+        work: Tensor = _SCHEDULE(
+            qo_indptr, kv_indptr, kv_lens, flags & ~HND, shape.page_size, num_tokens,
             shape.num_qo_heads, shape.num_kv_heads, shape.head_dim_qk, shape.head_dim_vo,
             self._max_q_len, window_left,
         )  # fmt: skip

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from . import _check, _overlap, _quant
-from ._ops import call, cpu_impl, fake_impl, refuse_grad
+from ._ops import cpu_impl, fake_impl, find_op, refuse_grad
 
 __all__ = ["gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul"]
 
-_SILU = torch.ops.ridgeline.silu_and_mul.default
-_SILU_OUT = torch.ops.ridgeline.silu_and_mul_out.default
-_SILU_QUANT = torch.ops.ridgeline.silu_and_mul_quant.default
-_GELU = torch.ops.ridgeline.gelu_and_mul.default
-_GELU_OUT = torch.ops.ridgeline.gelu_and_mul_out.default
-_GELU_QUANT = torch.ops.ridgeline.gelu_and_mul_quant.default
-_GELU_TANH = torch.ops.ridgeline.gelu_tanh_and_mul.default
-_GELU_TANH_OUT = torch.ops.ridgeline.gelu_tanh_and_mul_out.default
-_GELU_TANH_QUANT = torch.ops.ridgeline.gelu_tanh_and_mul_quant.default
+_SILU = find_op("silu_and_mul")
+_SILU_OUT = find_op("silu_and_mul_out")
+_SILU_QUANT = find_op("silu_and_mul_quant")
+_GELU = find_op("gelu_and_mul")
+_GELU_OUT = find_op("gelu_and_mul_out")
+_GELU_QUANT = find_op("gelu_and_mul_quant")
+_GELU_TANH = find_op("gelu_tanh_and_mul")
+_GELU_TANH_OUT = find_op("gelu_tanh_and_mul_out")
+_GELU_TANH_QUANT = find_op("gelu_tanh_and_mul_quant")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -79,9 +79,9 @@ def silu_and_mul(
         return _quantized("silu_and_mul", _SILU_QUANT, input, out, enable_pdl, scale)
     if out is None:
         refuse_grad("silu_and_mul", input)
-        return call(_SILU, input, enable_pdl is True)  # type: ignore[no-any-return]
+        return _SILU(input, *((True,) if enable_pdl is True else ()))  # type: ignore[no-any-return]
     refuse_grad("silu_and_mul", input, out)
-    call(_SILU_OUT, out, input, enable_pdl is True)
+    _SILU_OUT(out, input, enable_pdl is True)
     return out
 
 
@@ -130,9 +130,9 @@ def gelu_and_mul(
         return _quantized("gelu_and_mul", _GELU_QUANT, input, out, enable_pdl, scale)
     if out is None:
         refuse_grad("gelu_and_mul", input)
-        return call(_GELU, input, enable_pdl is True)  # type: ignore[no-any-return]
+        return _GELU(input, *((True,) if enable_pdl is True else ()))  # type: ignore[no-any-return]
     refuse_grad("gelu_and_mul", input, out)
-    call(_GELU_OUT, out, input, enable_pdl is True)
+    _GELU_OUT(out, input, enable_pdl is True)
     return out
 
 
@@ -181,15 +181,15 @@ def gelu_tanh_and_mul(
         return _quantized("gelu_tanh_and_mul", _GELU_TANH_QUANT, input, out, enable_pdl, scale)
     if out is None:
         refuse_grad("gelu_tanh_and_mul", input)
-        return call(_GELU_TANH, input, enable_pdl is True)  # type: ignore[no-any-return]
+        return _GELU_TANH(input, *((True,) if enable_pdl is True else ()))  # type: ignore[no-any-return]
     refuse_grad("gelu_tanh_and_mul", input, out)
-    call(_GELU_TANH_OUT, out, input, enable_pdl is True)
+    _GELU_TANH_OUT(out, input, enable_pdl is True)
     return out
 
 
 def _quantized(
     name: str,
-    op: torch._ops.OpOverload,
+    op: Callable[..., None],
     input: Tensor,
     out: Tensor | None,
     enable_pdl: bool | None,
@@ -198,7 +198,7 @@ def _quantized(
     refuse_grad(name, input)
     if out is None:
         out = input.new_empty(_output_shape(input), dtype=torch.float8_e4m3fn)
-    call(op, out, input, *_quant.split_scale(scale), enable_pdl is True)
+    op(out, input, *_quant.split_scale(scale), enable_pdl is True)
     return out
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from . import _check
@@ -21,13 +20,13 @@ from ._batch_attention_cpu import (
     LENS_ARE_TOKENS,
     validate_contents,
 )
-from ._ops import call, refuse_grad
+from ._ops import find_op, refuse_grad
 
 __all__ = ["attention", "schedule"]
 
-_NARROW = torch.ops.ridgeline.attention.default
-_FULL = torch.ops.ridgeline.attention_full.default
-_SCHEDULE = torch.ops.ridgeline.attention_schedule.default
+_NARROW = find_op("attention")
+_FULL = find_op("attention_full")
+_SCHEDULE = find_op("attention_schedule")
 
 _POS_ENCODING_MODES = {"NONE": 0, "ROPE_LLAMA": 1}
 
@@ -253,7 +252,7 @@ def attention(
         and (window_left >= -1 and lse_base == "ln" and lse_layout == "NH")
     ):
         refuse_grad(op, q, k, v)
-        result: Tensor = call(_NARROW, *inputs, window_left, scale)
+        result: Tensor = _NARROW(*inputs, window_left, scale)
         return result if out is None else _into(op, "out", out, result)
 
     refuse_given(
@@ -272,8 +271,8 @@ def attention(
     rope = (1.0 if rope_scale is None else rope_scale, 1e4 if rope_theta is None else rope_theta)
     check_values(op, window_left, cap, *rope)
     refuse_grad(op, q, k, v)
-    both: tuple[Tensor, Tensor] = call(
-        _FULL, *inputs, window_left, scale, cap, _POS_ENCODING_MODES[pos_encoding_mode], *rope,
+    both: tuple[Tensor, Tensor] = _FULL(
+        *inputs, window_left, scale, cap, _POS_ENCODING_MODES[pos_encoding_mode], *rope,
         use_fp16_qk_reduction,
     )  # fmt: skip
     result, logs = both
@@ -354,8 +353,8 @@ def schedule(
         num_qo_tokens = given.shape[0] - (1 if kv_indptr is not None else 0)
     tokens = kv_lens is not None and kv_indptr is not None
     flags = _flags(op, "NHD", causal, batch_invariant, tokens)
-    list_: Tensor = call(
-        _SCHEDULE, qo_indptr, kv_indptr, lens, flags, 1 if page_size is None else page_size,
+    list_: Tensor = _SCHEDULE(
+        qo_indptr, kv_indptr, lens, flags, 1 if page_size is None else page_size,
         num_qo_tokens, num_qo_heads, num_kv_heads, head_dim_qk,
         head_dim_qk if head_dim_vo is None else head_dim_vo,
         -1 if max_q_len is None else max_q_len, window_left,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _check, _overlap
-from ._ops import call, cpu_impl, fake_impl, refuse_grad
+from ._ops import cpu_impl, fake_impl, find_op, refuse_grad
 
 __all__ = [
     "fused_add_rmsnorm",
@@ -18,13 +18,13 @@ __all__ = [
     "rmsnorm",
 ]
 
-_RMSNORM = torch.ops.ridgeline.rmsnorm.default
-_RMSNORM_OUT = torch.ops.ridgeline.rmsnorm_out.default
-_GEMMA_RMSNORM = torch.ops.ridgeline.gemma_rmsnorm.default
-_GEMMA_RMSNORM_OUT = torch.ops.ridgeline.gemma_rmsnorm_out.default
-_FUSED_ADD_RMSNORM = torch.ops.ridgeline.fused_add_rmsnorm.default
-_GEMMA_FUSED_ADD_RMSNORM = torch.ops.ridgeline.gemma_fused_add_rmsnorm.default
-_LAYERNORM = torch.ops.ridgeline.layernorm.default
+_RMSNORM = find_op("rmsnorm")
+_RMSNORM_OUT = find_op("rmsnorm_out")
+_GEMMA_RMSNORM = find_op("gemma_rmsnorm")
+_GEMMA_RMSNORM_OUT = find_op("gemma_rmsnorm_out")
+_FUSED_ADD_RMSNORM = find_op("fused_add_rmsnorm")
+_GEMMA_FUSED_ADD_RMSNORM = find_op("gemma_fused_add_rmsnorm")
+_LAYERNORM = find_op("layernorm")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -76,9 +76,9 @@ def rmsnorm(
     """
     if out is None:
         refuse_grad("rmsnorm", input, weight)
-        return call(_RMSNORM, input, weight, eps, enable_pdl is True)  # type: ignore[no-any-return]
+        return _RMSNORM(input, weight, *_options(eps, enable_pdl))  # type: ignore[no-any-return]
     refuse_grad("rmsnorm", input, weight, out)
-    call(_RMSNORM_OUT, out, input, weight, eps, enable_pdl is True)
+    _RMSNORM_OUT(out, input, weight, *_options(eps, enable_pdl))
     return out
 
 
@@ -122,7 +122,7 @@ def fused_add_rmsnorm(
     (tensor([[3., 4.]]), tensor([[0.8485, 1.1314]]))
     """
     refuse_grad("fused_add_rmsnorm", input, residual, weight)
-    call(_FUSED_ADD_RMSNORM, input, residual, weight, eps, enable_pdl is True)
+    _FUSED_ADD_RMSNORM(input, residual, weight, *_options(eps, enable_pdl))
 
 
 def gemma_rmsnorm(
@@ -167,10 +167,10 @@ def gemma_rmsnorm(
     """
     if out is None:
         refuse_grad("gemma_rmsnorm", input, weight)
-        fresh: Tensor = call(_GEMMA_RMSNORM, input, weight, eps, enable_pdl is True)
+        fresh: Tensor = _GEMMA_RMSNORM(input, weight, *_options(eps, enable_pdl))
         return fresh
     refuse_grad("gemma_rmsnorm", input, weight, out)
-    call(_GEMMA_RMSNORM_OUT, out, input, weight, eps, enable_pdl is True)
+    _GEMMA_RMSNORM_OUT(out, input, weight, *_options(eps, enable_pdl))
     return out
 
 
@@ -213,7 +213,7 @@ def gemma_fused_add_rmsnorm(
     (tensor([[3., 4.]]), tensor([[0.8485, 1.1314]]))
     """
     refuse_grad("gemma_fused_add_rmsnorm", input, residual, weight)
-    call(_GEMMA_FUSED_ADD_RMSNORM, input, residual, weight, eps, enable_pdl is True)
+    _GEMMA_FUSED_ADD_RMSNORM(input, residual, weight, *_options(eps, enable_pdl))
 
 
 def layernorm(input: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-6) -> Tensor:
@@ -249,18 +249,27 @@ def layernorm(input: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-6) -> 
     tensor([[-1.0000,  1.0000]])
     """
     refuse_grad("layernorm", input, gamma, beta)
-    return call(_LAYERNORM, input, gamma, beta, eps)  # type: ignore[no-any-return]
+    return _LAYERNORM(input, gamma, beta, eps)  # type: ignore[no-any-return]
+
+
+def _options(eps: float, enable_pdl: bool | None) -> tuple[float | bool, ...]:
+    """The last arguments of an op, without those that have its defaults."""
+    if enable_pdl is True:
+        return (eps, True)
+    return () if eps == 1e-6 else (eps,)
 
 
 @cpu_impl("rmsnorm")
-def _rmsnorm_cpu(input: Tensor, weight: Tensor, eps: float, enable_pdl: bool = False) -> Tensor:
+def _rmsnorm_cpu(
+    input: Tensor, weight: Tensor, eps: float = 1e-6, enable_pdl: bool = False
+) -> Tensor:
     check_arguments("rmsnorm", input, weight, eps, enable_pdl)
     return normalized(input, weight, eps).to(input.dtype)
 
 
 @cpu_impl("gemma_rmsnorm")
 def _gemma_rmsnorm_cpu(
-    input: Tensor, weight: Tensor, eps: float, enable_pdl: bool = False
+    input: Tensor, weight: Tensor, eps: float = 1e-6, enable_pdl: bool = False
 ) -> Tensor:
     check_arguments("gemma_rmsnorm", input, weight, eps, enable_pdl)
     return normalized(input, weight, eps, 1.0).to(input.dtype)
@@ -268,7 +277,7 @@ def _gemma_rmsnorm_cpu(
 
 @cpu_impl("rmsnorm_out")
 def _rmsnorm_out_cpu(
-    out: Tensor, input: Tensor, weight: Tensor, eps: float, enable_pdl: bool = False
+    out: Tensor, input: Tensor, weight: Tensor, eps: float = 1e-6, enable_pdl: bool = False
 ) -> None:
     _check_out("rmsnorm", out, input, weight, eps, enable_pdl)
     out.copy_(normalized(input, weight, eps))
@@ -276,7 +285,7 @@ def _rmsnorm_out_cpu(
 
 @cpu_impl("gemma_rmsnorm_out")
 def _gemma_rmsnorm_out_cpu(
-    out: Tensor, input: Tensor, weight: Tensor, eps: float, enable_pdl: bool = False
+    out: Tensor, input: Tensor, weight: Tensor, eps: float = 1e-6, enable_pdl: bool = False
 ) -> None:
     _check_out("gemma_rmsnorm", out, input, weight, eps, enable_pdl)
     out.copy_(normalized(input, weight, eps, 1.0))
@@ -284,7 +293,7 @@ def _gemma_rmsnorm_out_cpu(
 
 @cpu_impl("fused_add_rmsnorm")
 def _fused_add_rmsnorm_cpu(
-    input: Tensor, residual: Tensor, weight: Tensor, eps: float, enable_pdl: bool = False
+    input: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, enable_pdl: bool = False
 ) -> None:
     _check_fused_add("fused_add_rmsnorm", input, residual, weight, eps, enable_pdl)
     residual.copy_(residual.float() + input.float())
@@ -293,7 +302,7 @@ def _fused_add_rmsnorm_cpu(
 
 @cpu_impl("gemma_fused_add_rmsnorm")
 def _gemma_fused_add_rmsnorm_cpu(
-    input: Tensor, residual: Tensor, weight: Tensor, eps: float, enable_pdl: bool = False
+    input: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, enable_pdl: bool = False
 ) -> None:
     _check_fused_add("gemma_fused_add_rmsnorm", input, residual, weight, eps, enable_pdl)
     residual.copy_(residual.float() + input.float())

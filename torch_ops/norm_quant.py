@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _check, _overlap, _quant
-from ._ops import call, cpu_impl, fake_impl, refuse_grad
+from ._ops import cpu_impl, fake_impl, find_op, refuse_grad
 from .norm import (
     check_arguments,
     check_layernorm,
@@ -17,9 +17,9 @@ from .norm import (
 
 __all__ = ["fused_add_rmsnorm_quant", "layernorm_quant", "rmsnorm_quant"]
 
-_RMSNORM_QUANT = torch.ops.ridgeline.rmsnorm_quant.default
-_FUSED_ADD_RMSNORM_QUANT = torch.ops.ridgeline.fused_add_rmsnorm_quant.default
-_LAYERNORM_QUANT = torch.ops.ridgeline.layernorm_quant.default
+_RMSNORM_QUANT = find_op("rmsnorm_quant")
+_FUSED_ADD_RMSNORM_QUANT = find_op("fused_add_rmsnorm_quant")
+_LAYERNORM_QUANT = find_op("layernorm_quant")
 
 
 def rmsnorm_quant(
@@ -76,7 +76,7 @@ def rmsnorm_quant(
     """
     refuse_grad("rmsnorm_quant", input, weight)
     token_scale, tensor, number = _scales(out, scale)
-    call(_RMSNORM_QUANT, out, input, weight, token_scale, tensor, number, eps, enable_pdl is True)
+    _RMSNORM_QUANT(out, input, weight, token_scale, tensor, number, eps, enable_pdl is True)
     return token_scale
 
 
@@ -135,7 +135,7 @@ def fused_add_rmsnorm_quant(
     token_scale, tensor, number = _scales(out, scale)
     pdl = enable_pdl is True
     scales = (token_scale, tensor, number)
-    call(_FUSED_ADD_RMSNORM_QUANT, out, input, residual, weight, *scales, eps, pdl)
+    _FUSED_ADD_RMSNORM_QUANT(out, input, residual, weight, *scales, eps, pdl)
     return token_scale
 
 
@@ -185,7 +185,7 @@ def layernorm_quant(
     """
     refuse_grad("layernorm_quant", input, gamma, beta)
     token_scale, tensor, number = _scales(out, scale)
-    call(_LAYERNORM_QUANT, out, input, gamma, beta, token_scale, tensor, number, eps)
+    _LAYERNORM_QUANT(out, input, gamma, beta, token_scale, tensor, number, eps)
     return token_scale
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _check, _paged
 from ._append_cpu import Side, append, split_scale
-from ._ops import call, cpu_impl, fake_impl, refuse_grad
+from ._ops import cpu_impl, fake_impl, find_op, refuse_grad
 from ._paged import PagedCache
 
 __all__ = [
@@ -22,10 +22,10 @@ __all__ = [
     "get_seq_lens",
 ]
 
-_APPEND = torch.ops.ridgeline.append_paged_kv_cache.default
-_APPEND_MLA = torch.ops.ridgeline.append_paged_mla_kv_cache.default
-_BATCH_INDICES = torch.ops.ridgeline.get_batch_indices_positions.default
-_SEQ_LENS = torch.ops.ridgeline.get_seq_lens.default
+_APPEND = find_op("append_paged_kv_cache")
+_APPEND_MLA = find_op("append_paged_mla_kv_cache")
+_BATCH_INDICES = find_op("get_batch_indices_positions")
+_SEQ_LENS = find_op("get_seq_lens")
 
 
 def append_paged_kv_cache(
@@ -101,8 +101,7 @@ def append_paged_kv_cache(
     k_value, k_scales = split_scale(k_scale)
     v_value, v_scales = split_scale(v_scale)
     layout = _paged.layout_code(op, kv_layout)
-    call(
-        _APPEND, append_key, append_value, batch_indices, positions, k_cache, v_cache, kv_indices,
+    _APPEND(append_key, append_value, batch_indices, positions, k_cache, v_cache, kv_indices,
         kv_indptr, kv_last_page_len, layout, k_value, v_value, k_scales, v_scales,
     )  # fmt: skip
 
@@ -156,8 +155,7 @@ def append_paged_mla_kv_cache(
     [1.0, 1.0]
     """
     refuse_grad("append_paged_mla_kv_cache", append_ckv, append_kpe, ckv_cache, kpe_cache)
-    call(
-        _APPEND_MLA, append_ckv, append_kpe, batch_indices, positions, ckv_cache, kpe_cache,
+    _APPEND_MLA(append_ckv, append_kpe, batch_indices, positions, ckv_cache, kpe_cache,
         kv_indices, kv_indptr, kv_last_page_len,
         1.0 if ckv_scale is None else ckv_scale, 1.0 if kpe_scale is None else kpe_scale,
     )  # fmt: skip
@@ -191,7 +189,7 @@ def get_batch_indices_positions(
     >>> batch_indices.tolist(), positions.tolist()
     ([0, 1, 1, -1], [3, 0, 1, -1])
     """
-    result: tuple[Tensor, Tensor] = call(_BATCH_INDICES, append_indptr, seq_lens, nnz)
+    result: tuple[Tensor, Tensor] = _BATCH_INDICES(append_indptr, seq_lens, nnz)
     return result
 
 
@@ -219,7 +217,7 @@ def get_seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) ->
     >>> ridgeline.get_seq_lens(indptr, last_page_len, 16)
     tensor([19,  0], dtype=torch.int32)
     """
-    lens: Tensor = call(_SEQ_LENS, kv_indptr, kv_last_page_len, page_size)
+    lens: Tensor = _SEQ_LENS(kv_indptr, kv_last_page_len, page_size)
     return lens
 
 

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from . import _check, _overlap, _paged
-from ._ops import call, cpu_impl, fake_impl, refuse_grad
+from ._ops import cpu_impl, fake_impl, find_op, refuse_grad
 from ._paged import PagedCache
 
 __all__ = ["copy_pages"]
 
-_COPY = torch.ops.ridgeline.copy_pages.default
-_COPY_INPLACE = torch.ops.ridgeline.copy_pages_inplace.default
+_COPY = find_op("copy_pages")
+_COPY_INPLACE = find_op("copy_pages_inplace")
 
 
 def copy_pages(
@@ -56,10 +56,10 @@ def copy_pages(
     refuse_grad(op, src_k, src_v, dst_k, dst_v)
     if src_kv_cache is dst_kv_cache or (src_k is dst_k and src_v is dst_v):
         # Why an op of its own: a compiler must copy a pool that is both an input and an output.
-        call(_COPY_INPLACE, _with_heads(dst_k), _with_heads(dst_v), src_pages, dst_pages)
+        _COPY_INPLACE(_with_heads(dst_k), _with_heads(dst_v), src_pages, dst_pages)
         return
     pools = [_with_heads(t) for t in (src_k, src_v, dst_k, dst_v)]
-    call(_COPY, *pools, src_pages, dst_pages)
+    _COPY(*pools, src_pages, dst_pages)
 
 
 def _with_heads(cache: Tensor) -> Tensor:

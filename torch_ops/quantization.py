@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from . import _check
-from ._ops import call, cpu_impl, fake_impl
+from ._ops import cpu_impl, fake_impl, find_op
 
 __all__ = ["packbits", "segment_packbits"]
 
-_PACKBITS = torch.ops.ridgeline.packbits.default
-_SEGMENT_PACKBITS = torch.ops.ridgeline.segment_packbits.default
+_PACKBITS = find_op("packbits")
+_SEGMENT_PACKBITS = find_op("segment_packbits")
 
 _BIT_DTYPES = (torch.bool, torch.uint8)
 _MAX_SEGMENT_BITS = 2**31 - 1
@@ -43,7 +43,7 @@ def packbits(x: Tensor, bitorder: str = "big") -> Tensor:
     >>> ridgeline.packbits(torch.tensor([True, False, True]), bitorder="little")
     tensor([5], dtype=torch.uint8)
     """
-    packed: Tensor = call(_PACKBITS, x.reshape(-1), _is_big("packbits", bitorder))
+    packed: Tensor = _PACKBITS(x.reshape(-1), _is_big("packbits", bitorder))
     return packed
 
 
@@ -82,7 +82,7 @@ def segment_packbits(x: Tensor, indptr: Tensor, bitorder: str = "big") -> tuple[
     (tensor([7, 1, 0, 0], dtype=torch.uint8), tensor([0, 1, 2], dtype=torch.int32))
     """
     big = _is_big("segment_packbits", bitorder)
-    result: tuple[Tensor, Tensor] = call(_SEGMENT_PACKBITS, x, indptr, big)
+    result: tuple[Tensor, Tensor] = _SEGMENT_PACKBITS(x, indptr, big)
     return result
 
 

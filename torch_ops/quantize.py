@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from . import _check, _quant
-from ._ops import call, cpu_impl, fake_impl, refuse_grad
+from ._ops import cpu_impl, fake_impl, find_op, refuse_grad
 
 __all__ = ["dequantize", "quantize"]
 
-_QUANTIZE = torch.ops.ridgeline.quantize.default
-_QUANTIZE_WITH_SCALE = torch.ops.ridgeline.quantize_with_scale.default
-_DEQUANTIZE = torch.ops.ridgeline.dequantize.default
+_QUANTIZE = find_op("quantize")
+_QUANTIZE_WITH_SCALE = find_op("quantize_with_scale")
+_DEQUANTIZE = find_op("dequantize")
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _WHOLE_ROW, _WHOLE_TENSOR = 0, -1  # as group sizes
@@ -69,9 +69,9 @@ def quantize(
     quant = _dtype_of("quantize", dtype, _quant.DTYPES)
     if scale is not None:
         refuse_grad("quantize", input, scale)
-        return call(_QUANTIZE_WITH_SCALE, input, scale, quant), scale
+        return _QUANTIZE_WITH_SCALE(input, scale, quant), scale
     refuse_grad("quantize", input)
-    result: tuple[Tensor, Tensor] = call(_QUANTIZE, input, quant, _group_size(granularity))
+    result: tuple[Tensor, Tensor] = _QUANTIZE(input, quant, _group_size(granularity))
     return result
 
 
@@ -106,7 +106,7 @@ def dequantize(input: Tensor, scale: Tensor, dtype: torch.dtype | str = torch.bf
     """
     refuse_grad("dequantize", scale)
     wide = _dtype_of("dequantize", dtype, _FLOATS)
-    return call(_DEQUANTIZE, input, scale, wide)  # type: ignore[no-any-return]
+    return _DEQUANTIZE(input, scale, wide)  # type: ignore[no-any-return]
 
 
 def _dtype_of(op: str, dtype: torch.dtype | str, allowed: tuple[torch.dtype, ...]) -> torch.dtype:

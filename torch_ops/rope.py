@@ -7,11 +7,10 @@ in float32 and rounded once.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import _rope_cpu as _rope_cpu  # registers the CPU implementations and the fakes
-from ._ops import call, refuse_grad
+from ._ops import find_op, refuse_grad
 
 __all__ = [
     "apply_llama31_rope",
@@ -26,17 +25,16 @@ __all__ = [
     "apply_rope_with_cos_sin_cache_inplace",
 ]
 
-_OPS = torch.ops.ridgeline
-_ROPE = _OPS.apply_rope.default
-_ROPE_INPLACE = _OPS.apply_rope_inplace.default
-_POS_IDS = _OPS.apply_rope_pos_ids.default
-_POS_IDS_INPLACE = _OPS.apply_rope_pos_ids_inplace.default
-_LLAMA31 = _OPS.apply_llama31_rope.default
-_LLAMA31_INPLACE = _OPS.apply_llama31_rope_inplace.default
-_LLAMA31_POS_IDS = _OPS.apply_llama31_rope_pos_ids.default
-_LLAMA31_POS_IDS_INPLACE = _OPS.apply_llama31_rope_pos_ids_inplace.default
-_TABLE = _OPS.apply_rope_with_cos_sin_cache.default
-_TABLE_INPLACE = _OPS.apply_rope_with_cos_sin_cache_inplace.default
+_ROPE = find_op("apply_rope")
+_ROPE_INPLACE = find_op("apply_rope_inplace")
+_POS_IDS = find_op("apply_rope_pos_ids")
+_POS_IDS_INPLACE = find_op("apply_rope_pos_ids_inplace")
+_LLAMA31 = find_op("apply_llama31_rope")
+_LLAMA31_INPLACE = find_op("apply_llama31_rope_inplace")
+_LLAMA31_POS_IDS = find_op("apply_llama31_rope_pos_ids")
+_LLAMA31_POS_IDS_INPLACE = find_op("apply_llama31_rope_pos_ids_inplace")
+_TABLE = find_op("apply_rope_with_cos_sin_cache")
+_TABLE_INPLACE = find_op("apply_rope_with_cos_sin_cache_inplace")
 
 
 def apply_rope(
@@ -82,7 +80,7 @@ def apply_rope(
     """
     refuse_grad("apply_rope", q, k)
     rotary_dim = _rotary_dim(q, rotary_dim)
-    return call(_ROPE, q, k, indptr, offsets, rotary_dim, interleave, rope_scale, rope_theta)  # type: ignore[no-any-return]
+    return _ROPE(q, k, indptr, offsets, rotary_dim, interleave, rope_scale, rope_theta)  # type: ignore[no-any-return]
 
 
 def apply_rope_inplace(
@@ -120,7 +118,7 @@ def apply_rope_inplace(
     """
     refuse_grad("apply_rope_inplace", q, k)
     rotary_dim = _rotary_dim(q, rotary_dim)
-    call(_ROPE_INPLACE, q, k, indptr, offsets, rotary_dim, interleave, rope_scale, rope_theta)
+    _ROPE_INPLACE(q, k, indptr, offsets, rotary_dim, interleave, rope_scale, rope_theta)
 
 
 def apply_rope_pos_ids(
@@ -179,8 +177,8 @@ def apply_rope_pos_ids(
     """
     refuse_grad("apply_rope_pos_ids", q, k)
     rotary_dim = _rotary_dim(q, rotary_dim)
-    return call(  # type: ignore[no-any-return]
-        _POS_IDS, q, k, pos_ids, rotary_dim, interleave, rope_scale, rope_theta
+    return _POS_IDS(  # type: ignore[no-any-return]
+        q, k, pos_ids, rotary_dim, interleave, rope_scale, rope_theta
     )
 
 
@@ -218,7 +216,7 @@ def apply_rope_pos_ids_inplace(
     """
     refuse_grad("apply_rope_pos_ids_inplace", q, k)
     rotary_dim = _rotary_dim(q, rotary_dim)
-    call(_POS_IDS_INPLACE, q, k, pos_ids, rotary_dim, interleave, rope_scale, rope_theta)
+    _POS_IDS_INPLACE(q, k, pos_ids, rotary_dim, interleave, rope_scale, rope_theta)
 
 
 def apply_llama31_rope(
@@ -273,8 +271,7 @@ def apply_llama31_rope(
     """
     refuse_grad("apply_llama31_rope", q, k)
     rotary_dim = _rotary_dim(q, rotary_dim)
-    return call(  # type: ignore[no-any-return]
-        _LLAMA31,
+    return _LLAMA31(  # type: ignore[no-any-return]
         q,
         k,
         indptr,
@@ -327,8 +324,7 @@ def apply_llama31_rope_inplace(
     """
     refuse_grad("apply_llama31_rope_inplace", q, k)
     rotary_dim = _rotary_dim(q, rotary_dim)
-    call(
-        _LLAMA31_INPLACE,
+    _LLAMA31_INPLACE(
         q,
         k,
         indptr,
@@ -391,8 +387,7 @@ def apply_llama31_rope_pos_ids(
     """
     refuse_grad("apply_llama31_rope_pos_ids", q, k)
     rotary_dim = _rotary_dim(q, rotary_dim)
-    return call(  # type: ignore[no-any-return]
-        _LLAMA31_POS_IDS,
+    return _LLAMA31_POS_IDS(  # type: ignore[no-any-return]
         q,
         k,
         pos_ids,
@@ -443,8 +438,7 @@ def apply_llama31_rope_pos_ids_inplace(
     """
     refuse_grad("apply_llama31_rope_pos_ids_inplace", q, k)
     rotary_dim = _rotary_dim(q, rotary_dim)
-    call(
-        _LLAMA31_POS_IDS_INPLACE,
+    _LLAMA31_POS_IDS_INPLACE(
         q,
         k,
         pos_ids,
@@ -502,8 +496,8 @@ def apply_rope_with_cos_sin_cache(
     (tensor([[0., 1.]]), tensor([[-1.,  0.]]))
     """
     refuse_grad("apply_rope_with_cos_sin_cache", query, key, cos_sin_cache)
-    return call(  # type: ignore[no-any-return]
-        _TABLE, positions, query, key, head_size, cos_sin_cache, is_neox
+    return _TABLE(  # type: ignore[no-any-return]
+        positions, query, key, head_size, cos_sin_cache, is_neox
     )
 
 
@@ -540,7 +534,7 @@ def apply_rope_with_cos_sin_cache_inplace(
     tensor([[0., 1.]])
     """
     refuse_grad("apply_rope_with_cos_sin_cache_inplace", query, key, cos_sin_cache)
-    call(_TABLE_INPLACE, positions, query, key, head_size, cos_sin_cache, is_neox)
+    _TABLE_INPLACE(positions, query, key, head_size, cos_sin_cache, is_neox)
 
 
 def _rotary_dim(q: Tensor, rotary_dim: int | None) -> int:

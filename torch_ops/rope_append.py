@@ -7,14 +7,14 @@ from torch import Tensor
 
 from . import _check, _overlap, _paged
 from ._append_cpu import Side, check_append, split_scale
-from ._ops import call, cpu_impl, fake_impl, refuse_grad
+from ._ops import cpu_impl, fake_impl, find_op, refuse_grad
 from ._paged import PagedCache
 from ._rope_cpu import DTYPES, Angles, check_cache, check_rotary_dim, looked_up, rotated
 
 __all__ = ["rope_append_paged_kv_cache"]
 
-_NARROW = torch.ops.ridgeline.rope_append_paged_kv_cache.default
-_FULL = torch.ops.ridgeline.rope_append_paged_kv_cache_full.default
+_NARROW = find_op("rope_append_paged_kv_cache")
+_FULL = find_op("rope_append_paged_kv_cache_full")
 
 _HND, _INTERLEAVE = 1, 2  # bits of `flags`, as csrc/ops/rope_append.cpp has them
 _MAX_HEAD_DIM = 256  # kRopeAppendMaxHeadDim of kernels/rope/params.h
@@ -134,8 +134,7 @@ def rope_append_paged_kv_cache(
         and k_scale is None
         and v_scale is None
     ):
-        call(
-            _NARROW, q, k, v, batch_indices, positions, k_cache, v_cache, kv_indices, kv_indptr,
+        _NARROW(q, k, v, batch_indices, positions, k_cache, v_cache, kv_indices, kv_indptr,
             q_out, flags, rope_theta,
         )  # fmt: skip
         return q_out
@@ -146,8 +145,7 @@ def rope_append_paged_kv_cache(
     if old_context_len is not None and not old_context_len > 0:
         way_out = "Leave it out for plain frequencies."
         _check.fail(_OP, "old_context_len", "a finite number > 0", old_context_len, way_out)
-    call(
-        _FULL, q, k, v, batch_indices, positions, k_cache, v_cache, kv_indices, kv_indptr, q_out,
+    _FULL(q, k, v, batch_indices, positions, k_cache, v_cache, kv_indices, kv_indptr, q_out,
         flags, rope_theta, pos_ids, q_weight, k_weight, norm_eps, cos_sin_cache,
         0 if rotary_dim is None else rotary_dim, rope_scale, low_freq_factor, high_freq_factor,
         0.0 if old_context_len is None else old_context_len, k_value, v_value, k_scales, v_scales,

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from . import _check
 from . import _sampling_cpu as _sampling_cpu  # registers the CPU implementations
-from ._ops import call, fake_impl, refuse_grad
+from ._ops import fake_impl, find_op, refuse_grad
 
 __all__ = [
     "chain_speculative_sampling",
@@ -48,7 +48,13 @@ __all__ = [
     "top_p_sampling_from_probs",
 ]
 
-_OPS = torch.ops.ridgeline
+_CHAIN_SPECULATIVE_SAMPLING = find_op("chain_speculative_sampling")
+_SAMPLE = find_op("sample")
+_SOFTMAX = find_op("softmax")
+_TOP_K = find_op("top_k")
+_TOP_K_MASK_LOGITS = find_op("top_k_mask_logits")
+_TOP_K_RENORM_PROBS = find_op("top_k_renorm_probs")
+_TOP_P_RENORM_PROBS = find_op("top_p_renorm_probs")
 
 Value = Tensor | float
 Integer = Tensor | int
@@ -78,7 +84,7 @@ def softmax(logits: Tensor, temperature: Value | None = None) -> Tensor:
     """
     refuse_grad("softmax", logits)
     tensor, value = _split(temperature, 1.0)
-    return call(_OPS.softmax.default, logits, tensor, value)  # type: ignore[no-any-return]
+    return _SOFTMAX(logits, tensor, value)  # type: ignore[no-any-return]
 
 
 def sample_from_logits(
@@ -362,8 +368,8 @@ def top_p_renorm_probs(probs: Tensor, top_p: Value) -> Tensor:
     """
     refuse_grad("top_p_renorm_probs", probs)
     tensor, value = _split(top_p, 1.0)
-    return call(  # type: ignore[no-any-return]
-        _OPS.top_p_renorm_probs.default, probs, tensor, value
+    return _TOP_P_RENORM_PROBS(  # type: ignore[no-any-return]
+        probs, tensor, value
     )
 
 
@@ -390,8 +396,8 @@ def top_k_renorm_probs(probs: Tensor, top_k: Integer) -> Tensor:
     """
     refuse_grad("top_k_renorm_probs", probs)
     tensor, value = _split(top_k, 0)
-    return call(  # type: ignore[no-any-return]
-        _OPS.top_k_renorm_probs.default, probs, tensor, int(value)
+    return _TOP_K_RENORM_PROBS(  # type: ignore[no-any-return]
+        probs, tensor, int(value)
     )
 
 
@@ -418,8 +424,8 @@ def top_k_mask_logits(logits: Tensor, top_k: Integer) -> Tensor:
     """
     refuse_grad("top_k_mask_logits", logits)
     tensor, value = _split(top_k, 0)
-    return call(  # type: ignore[no-any-return]
-        _OPS.top_k_mask_logits.default, logits, tensor, int(value)
+    return _TOP_K_MASK_LOGITS(  # type: ignore[no-any-return]
+        logits, tensor, int(value)
     )
 
 
@@ -461,7 +467,7 @@ def top_k(
     refuse_grad("top_k", input)
     if tie_break not in (0, 1):
         _check.not_yet("top_k", "tie_break", tie_break, "Pass 0 or 1: the lowest index wins.")
-    values, indices = call(_OPS.top_k.default, input, k)
+    values, indices = _TOP_K(input, k)
     if sorted:
         values, order = values.sort(dim=1, descending=True, stable=True)
         indices = indices.gather(1, order)
@@ -518,8 +524,7 @@ def chain_speculative_sampling(
     op = "chain_speculative_sampling"
     refuse_grad(op, draft_probs, target_probs)
     seeds, offsets = _keys(op, draft_probs, draft_probs.shape[0], (generator, seed, offset))
-    tokens, accepted, emitted = call(
-        _OPS.chain_speculative_sampling.default,
+    tokens, accepted, emitted = _CHAIN_SPECULATIVE_SAMPLING(
         draft_probs,
         draft_token_ids,
         target_probs,
@@ -575,8 +580,7 @@ def _sample(
     num_rows = input.shape[0] if indices is None else indices.shape[0]
     seeds, offsets = _keys(op, input, num_rows, keys)
     k, k_value = _split(top_k, 0)
-    return call(  # type: ignore[no-any-return]
-        _OPS.sample.default,
+    return _SAMPLE(  # type: ignore[no-any-return]
         input,
         seeds,
         offsets,

@@ -1,8 +1,9 @@
 // Where the keys and values of a token lie. An addressing type names the element type of the cache
-// and is made once for a work item. Before the keys of a step are loaded, and never later than the
-// values of the step before, prefetch() reads what their addresses depend on. keys(first_token,
-// end) and values(...) answer with an object whose at(row, pass, element) is the address in token
-// first_token + row, the row that the calling thread loads in that pass.
+// and is made once for a work item. What the addresses of a step depend on is read by prefetch(),
+// before it is needed; advance() puts the last of it to use, so that keys() and then
+// values() of that step may follow. keys(first_token, end) and values(...) answer with an object
+// whose at(row, pass, element) is the address in token first_token + row, the row that the calling
+// thread loads in that pass.
 #pragma once
 
 #include "attention/batch_params.h"
@@ -40,6 +41,7 @@ struct StridedKv {
         key_stride(params.k_stride_token),
         value_stride(params.v_stride_token) {}
 
+  __device__ __forceinline__ void advance() {}
   template <int kRows, int kLoaders>
   __device__ __forceinline__ void prefetch(int /*first_token*/, int /*end*/) {}
 
@@ -76,6 +78,7 @@ struct RaggedKv {
   __device__ __forceinline__ RaggedKv(const BatchAttentionParams& params, const BatchItem& item)
       : params(params), item(item) {}
 
+  __device__ __forceinline__ void advance() {}
   template <int kRows, int kLoaders>
   __device__ __forceinline__ void prefetch(int /*first_token*/, int /*end*/) {}
 
@@ -117,9 +120,12 @@ struct PagedKv {
   const BatchAttentionParams& params;
   const BatchItem& item;
   uint32 page;  // of this lane's row
+  uint32 next;  // of its row in the next step
 
   __device__ __forceinline__ PagedKv(const BatchAttentionParams& params, const BatchItem& item)
-      : params(params), item(item), page(0) {}
+      : params(params), item(item), page(0), next(0) {}
+
+  __device__ __forceinline__ void advance() { page = next; }
 
   template <int kRows, int kLoaders>
   __device__ __forceinline__ void prefetch(int first_token, int end) {
@@ -127,7 +133,7 @@ struct PagedKv {
     const int row = lane_row<kLoaders>();
     if (row < kRows) {
       const int token = min(first_token + row, end - 1);
-      page = __ldg(params.kv_indices + item.kv_origin + params.page_size.quotient(token));
+      next = __ldg(params.kv_indices + item.kv_origin + params.page_size.quotient(token));
     }
   }
 

@@ -47,6 +47,9 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   using Variant = typename Traits::Variant;
   constexpr int kStages = Traits::kStages;
   constexpr int kPending = 2 * (kStages - 1);  // groups younger than the one a step waits for
+  // Steps by which page numbers are read before the keys' load starts; 0: half a step. Why not 1
+  // always: with more rows half a step is longer than a trip to memory, and registers are scarce.
+  constexpr int kAhead = Traits::kSplitsKeys ? 1 : 0;
 
   const WorkItem& work = get_work(index);
   const int warp = threadIdx.x / 32;
@@ -67,14 +70,16 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   typename Traits::Kv kv = make_kv(work);
 
   const auto start_keys = [&](int step, int stage) {
+    if constexpr (kAhead == 0) kv.advance();
     if (step < num_steps) {
       load_keys<Traits>(params, kv, key_address + stage * Traits::kKeyBytes, loader,
                         first_key + step * Traits::kKvTile, work.kv_end);
     }
     cp_async_commit();
   };
-  // What the addresses of a step need from memory, ahead of its keys; its values use it too.
+  // What the addresses of a step need from memory.
   const auto prefetch = [&](int step) {
+    if constexpr (kAhead == 1) kv.advance();
     if (step < num_steps) {
       kv.template prefetch<Traits::kKeys, Traits::kLoaders>(first_key + step * Traits::kKvTile,
                                                             work.kv_end);
@@ -91,11 +96,12 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   prefetch(0);
   load_query<Traits>(params, work, num_rows, query_address);
   cp_async_commit();
+  if constexpr (kAhead == 1) prefetch(1);
   start_keys(0, 0);
 #pragma unroll
   for (int stage = 1; stage < kStages; ++stage) {
     start_values(stage - 1, stage - 1);
-    prefetch(stage);
+    prefetch(stage + kAhead);
     start_keys(stage, stage);
   }
 
@@ -127,7 +133,7 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     cp_async_wait<kPending>();
     pipeline_barrier<Traits>();
     start_values(step + kStages - 1, previous_stage);
-    prefetch(step + kStages);
+    prefetch(step + kStages + kAhead);
     if constexpr (Variant::kTransformsKey) {
       Variant::template key<typename Traits::Element, Traits::kQk>(
           params, scratch, key_tiles + stage * Traits::kKeyBytes, Traits::kKeys, loader,

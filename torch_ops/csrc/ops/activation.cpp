@@ -1,8 +1,6 @@
 // silu_and_mul, gelu_and_mul, gelu_tanh_and_mul, with outputs of the input's type or of fp8:
 // schemas, checks, choice of kernel, launch.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <array>
 #include <optional>
@@ -16,6 +14,7 @@
 #include "runtime/check.h"
 #include "runtime/kernel.h"
 #include "runtime/names.h"
+#include "runtime/ops.h"
 #include "runtime/overlap.h"
 #include "runtime/pdl.h"
 #include "runtime/quant.h"
@@ -113,7 +112,7 @@ void run_gated(const AccessKernels& kernels, const Arg& input, const Arg& out,
   if (rows.num_rows == 0 || hidden == 0) return;
   check_counts(input.op, rows);
 
-  const int vec_size = access_width({&input, &out}, hidden);
+  const int vec_size = access_width({&input, &out}, {hidden});
   const GatedPlan plan = gated_plan(rows.num_rows, hidden, vec_size);
   const GatedParams params{.input = input.tensor.const_data_ptr(),
                            .output = out.tensor.mutable_data_ptr(),
@@ -178,7 +177,7 @@ void act_and_mul_quant(const Tensor& out, const Tensor& input, const std::option
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
+static void schemas(Library& m) {
   for (const GatedOp& op : kGatedOps) {
     const std::string name = op.op;
     m.def((name + "(Tensor input, bool enable_pdl=False) -> Tensor").c_str());
@@ -189,7 +188,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
   }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+static void kernels(Library& m) {
   m.impl("silu_and_mul", TORCH_BOX(&act_and_mul<kSilu>));
   m.impl("silu_and_mul_out", TORCH_BOX(&act_and_mul_out<kSilu>));
   m.impl("silu_and_mul_quant", TORCH_BOX(&act_and_mul_quant<kSilu>));
@@ -200,5 +199,7 @@ STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
   m.impl("gelu_tanh_and_mul_out", TORCH_BOX(&act_and_mul_out<kGeluTanh>));
   m.impl("gelu_tanh_and_mul_quant", TORCH_BOX(&act_and_mul_quant<kGeluTanh>));
 }
+
+static const RegisterOps registered(schemas, kernels);
 
 }  // namespace ridgeline

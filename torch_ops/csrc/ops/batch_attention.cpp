@@ -1,8 +1,6 @@
 // attention, attention_full, attention_schedule: schemas, checks, launch. Choice of kernel:
 // batch_choice.cpp.
 
-#include <torch/csrc/stable/library.h>
-
 #include <array>
 #include <atomic>
 #include <bit>
@@ -20,6 +18,7 @@
 #include "runtime/alloc.h"
 #include "runtime/check.h"
 #include "runtime/kernel.h"
+#include "runtime/ops.h"
 
 namespace ridgeline {
 namespace {
@@ -628,7 +627,7 @@ std::tuple<Tensor, Tensor> attention_full(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
+static void schemas(Library& m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor? qo_indptr, Tensor? kv_indptr, "
       "Tensor? kv_indices, Tensor? kv_lens, Tensor? schedule, int flags, SymInt max_q_len, "
@@ -647,10 +646,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
       "SymInt head_dim_qk, SymInt head_dim_vo, SymInt max_q_len, SymInt window_left) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+static void kernels(Library& m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_full", TORCH_BOX(&attention_full));
   m.impl("attention_schedule", TORCH_BOX(&attention_schedule));
 }
+
+static const RegisterOps registered(schemas, kernels);
 
 }  // namespace ridgeline

@@ -1,8 +1,6 @@
 // The norms, with outputs of the input's type or of 8 bits: schemas, checks, choice of kernel,
 // launch.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -18,6 +16,7 @@
 #include "runtime/check.h"
 #include "runtime/kernel.h"
 #include "runtime/names.h"
+#include "runtime/ops.h"
 #include "runtime/overlap.h"
 #include "runtime/pdl.h"
 #include "runtime/quant.h"
@@ -208,7 +207,7 @@ void run(const NormEntry& entry, const Norm& norm) {
   }
   const Tensor& input = norm.input.tensor;
   const int vec_size =
-      access_width({&norm.input, &norm.out, &norm.weight, norm.residual, norm.bias}, hidden);
+      access_width({&norm.input, &norm.out, &norm.weight, norm.residual, norm.bias}, {hidden});
   const RowPlan plan = row_plan(hidden, vec_size);
   const NormParams params{
       .input = input.const_data_ptr(),
@@ -390,20 +389,24 @@ void layernorm_quant(const Tensor& out, const Tensor& input, const Tensor& gamma
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
-  m.def("rmsnorm(Tensor input, Tensor weight, float eps, bool enable_pdl=False) -> Tensor");
-  m.def("gemma_rmsnorm(Tensor input, Tensor weight, float eps, bool enable_pdl=False) -> Tensor");
+static void schemas(Library& m) {
+  m.def("rmsnorm(Tensor input, Tensor weight, float eps=1e-6, bool enable_pdl=False) -> Tensor");
   m.def(
-      "rmsnorm_out(Tensor(a!) out, Tensor input, Tensor weight, float eps, bool enable_pdl=False) "
+      "gemma_rmsnorm(Tensor input, Tensor weight, float eps=1e-6, bool enable_pdl=False) -> "
+      "Tensor");
+  m.def(
+      "rmsnorm_out(Tensor(a!) out, Tensor input, Tensor weight, float eps=1e-6, bool "
+      "enable_pdl=False) "
       "-> ()");
   m.def(
-      "gemma_rmsnorm_out(Tensor(a!) out, Tensor input, Tensor weight, float eps, "
+      "gemma_rmsnorm_out(Tensor(a!) out, Tensor input, Tensor weight, float eps=1e-6, "
       "bool enable_pdl=False) -> ()");
   m.def(
-      "fused_add_rmsnorm(Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps, "
+      "fused_add_rmsnorm(Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps=1e-6, "
       "bool enable_pdl=False) -> ()");
   m.def(
-      "gemma_fused_add_rmsnorm(Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps, "
+      "gemma_fused_add_rmsnorm(Tensor(a!) input, Tensor(b!) residual, Tensor weight, float "
+      "eps=1e-6, "
       "bool enable_pdl=False) -> ()");
   m.def("layernorm(Tensor input, Tensor gamma, Tensor beta, float eps) -> Tensor");
   m.def(
@@ -418,7 +421,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
       "Tensor(b!)? token_scale, Tensor? scale, float scale_value, float eps) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+static void kernels(Library& m) {
   m.impl("rmsnorm", TORCH_BOX(&rmsnorm));
   m.impl("gemma_rmsnorm", TORCH_BOX(&gemma_rmsnorm));
   m.impl("rmsnorm_out", TORCH_BOX(&rmsnorm_out));
@@ -430,5 +433,7 @@ STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
   m.impl("fused_add_rmsnorm_quant", TORCH_BOX(&fused_add_rmsnorm_quant));
   m.impl("layernorm_quant", TORCH_BOX(&layernorm_quant));
 }
+
+static const RegisterOps registered(schemas, kernels);
 
 }  // namespace ridgeline

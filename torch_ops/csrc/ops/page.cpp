@@ -1,8 +1,6 @@
 // append_paged_kv_cache, append_paged_mla_kv_cache, get_batch_indices_positions, get_seq_lens:
 // schemas, checks, choice of kernel, launch. copy_pages is in page_copy.cpp.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <array>
 #include <optional>
@@ -15,6 +13,7 @@
 #include "runtime/catalog.h"
 #include "runtime/kernel.h"
 #include "runtime/names.h"
+#include "runtime/ops.h"
 #include "runtime/overlap.h"
 #include "runtime/paged_cache.h"
 #include "runtime/vector_width.h"
@@ -275,7 +274,7 @@ Tensor get_seq_lens(const Tensor& kv_indptr, const Tensor& kv_last_page_len, int
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
+static void schemas(Library& m) {
   m.def(
       "append_paged_kv_cache(Tensor append_key, Tensor append_value, Tensor batch_indices, "
       "Tensor positions, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor kv_indices, "
@@ -291,11 +290,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
   m.def("get_seq_lens(Tensor kv_indptr, Tensor kv_last_page_len, SymInt page_size) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+static void kernels(Library& m) {
   m.impl("append_paged_kv_cache", TORCH_BOX(&append_paged_kv_cache));
   m.impl("append_paged_mla_kv_cache", TORCH_BOX(&append_paged_mla_kv_cache));
   m.impl("get_batch_indices_positions", TORCH_BOX(&get_batch_indices_positions));
   m.impl("get_seq_lens", TORCH_BOX(&get_seq_lens));
 }
+
+static const RegisterOps registered(schemas, kernels);
 
 }  // namespace ridgeline

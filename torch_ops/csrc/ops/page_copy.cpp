@@ -1,7 +1,5 @@
 // copy_pages, copy_pages_inplace: schemas, checks, choice of kernel, launch.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <array>
 
@@ -10,6 +8,7 @@
 #include "runtime/host_memory.h"
 #include "runtime/kernel.h"
 #include "runtime/names.h"
+#include "runtime/ops.h"
 #include "runtime/overlap.h"
 #include "runtime/paged_cache.h"
 #include "runtime/vector_width.h"
@@ -153,7 +152,7 @@ void copy_pages_inplace(const Tensor& k_cache, const Tensor& v_cache, const Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
+static void schemas(Library& m) {
   m.def(
       "copy_pages(Tensor src_k_cache, Tensor src_v_cache, Tensor(a!) dst_k_cache, "
       "Tensor(b!) dst_v_cache, Tensor src_pages, Tensor dst_pages) -> ()");
@@ -162,9 +161,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
       "Tensor dst_pages) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+static void kernels(Library& m) {
   m.impl("copy_pages", TORCH_BOX(&copy_pages));
   m.impl("copy_pages_inplace", TORCH_BOX(&copy_pages_inplace));
 }
+
+static const RegisterOps registered(schemas, kernels);
 
 }  // namespace ridgeline

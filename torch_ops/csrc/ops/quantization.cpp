@@ -1,7 +1,5 @@
 // packbits, segment_packbits: schemas, checks, choice of kernel, launch.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <array>
 #include <tuple>
@@ -12,6 +10,7 @@
 #include "runtime/check.h"
 #include "runtime/kernel.h"
 #include "runtime/names.h"
+#include "runtime/ops.h"
 
 namespace ridgeline {
 namespace {
@@ -117,14 +116,16 @@ std::tuple<Tensor, Tensor> segment_packbits(const Tensor& x, const Tensor& indpt
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
+static void schemas(Library& m) {
   m.def("packbits(Tensor x, bool big=True) -> Tensor");
   m.def("segment_packbits(Tensor x, Tensor indptr, bool big=True) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+static void kernels(Library& m) {
   m.impl("packbits", TORCH_BOX(&packbits));
   m.impl("segment_packbits", TORCH_BOX(&segment_packbits));
 }
+
+static const RegisterOps registered(schemas, kernels);
 
 }  // namespace ridgeline

@@ -1,7 +1,5 @@
 // quantize, quantize_with_scale, dequantize: schemas, checks, choice of kernel, launch.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <array>
 #include <optional>
@@ -16,6 +14,7 @@
 #include "runtime/check.h"
 #include "runtime/kernel.h"
 #include "runtime/names.h"
+#include "runtime/ops.h"
 #include "runtime/rows.h"
 
 namespace ridgeline {
@@ -125,7 +124,7 @@ void run_groups(const FormatKernels& kernels, Dtype format, const Arg& input, co
   const int64_t group_size = rows.hidden / num_groups;
   const Arg& wide = input.dtype == format ? out : input;
   const Arg& narrow = input.dtype == format ? input : out;
-  const int vec_size = access_width({&wide, &narrow}, group_size);
+  const int vec_size = access_width({&wide, &narrow}, {group_size});
   const RowPlan plan = row_plan(group_size, vec_size);
   const QuantizeParams params{
       .input = input.tensor.const_data_ptr(),
@@ -158,7 +157,7 @@ void run_tensor_scale(const Arg& input, Dtype format, const Tensor& scale) {
     fail(input.op, "input", "fewer than 2^31 rows of fewer than 2^31 elements",
          std::to_string(rows.num_rows) + " of " + std::to_string(rows.hidden), "Split the call");
   }
-  const int vec_size = access_width({&input}, rows.hidden);
+  const int vec_size = access_width({&input}, {rows.hidden});
   const int64_t vecs_per_row = std::max<int64_t>(rows.hidden / vec_size, 1);
   const int64_t num_rows = rows.hidden == 0 ? 0 : rows.num_rows;
   const int64_t wanted = (num_rows * vecs_per_row + kTensorMaxThreads - 1) / kTensorMaxThreads;
@@ -254,16 +253,18 @@ Tensor dequantize(const Tensor& input, const Tensor& scale, Dtype dtype) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
+static void schemas(Library& m) {
   m.def("quantize(Tensor input, ScalarType dtype, SymInt group_size) -> (Tensor, Tensor)");
   m.def("quantize_with_scale(Tensor input, Tensor scale, ScalarType dtype) -> Tensor");
   m.def("dequantize(Tensor input, Tensor scale, ScalarType dtype) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+static void kernels(Library& m) {
   m.impl("quantize", TORCH_BOX(&quantize));
   m.impl("quantize_with_scale", TORCH_BOX(&quantize_with_scale));
   m.impl("dequantize", TORCH_BOX(&dequantize));
 }
+
+static const RegisterOps registered(schemas, kernels);
 
 }  // namespace ridgeline

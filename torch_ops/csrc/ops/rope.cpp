@@ -1,8 +1,6 @@
 // apply_rope, apply_rope_pos_ids, apply_llama31_rope, apply_llama31_rope_pos_ids and
 // apply_rope_with_cos_sin_cache, in place or not: schemas, checks, choice of kernel, launch.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <array>
 #include <string>
@@ -18,6 +16,7 @@
 #include "runtime/check.h"
 #include "runtime/kernel.h"
 #include "runtime/names.h"
+#include "runtime/ops.h"
 #include "runtime/overlap.h"
 #include "runtime/paged_cache.h"
 
@@ -390,7 +389,7 @@ void apply_rope_with_cos_sin_cache_inplace(const Tensor& positions, const Tensor
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
+static void schemas(Library& m) {
   const auto define = [&](const std::string& name, const std::string& sources,
                           const std::string& options) {
     const std::string rest = sources + "SymInt rotary_dim, bool interleave, " + options;
@@ -412,7 +411,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
       "SymInt head_size, Tensor cos_sin_cache, bool is_neox=True) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+static void kernels(Library& m) {
   m.impl("apply_rope", TORCH_BOX(&apply_rope));
   m.impl("apply_rope_inplace", TORCH_BOX(&apply_rope_inplace));
   m.impl("apply_rope_pos_ids", TORCH_BOX(&apply_rope_pos_ids));
@@ -425,5 +424,7 @@ STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
   m.impl("apply_rope_with_cos_sin_cache_inplace",
          TORCH_BOX(&apply_rope_with_cos_sin_cache_inplace));
 }
+
+static const RegisterOps registered(schemas, kernels);
 
 }  // namespace ridgeline

@@ -1,8 +1,6 @@
 // rope_append_paged_kv_cache and rope_append_paged_kv_cache_full: schemas, checks, choice of
 // kernel, launch. The first has the arguments of the common case, the second all of them.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -17,6 +15,7 @@
 #include "runtime/catalog.h"
 #include "runtime/kernel.h"
 #include "runtime/names.h"
+#include "runtime/ops.h"
 #include "runtime/overlap.h"
 #include "runtime/paged_cache.h"
 #include "runtime/vector_width.h"
@@ -312,7 +311,7 @@ void rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
+static void schemas(Library& m) {
   m.def(
       "rope_append_paged_kv_cache(Tensor q, Tensor k, Tensor v, Tensor batch_indices, "
       "Tensor positions, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor kv_indices, "
@@ -327,9 +326,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
       "Tensor? v_scales) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+static void kernels(Library& m) {
   m.impl("rope_append_paged_kv_cache", TORCH_BOX(&rope_append));
   m.impl("rope_append_paged_kv_cache_full", TORCH_BOX(&rope_append_full));
 }
+
+static const RegisterOps registered(schemas, kernels);
 
 }  // namespace ridgeline

@@ -3,9 +3,8 @@
 
 #include "ops/sampling.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include "runtime/names.h"
+#include "runtime/ops.h"
 
 namespace ridgeline {
 namespace {
@@ -241,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor> chain_speculative_sampling(const Tensor& draf
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
+static void schemas(Library& m) {
   m.def(
       "sample(Tensor input, Tensor seed, Tensor? offset, bool from_logits, bool joint, "
       "Tensor? indices, Tensor? temperature, float temperature_val, Tensor? top_k, "
@@ -252,9 +251,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
       "Tensor target_probs, Tensor seed, Tensor? offset) -> (Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+static void kernels(Library& m) {
   m.impl("sample", TORCH_BOX(&sample));
   m.impl("chain_speculative_sampling", TORCH_BOX(&chain_speculative_sampling));
 }
+
+static const RegisterOps registered(schemas, kernels);
 
 }  // namespace ridgeline

@@ -1,8 +1,6 @@
 // softmax, top_k_renorm_probs, top_p_renorm_probs, top_k_mask_logits, top_k: schemas, checks,
 // choice of kernel, launch.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -10,6 +8,7 @@
 #include "ops/sampling.h"
 #include "runtime/access.h"
 #include "runtime/names.h"
+#include "runtime/ops.h"
 
 namespace ridgeline {
 namespace {
@@ -175,7 +174,7 @@ std::tuple<Tensor, Tensor> top_k(const Tensor& input, int64_t k) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
+static void schemas(Library& m) {
   m.def("softmax(Tensor logits, Tensor? temperature, float temperature_val) -> Tensor");
   m.def("top_p_renorm_probs(Tensor probs, Tensor? top_p, float top_p_val) -> Tensor");
   m.def("top_k_renorm_probs(Tensor probs, Tensor? top_k, SymInt top_k_val) -> Tensor");
@@ -183,12 +182,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ridgeline, m) {
   m.def("top_k(Tensor input, SymInt k) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ridgeline, CUDA, m) {
+static void kernels(Library& m) {
   m.impl("softmax", TORCH_BOX(&softmax));
   m.impl("top_p_renorm_probs", TORCH_BOX(&top_p_renorm_probs));
   m.impl("top_k_renorm_probs", TORCH_BOX(&top_k_renorm_probs));
   m.impl("top_k_mask_logits", TORCH_BOX(&top_k_mask_logits));
   m.impl("top_k", TORCH_BOX(&top_k));
 }
+
+static const RegisterOps registered(schemas, kernels);
 
 }  // namespace ridgeline

@@ -11,9 +11,9 @@ int access_width(std::initializer_list<const Arg*> tensors,
       static_cast<int>(kVectorBytes / static_cast<size_t>((*tensors.begin())->element_size()));
   const bool fits =
       std::all_of(lengths.begin(), lengths.end(), [&](int64_t n) { return n % wide == 0; }) &&
-      std::all_of(tensors.begin(), tensors.end(),
-                  [&](const Arg* arg) {
-        return !arg || is_aligned(*arg, std::min<int64_t>(kVectorBytes, wide * arg->element_size()));
+      std::all_of(tensors.begin(), tensors.end(), [&](const Arg* arg) {
+        return !arg ||
+               is_aligned(*arg, std::min<int64_t>(kVectorBytes, wide * arg->element_size()));
       });
   return fits ? wide : 1;
 }

@@ -15,6 +15,10 @@ inline Tensor empty(int gpu, std::initializer_list<int64_t> shape, Dtype dtype) 
   return empty(gpu, std::span(shape.begin(), shape.size()), dtype);
 }
 
+// On the device of a tensor.
+inline Tensor empty(const Tensor& like, std::span<const int64_t> shape, Dtype dtype) {
+  return empty(like.get_device_index(), shape, dtype);
+}
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Dtype dtype) {
   return empty(like.get_device_index(), shape, dtype);
 }
