@@ -180,7 +180,7 @@ def test_pageable_host_memory_is_refused(rng: torch.Generator) -> None:
     ):
         with pytest.raises(RuntimeError, match=r"pinned host memory, got one in pageable"):
             ridgeline.copy_pages(*caches, pages, pages)
-    with pytest.raises(RuntimeError, match="'src_pages': expected a CUDA tensor"):
+    with pytest.raises(RuntimeError, match="'src_pages': expected a tensor on a CUDA device"):
         ridgeline.copy_pages(source.to(device).cache, target.to(device).cache, pages.cpu(), pages)
     check_copy(device, source, target, [1], [2])
 

@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kRopeMaxThreads, 2)
           if (at.count > 1) scales[i] += squares(x);
         }
       }
-      group_sum(scales, team_size);
+      group_reduce<Sum>(scales, team_size);
 #pragma unroll
       for (uint32 i = 0; i < kHeads; ++i) {
         scales[i] = rsqrtf(__fdividef(scales[i], params.norm.head_dim) + params.norm.eps);
