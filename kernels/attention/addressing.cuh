@@ -10,6 +10,7 @@
 #include "attention/params.h"
 #include "attention/work_item.cuh"
 #include "common/opaque.cuh"
+#include "common/prefetch.cuh"
 
 namespace ridgeline {
 
@@ -116,6 +117,7 @@ struct PooledRows {
 template <typename T>
 struct PagedKv {
   using Element = T;
+  static constexpr int kLookAhead = 1024;  // tokens
 
   const BatchAttentionParams& params;
   const BatchItem& item;
@@ -133,7 +135,12 @@ struct PagedKv {
     const int row = lane_row<kLoaders>();
     if (row < kRows) {
       const int token = min(first_token + row, end - 1);
-      next = __ldg(params.kv_indices + item.kv_origin + params.page_size.quotient(token));
+      const int* entry = params.kv_indices + item.kv_origin + params.page_size.quotient(token);
+      next = __ldg(entry);
+      // Pages of one token: the table's lines come from memory as fast as they are used, so fetch
+      // them into L2 before their turn.
+      if (params.page_size.divisor == 1 && token + kLookAhead < end)
+        prefetch_l2(entry + kLookAhead);
     }
   }
 

@@ -527,7 +527,7 @@ void run(const Inputs& in, const Lengths& of, const BatchOptions& options, const
          {.grid_x = static_cast<unsigned>(plan.num_ctas),
           .block = static_cast<unsigned>(plan.block),
           .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem),
-          .pdl = gpu.sm >= 90 && own_list.has_value()},
+          .pdl = gpu.sm >= 90},
          &params);
 
   const ListLayout layout = list_layout(of.batch_size(), of.num_tokens, of.group_size(),
