@@ -1,16 +1,16 @@
 // Where the keys and values of a token lie. An addressing type names the element type of the cache
 // and is made once for a work item. What the addresses of a step depend on is read by prefetch(),
-// before it is needed; advance() puts the last of it to use, so that keys() and then
-// values() of that step may follow. keys(first_token, end) and values(...) answer with an object
-// whose at(row, pass, element) is the address in token first_token + row, the row that the calling
-// thread loads in that pass.
+// before it is needed; where a warp's step has no more than half as many rows as lanes, that of the
+// step after it too (`stride` tokens on). advance() puts the last of it to use. keys(first_token,
+// end, second) and values(...), for the first step or the second, answer with an object whose
+// at(row, pass, element) is the address in token first_token + row, the row that the calling thread
+// loads in that pass.
 #pragma once
 
 #include "attention/batch_params.h"
 #include "attention/params.h"
 #include "attention/work_item.cuh"
 #include "common/opaque.cuh"
-#include "common/prefetch.cuh"
 
 namespace ridgeline {
 
@@ -44,14 +44,16 @@ struct StridedKv {
 
   __device__ __forceinline__ void advance() {}
   template <int kRows, int kLoaders>
-  __device__ __forceinline__ void prefetch(int /*first_token*/, int /*end*/) {}
+  __device__ __forceinline__ void prefetch(int /*first_token*/, int /*stride*/, int /*end*/) {}
 
   template <int kLoaders>
-  __device__ __forceinline__ StridedRows<T> keys(int first_token, int /*end*/) const {
+  __device__ __forceinline__ StridedRows<T> keys(int first_token, int /*end*/,
+                                                 bool /*second*/) const {
     return {first_key, key_stride, first_token};
   }
   template <int kLoaders>
-  __device__ __forceinline__ StridedRows<T> values(int first_token, int /*end*/) const {
+  __device__ __forceinline__ StridedRows<T> values(int first_token, int /*end*/,
+                                                   bool /*second*/) const {
     return {first_value, value_stride, first_token};
   }
 };
@@ -81,17 +83,19 @@ struct RaggedKv {
 
   __device__ __forceinline__ void advance() {}
   template <int kRows, int kLoaders>
-  __device__ __forceinline__ void prefetch(int /*first_token*/, int /*end*/) {}
+  __device__ __forceinline__ void prefetch(int /*first_token*/, int /*stride*/, int /*end*/) {}
 
   template <int kLoaders>
-  __device__ __forceinline__ RaggedRows<T> keys(int first_token, int /*end*/) const {
+  __device__ __forceinline__ RaggedRows<T> keys(int first_token, int /*end*/,
+                                                bool /*second*/) const {
     return {static_cast<const T*>(params.attention.k) +
                 item.work.kv_head * params.attention.k_stride_head +
                 item.kv_origin * params.k_origin_stride,
             params.attention.k_stride_token, first_token};
   }
   template <int kLoaders>
-  __device__ __forceinline__ RaggedRows<T> values(int first_token, int /*end*/) const {
+  __device__ __forceinline__ RaggedRows<T> values(int first_token, int /*end*/,
+                                                  bool /*second*/) const {
     return {static_cast<const T*>(params.attention.v) +
                 item.work.kv_head * params.attention.v_stride_head +
                 item.kv_origin * params.v_origin_stride,
@@ -100,29 +104,31 @@ struct RaggedKv {
 };
 
 // Rows whose places in the pool the lanes of a warp know. Eight lanes load a row of a pass
-// together; the p-th of them knows the place of their row in pass p.
+// together; the p-th of them knows the place of their row in pass p, counted from first_pass.
 template <typename T>
 struct PooledRows {
   const T* pool;
   uint32 place;  // units from the pool's begin to this lane's row
   uint32 unit;   // elements
+  int first_pass;
 
   __device__ __forceinline__ const T* at(int /*row*/, int pass, int element) const {
-    return pool + uint64(__shfl_sync(0xffffffffu, place, pass, 8)) * unit + uint32(element);
+    return pool + uint64(__shfl_sync(0xffffffffu, place, first_pass + pass, 8)) * unit +
+           uint32(element);
   }
 };
 
 // Pages of page_size tokens, in the order of a table. A warp loads four rows of a pass and at most
-// 32 of a step: each lane looks up the page of one of them, and tells the others the place.
+// 32 of a step: each lane looks up the page of one of them, and tells the others the place. With
+// 16 rows a step, half of the lanes look up those of the next step.
 template <typename T>
 struct PagedKv {
   using Element = T;
-  static constexpr int kLookAhead = 1024;  // tokens
 
   const BatchAttentionParams& params;
   const BatchItem& item;
   uint32 page;  // of this lane's row
-  uint32 next;  // of its row in the next step
+  uint32 next;  // what it will be
 
   __device__ __forceinline__ PagedKv(const BatchAttentionParams& params, const BatchItem& item)
       : params(params), item(item), page(0), next(0) {}
@@ -130,38 +136,35 @@ struct PagedKv {
   __device__ __forceinline__ void advance() { page = next; }
 
   template <int kRows, int kLoaders>
-  __device__ __forceinline__ void prefetch(int first_token, int end) {
+  __device__ __forceinline__ void prefetch(int first_token, int stride, int end) {
     static_assert(kRows <= kLoaders, "a warp has a lane for each of its rows");
+    constexpr bool kPairs = kLoaders == 32 && kRows == kPairedRows;
     const int row = lane_row<kLoaders>();
-    if (row < kRows) {
-      const int token = min(first_token + row, end - 1);
-      const int* entry = params.kv_indices + item.kv_origin + params.page_size.quotient(token);
-      next = __ldg(entry);
-      // Pages of one token: the table's lines come from memory as fast as they are used, so fetch
-      // them into L2 before their turn.
-      if (params.page_size.divisor == 1 && token + kLookAhead < end)
-        prefetch_l2(entry + kLookAhead);
+    if (kPairs || row < kRows) {
+      const int later = kPairs && row >= kRows ? stride - kRows : 0;
+      const int token = min(first_token + later + row, end - 1);
+      next = __ldg(params.kv_indices + item.kv_origin + params.page_size.quotient(token));
     }
   }
 
   template <int kLoaders>
-  __device__ __forceinline__ PooledRows<T> keys(int first_token, int end) const {
+  __device__ __forceinline__ PooledRows<T> keys(int first_token, int end, bool second) const {
     return {static_cast<const T*>(params.attention.k) +
                 item.work.kv_head * params.attention.k_stride_head,
-            place(min(first_token + lane_row<kLoaders>(), end - 1), params.k_page_units,
-                  params.k_token_units),
-            params.k_unit};
+            place<kLoaders>(first_token, end, second, params.k_page_units, params.k_token_units),
+            params.k_unit, second ? kPairedRows / 4 : 0};
   }
   template <int kLoaders>
-  __device__ __forceinline__ PooledRows<T> values(int first_token, int end) const {
+  __device__ __forceinline__ PooledRows<T> values(int first_token, int end, bool second) const {
     return {static_cast<const T*>(params.attention.v) +
                 item.work.kv_head * params.attention.v_stride_head,
-            place(min(first_token + lane_row<kLoaders>(), end - 1), params.v_page_units,
-                  params.v_token_units),
-            params.v_unit};
+            place<kLoaders>(first_token, end, second, params.v_page_units, params.v_token_units),
+            params.v_unit, second ? kPairedRows / 4 : 0};
   }
 
  private:
+  static constexpr int kPairedRows = 16;
+
   // This lane's row of a step, whose rows kLoaders threads load.
   template <int kLoaders>
   static __device__ __forceinline__ int lane_row() {
@@ -169,8 +172,12 @@ struct PagedKv {
     return loader % 8 * (kLoaders / 8) + loader / 8;
   }
 
-  // A page number beyond the pool means the last page.
-  __device__ __forceinline__ uint32 place(int token, uint32 page_units, uint32 token_units) const {
+  // Of this lane's row. A page number beyond the pool means the last page.
+  template <int kLoaders>
+  __device__ __forceinline__ uint32 place(int first_token, int end, bool second, uint32 page_units,
+                                          uint32 token_units) const {
+    const int row = lane_row<kLoaders>() - (second ? kPairedRows : 0);
+    const int token = max(0, min(first_token + row, end - 1));
     const uint32 entry = params.page_size.remainder(token);
     return min(page, uint32(params.num_pages - 1)) * page_units + entry * token_units;
   }

@@ -47,9 +47,9 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   using Variant = typename Traits::Variant;
   constexpr int kStages = Traits::kStages;
   constexpr int kPending = 2 * (kStages - 1);  // groups younger than the one a step waits for
-  // Steps by which page numbers are read before the keys' load starts; 0: half a step. Why not 1
+  // Page numbers are read for two steps at once, two steps before the loads that want them. Why not
   // always: with more rows half a step is longer than a trip to memory, and registers are scarce.
-  constexpr int kAhead = Traits::kSplitsKeys ? 1 : 0;
+  constexpr bool kPairs = Traits::kSplitsKeys;
 
   const WorkItem& work = get_work(index);
   const int warp = threadIdx.x / 32;
@@ -70,38 +70,45 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   typename Traits::Kv kv = make_kv(work);
 
   const auto start_keys = [&](int step, int stage) {
-    if constexpr (kAhead == 0) kv.advance();
+    if constexpr (!kPairs) kv.advance();
     if (step < num_steps) {
       load_keys<Traits>(params, kv, key_address + stage * Traits::kKeyBytes, loader,
-                        first_key + step * Traits::kKvTile, work.kv_end);
+                        first_key + step * Traits::kKvTile, work.kv_end, kPairs && step % 2 != 0);
     }
     cp_async_commit();
   };
-  // What the addresses of a step need from memory.
-  const auto prefetch = [&](int step) {
-    if constexpr (kAhead == 1) kv.advance();
+  // Before the keys of a step: reads what the addresses of later ones need, or of this one.
+  const auto fetch_pages = [&](int step) {
     if (step < num_steps) {
       kv.template prefetch<Traits::kKeys, Traits::kLoaders>(first_key + step * Traits::kKvTile,
-                                                            work.kv_end);
+                                                            Traits::kKvTile, work.kv_end);
+    }
+  };
+  const auto prefetch = [&](int step) {
+    if constexpr (!kPairs) {
+      fetch_pages(step);
+    } else if (step % 2 == 0) {
+      kv.advance();
+      fetch_pages(step + 2);
     }
   };
   const auto start_values = [&](int step, int stage) {
     if (step < num_steps) {
       load_values<Traits>(params, kv, value_address + stage * Traits::kValueBytes, loader,
-                          first_key + step * Traits::kKvTile, work.kv_end);
+                          first_key + step * Traits::kKvTile, work.kv_end, kPairs && step % 2 != 0);
     }
     cp_async_commit();
   };
 
+  if constexpr (kPairs) fetch_pages(0);
   prefetch(0);
   load_query<Traits>(params, work, num_rows, query_address);
   cp_async_commit();
-  if constexpr (kAhead == 1) prefetch(1);
   start_keys(0, 0);
 #pragma unroll
   for (int stage = 1; stage < kStages; ++stage) {
     start_values(stage - 1, stage - 1);
-    prefetch(stage + kAhead);
+    prefetch(stage);
     start_keys(stage, stage);
   }
 
@@ -133,7 +140,7 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     cp_async_wait<kPending>();
     pipeline_barrier<Traits>();
     start_values(step + kStages - 1, previous_stage);
-    prefetch(step + kStages + kAhead);
+    prefetch(step + kStages);
     if constexpr (Variant::kTransformsKey) {
       Variant::template key<typename Traits::Element, Traits::kQk>(
           params, scratch, key_tiles + stage * Traits::kKeyBytes, Traits::kKeys, loader,

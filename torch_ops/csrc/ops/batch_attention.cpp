@@ -523,11 +523,12 @@ void run(const Inputs& in, const Lengths& of, const BatchOptions& options, const
   params.attention.partial_out = static_cast<float*>(parts.mutable_data_ptr());
   params.attention.partial_stats =
       params.attention.partial_out + plan.num_partial_rows * of.head_dim_vo;
+  // Why no programmatic launch: CTAs that come while another kernel holds an SM crowd onto the
+  // others, and each has an equal share of the work.
   launch(attention_kernel(plan, problem.paged, problem.bf16, batch_variant(problem)), gpu,
          {.grid_x = static_cast<unsigned>(plan.num_ctas),
           .block = static_cast<unsigned>(plan.block),
-          .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem),
-          .pdl = gpu.sm >= 90},
+          .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
          &params);
 
   const ListLayout layout = list_layout(of.batch_size(), of.num_tokens, of.group_size(),
