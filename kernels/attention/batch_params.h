@@ -106,9 +106,10 @@ constexpr ListLayout list_layout(int64 batch_size, int64 num_tokens, int64 group
 
 // A tile height of the kernel, and what the scheduler must know of it.
 struct TileHeight {
-  Divider tile_q;    // rows
-  Divider kv_tile;   // keys
-  int step_cost;     // time of one KV tile, relative
+  Divider tile_q;   // rows
+  Divider kv_tile;  // keys
+  int step_cost;    // time of one KV tile, relative
+  Divider steps_of_cost;
   int tile_cost;     // time of a query tile beside its KV tiles
   int min_kv_tiles;  // of a part: less is not worth a partial result
 };
@@ -137,7 +138,8 @@ struct ScheduleParams {
   int slot_rows;  // rows of a partial result
   int tag;
 };
-inline constexpr int kScheduleThreads = 1024;
+inline constexpr int kScheduleThreads = 512;
+inline constexpr int kMaxScheduleCtas = 16;
 
 // A pool of pages, or dense keys, of which a request has the part from its origin on. Offsets into
 // a pool count units of 2^k elements that divide all strides, so that they fit 32 bits.

@@ -1,4 +1,5 @@
-// The work list of a batch, made on the GPU by one CTA of 1,024 threads.
+// The work list of a batch, made on the GPU by a few CTAs of 512 threads. Each finds all cuts; then
+// they share the writing of the records.
 //
 // Items are query tiles (batch_invariant: and parts of them), numbered by request; each stands for
 // as many units as there are KV heads, all of one cost. The costs of all units, end to end, are cut
@@ -9,9 +10,9 @@
 // once. Parts of one unit have consecutive slots of partial results, in the order of their keys.
 // All lengths are clamped, so that bad contents give wrong work but none out of bounds. All SMs.
 //
-// Why so little code: a step of a model has pushed it out of the caches, and each 128 bytes of it
-// are fetched from memory once. So each step of the way has one place in the kernel, and what it
-// found is kept, in shared memory for up to kKeptInSmem requests and items.
+// Each step of the way has one place in the kernel, and what it found is kept, in shared memory for
+// up to kKeptInSmem requests and items; beyond that in the list, where all CTAs write the same.
+// Why 512 threads: 32 warps took 9 us, mostly for instructions of warps that had nothing to do.
 #pragma once
 
 #include "attention/batch_params.h"
@@ -113,30 +114,28 @@ __device__ __forceinline__ int invariant_pieces(const TileHeight& height, int nu
 }
 
 // Sums over the block of what the threads before this one hold; `total` gets the sum of all.
-__device__ __noinline__ int64 exclusive_sum(int64 value, int64* warp_sums, int64& total) {
+__device__ __forceinline__ int64 exclusive_sum(int64 value, int64* warp_sums, int64& total) {
+  constexpr int kWarps = kScheduleThreads / 32;
   const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   int64 sum = value;
-  int64 of_warp = 0;
-#pragma unroll 1
-  for (int level = 0; level < 2; ++level) {
-    int64 within = level == 0 ? value : warp_sums[lane];
-#pragma unroll 1
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int64 other = __shfl_up_sync(0xffffffffu, within, distance);
-      if (lane >= distance) within += other;
-    }
-    if (level == 0) {
-      sum = within;
-      __syncthreads();
-      if (lane == 31) warp_sums[threadIdx.x / 32] = within;
-      __syncthreads();
-    } else {
-      of_warp = within;
-    }
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int64 other = __shfl_up_sync(0xffffffffu, sum, distance);
+    if (lane >= distance) sum += other;
   }
-  total = __shfl_sync(0xffffffffu, of_warp, 31);
-  const int64 before = __shfl_sync(0xffffffffu, of_warp, max(int(threadIdx.x) / 32 - 1, 0));
-  return sum - value + (threadIdx.x < 32 ? 0 : before);
+  __syncthreads();
+  if (lane == 31) warp_sums[warp] = sum;
+  __syncthreads();
+  int64 of_warps = lane < kWarps ? warp_sums[lane] : 0;
+#pragma unroll
+  for (int distance = 1; distance < kWarps; distance *= 2) {
+    const int64 other = __shfl_up_sync(0xffffffffu, of_warps, distance);
+    if (lane >= distance) of_warps += other;
+  }
+  total = __shfl_sync(0xffffffffu, of_warps, kWarps - 1);
+  const int64 before = __shfl_sync(0xffffffffu, of_warps, max(warp - 1, 0));
+  return sum - value + (warp == 0 ? 0 : before);
 }
 
 // The last i in [0, count) with starts[i] <= value, given starts[0] <= value.
@@ -183,12 +182,14 @@ __device__ __forceinline__ Cut find_cut(const ScheduleParams& params, const Foun
   const TileHeight& height = params.heights[height_of(params, num_rows)];
   const int num_tiles = num_kv_tiles(height, item);
   const int64 cost = cost_of(height, num_tiles);
-  const int head = int(rest / cost);
+  // Why two: a division of 64 bits takes ten times as long.
+  const int head = total < kMaxLength ? int(uint32(rest) / uint32(cost)) : int(rest / cost);
   const int64 within = rest - head * cost;
   const Cut begin = {index * num_heads + head, 0};
   const Cut end = {begin.unit + 1, 0};
   if (params.invariant) return 2 * within < cost ? begin : end;
-  const int before = int(within * num_tiles / cost);
+  const int keys_cost = int(min(max(within - height.tile_cost, 0ll), int64(kMaxLength)));
+  const int before = min(int(height.steps_of_cost.quotient(keys_cost)), num_tiles);
   const int after = num_tiles - before;
   const float share = float(total) / float(params.num_ctas * 32 * height.step_cost);
   const int least = max(height.min_kv_tiles, int(fminf(share, 1e9f)));
@@ -223,10 +224,11 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
 
   // The requests, and where each one's items begin.
   int64 items_before = 0;
+  bool one_each = params.batch_size <= kScheduleThreads;
 #pragma unroll 1
   for (int base = 0; base < params.batch_size; base += kScheduleThreads) {
     const int request = base + thread;
-    int64 count = 0;
+    int64 count = request < params.batch_size ? 0 : 1;
     if (request < params.batch_size) {
       const ScheduledRequest of = scheduled_request(params, request);
       found.requests[request] = of;
@@ -238,6 +240,14 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
         count = invariant_pieces(height, num_kv_tiles(height, tile));
       }
     }
+    // A batch of decodes needs no sums.
+    if (one_each) one_each = __syncthreads_and(count == 1);
+    if (one_each) {
+      if (request < params.batch_size) found.item_starts[request] = request;
+      items_before = params.batch_size;
+      break;
+    }
+    if (request >= params.batch_size) count = 0;
     int64 sum;
     const int64 before = items_before + exclusive_sum(count, warp_sums, sum);
     if (request < params.batch_size) {
@@ -256,7 +266,8 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
     const int index = base + thread;
     int64 cost = 0;
     if (index < num_items) {
-      const int request = last_at_most(found.item_starts, params.batch_size, index);
+      const int request =
+          one_each ? index : last_at_most(found.item_starts, params.batch_size, index);
       const ScheduledRequest of = found.requests[request];
       const int num_rows = num_rows_of(params, of.lengths);
       const TileHeight& height = params.heights[height_of(params, num_rows)];
@@ -284,32 +295,39 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   if (thread == 0) found.costs[num_items] = cost_before;
   __syncthreads();
 
-  // Cuts, and how many there are before each.
-  Cut cut = {num_items * num_heads, 0};
-  if (thread < params.num_ctas && num_items > 0) cut = find_cut(params, found, num_items, thread);
-  if (thread <= params.num_ctas) cuts[thread] = cut;
-  if (thread == 0) cuts[params.num_ctas] = {num_items * num_heads, 0};
+  // Cuts, and how many there are before each: inner ones, and in the upper half the units they cut.
+  for (int c = thread; c <= params.num_ctas; c += kScheduleThreads) {
+    const bool inside = c < params.num_ctas && num_items > 0;
+    cuts[c] = inside ? find_cut(params, found, num_items, c) : Cut{num_items * num_heads, 0};
+  }
   __syncthreads();
-  int is_inner = 0;
-  int is_first = 0;
-  if (thread < params.num_ctas && cut.kv_tile > 0) {
-    const Cut last = thread > 0 ? cuts[thread - 1] : Cut{-1, 0};
-    is_inner = last.unit != cut.unit || last.kv_tile != cut.kv_tile;
-    is_first = last.unit != cut.unit || last.kv_tile == 0;
+  int64 cuts_before = 0;
+#pragma unroll 1
+  for (int base = 0; base < params.num_ctas; base += kScheduleThreads) {
+    const int c = base + thread;
+    int64 count = 0;
+    if (c < params.num_ctas && cuts[c].kv_tile > 0) {
+      const Cut last = c > 0 ? cuts[c - 1] : Cut{-1, 0};
+      const bool is_inner = last.unit != cuts[c].unit || last.kv_tile != cuts[c].kv_tile;
+      const bool is_first = last.unit != cuts[c].unit || last.kv_tile == 0;
+      count = is_inner + (is_first ? 65536 : 0);
+    }
+    int64 sum;
+    const int before = int(cuts_before + exclusive_sum(count, warp_sums, sum) + count);
+    if (c < params.num_ctas) {
+      first_records[c] = cuts[c].unit + before % 65536;
+      cut_tiles_before[c] = before / 65536;
+      if (blockIdx.x == 0) params.list[kFirstRecordsAt + c] = first_records[c];
+    }
+    cuts_before += sum;
   }
-  int64 counts;
-  const int before = int(exclusive_sum(is_inner + is_first * 65536, warp_sums, counts));
-  const int num_cuts = int(counts) % 65536;
-  const int num_cut_tiles = int(counts) / 65536;
-  if (thread < params.num_ctas) {
-    first_records[thread] = cut.unit + before % 65536 + is_inner;
-    cut_tiles_before[thread] = before / 65536 + is_first;
-    params.list[kFirstRecordsAt + thread] = first_records[thread];
-  }
-  const int num_records = num_items * num_heads + num_cuts;
+  const int num_cut_tiles = int(cuts_before) / 65536;
+  const int num_records = num_items * num_heads + int(cuts_before) % 65536;
   if (thread == 0) {
     first_records[params.num_ctas] = num_records;
     cut_tiles_before[params.num_ctas] = num_cut_tiles;
+  }
+  if (thread == 0 && blockIdx.x == 0) {
     params.list[kFirstRecordsAt + params.num_ctas] = num_records;
     ListHeader header = {};
     header.tag = params.tag;
@@ -327,7 +345,8 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   WorkRecord* records = reinterpret_cast<WorkRecord*>(params.list + params.records_at);
   CutTile* cut_tiles = reinterpret_cast<CutTile*>(params.list + kCutTilesAt);
 #pragma unroll 1
-  for (int r = thread; r < num_records; r += kScheduleThreads) {
+  for (int r = blockIdx.x * kScheduleThreads + thread; r < num_records;
+       r += gridDim.x * kScheduleThreads) {
     const int c = last_at_most(first_records, params.num_ctas, r);
     const Cut from = cuts[c], to = cuts[c + 1];
     const int unit = from.unit + r - first_records[c];
@@ -378,14 +397,11 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
       int last = c + 1;
       while (last + 1 < params.num_ctas && cuts[last + 1].unit == unit) ++last;
       record.partial_row = (inner_cuts + tile - 1) * params.slot_rows;
-      cut_tiles[tile] = {of.q_begin,
-                         item.q_row_begin,
-                         record.kv_head,
-                         min(int(height.tile_q.divisor), num_rows - item.q_row_begin),
-                         record.partial_row,
-                         first_records[last] - unit - inner_cuts + 2,
-                         params.slot_rows,
-                         0};
+      cut_tiles[tile] = {
+          of.q_begin,         item.q_row_begin,
+          record.kv_head,     min(int(height.tile_q.divisor), num_rows - item.q_row_begin),
+          record.partial_row, first_records[last] - unit - inner_cuts + 2,
+          params.slot_rows,   0};
     }
     records[r] = record;
   }
@@ -393,7 +409,8 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   // Requests that have no item, so that no record could say that they have no parts.
   if (params.invariant) {
 #pragma unroll 1
-    for (int i = thread; i < params.batch_size * num_heads; i += kScheduleThreads) {
+    for (int i = blockIdx.x * kScheduleThreads + thread; i < params.batch_size * num_heads;
+         i += gridDim.x * kScheduleThreads) {
       const int request = params.num_kv_heads.quotient(i);
       if (found.item_starts[request + 1] == found.item_starts[request]) cut_tiles[i] = {};
     }

@@ -221,7 +221,11 @@ void launch_schedule(const Lengths& of, const BatchProblem& problem, const Batch
                                  .invariant = problem.invariant,
                                  .slot_rows = plan.slot_rows,
                                  .tag = tag_of(of, problem, plan)};
-  launch(schedule, gpu, {.block = kScheduleThreads}, &params);
+  const int64_t ctas = (layout.max_items * of.num_kv_heads + plan.num_ctas) / kScheduleThreads + 1;
+  launch(schedule, gpu,
+         {.grid_x = static_cast<unsigned>(std::min<int64_t>(ctas, kMaxScheduleCtas)),
+          .block = kScheduleThreads},
+         &params);
 }
 
 Tensor attention_schedule(const MaybeTensor& qo_indptr, const MaybeTensor& kv_indptr,

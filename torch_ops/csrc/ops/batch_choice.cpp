@@ -194,9 +194,11 @@ TileHeight tile_height(int dims, int tile_q, int sm) {
   const int kv_tile = tile_of(dims, tile_q, sm).kv_tile;
   const int per_64_keys = tile_q == 16 ? 4 : tile_q == 64 ? 5 : 7;
   const bool tall = tile_q > 16;
+  const int step_cost = std::max(1, per_64_keys * kv_tile / 64);
   return {.tile_q = make_divider(static_cast<uint32>(tile_q)),
           .kv_tile = make_divider(static_cast<uint32>(kv_tile)),
-          .step_cost = std::max(1, per_64_keys * kv_tile / 64),
+          .step_cost = step_cost,
+          .steps_of_cost = make_divider(static_cast<uint32>(step_cost)),
           .tile_cost = tall ? 10 : 2,
           .min_kv_tiles = tall ? std::max(1, 512 / kv_tile) : 1};
 }
