@@ -17,6 +17,21 @@ struct ListSource {
   }
 };
 
+// Why past L1: list_between reads and then changes it, on this SM too, and a kernel that starts
+// before another ends finds in L1 what that one has read.
+__device__ __forceinline__ Between between_of(const Scratch& memory, uint32 row) {
+  constexpr int kWords = sizeof(Between) / sizeof(uint4);
+  static_assert(kWords * sizeof(uint4) == sizeof(Between), "whole words");
+  union {
+    uint4 words[kWords];
+    Between between;
+  } read;
+  const uint4* words = reinterpret_cast<const uint4*>(memory.between + row);
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) read.words[i] = __ldcg(words + i);
+  return read.between;
+}
+
 struct Narrowed {
   uint64 cut;
   uint64 kept;  // mass
@@ -31,7 +46,7 @@ __device__ __forceinline__ bool narrow(const Scratch& memory, uint32 row, uint32
                                        const RowSummary& summary, SelectScratch& scratch,
                                        Narrowed& narrowed) {
   if (!memory.between) return false;
-  const Between between = memory.between[row];
+  const Between between = between_of(memory, row);
   if (!between.listable) return false;
   const uint32 num_segments = num_segments_of(vocab);
   const uint64* kept_of = memory.kept + static_cast<int64>(row) * num_segments;

@@ -48,7 +48,7 @@ struct PartInfo {
 // What a histogram tells of a row whose set may be large: elements of the bins from `sure` on are
 // kept by top-k and top-p, the list takes those of bins [first, sure) and of `k_bin`, where top-k
 // ends.
-struct Between {
+struct alignas(16) Between {
   uint32 listable;  // 0: the histogram does not tell enough, or was not asked
   uint32 first;
   uint32 sure;
