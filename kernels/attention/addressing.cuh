@@ -1,10 +1,8 @@
 // Where the keys and values of a token lie. An addressing type names the element type of the cache
-// and is made once for a work item. What the addresses of a step depend on is read by prefetch(),
-// before it is needed; where a warp's step has no more than half as many rows as lanes, that of the
-// step after it too (`stride` tokens on). advance() puts the last of it to use. keys(first_token,
-// end, second) and values(...), for the first step or the second, answer with an object whose
-// at(row, pass, element) is the address in token first_token + row, the row that the calling thread
-// loads in that pass.
+// and is made once for a work item. Before the keys of a step are loaded, and never later than the
+// values of the step before, prefetch() reads what their addresses depend on. keys(first_token,
+// end) and values(...) answer with an object whose at(row, pass, element) is the address in token
+// first_token + row, the row that the calling thread loads in that pass.
 #pragma once
 
 #include "attention/batch_params.h"
@@ -42,18 +40,15 @@ struct StridedKv {
         key_stride(params.k_stride_token),
         value_stride(params.v_stride_token) {}
 
-  __device__ __forceinline__ void advance() {}
   template <int kRows, int kLoaders>
-  __device__ __forceinline__ void prefetch(int /*first_token*/, int /*stride*/, int /*end*/) {}
+  __device__ __forceinline__ void prefetch(int /*first_token*/, int /*end*/) {}
 
   template <int kLoaders>
-  __device__ __forceinline__ StridedRows<T> keys(int first_token, int /*end*/,
-                                                 bool /*second*/) const {
+  __device__ __forceinline__ StridedRows<T> keys(int first_token, int /*end*/) const {
     return {first_key, key_stride, first_token};
   }
   template <int kLoaders>
-  __device__ __forceinline__ StridedRows<T> values(int first_token, int /*end*/,
-                                                   bool /*second*/) const {
+  __device__ __forceinline__ StridedRows<T> values(int first_token, int /*end*/) const {
     return {first_value, value_stride, first_token};
   }
 };
@@ -81,21 +76,18 @@ struct RaggedKv {
   __device__ __forceinline__ RaggedKv(const BatchAttentionParams& params, const BatchItem& item)
       : params(params), item(item) {}
 
-  __device__ __forceinline__ void advance() {}
   template <int kRows, int kLoaders>
-  __device__ __forceinline__ void prefetch(int /*first_token*/, int /*stride*/, int /*end*/) {}
+  __device__ __forceinline__ void prefetch(int /*first_token*/, int /*end*/) {}
 
   template <int kLoaders>
-  __device__ __forceinline__ RaggedRows<T> keys(int first_token, int /*end*/,
-                                                bool /*second*/) const {
+  __device__ __forceinline__ RaggedRows<T> keys(int first_token, int /*end*/) const {
     return {static_cast<const T*>(params.attention.k) +
                 item.work.kv_head * params.attention.k_stride_head +
                 item.kv_origin * params.k_origin_stride,
             params.attention.k_stride_token, first_token};
   }
   template <int kLoaders>
-  __device__ __forceinline__ RaggedRows<T> values(int first_token, int /*end*/,
-                                                  bool /*second*/) const {
+  __device__ __forceinline__ RaggedRows<T> values(int first_token, int /*end*/) const {
     return {static_cast<const T*>(params.attention.v) +
                 item.work.kv_head * params.attention.v_stride_head +
                 item.kv_origin * params.v_origin_stride,
@@ -104,23 +96,20 @@ struct RaggedKv {
 };
 
 // Rows whose places in the pool the lanes of a warp know. Eight lanes load a row of a pass
-// together; the p-th of them knows the place of their row in pass p, counted from first_pass.
+// together; the p-th of them knows the place of their row in pass p.
 template <typename T>
 struct PooledRows {
   const T* pool;
   uint32 place;  // units from the pool's begin to this lane's row
   uint32 unit;   // elements
-  int first_pass;
 
   __device__ __forceinline__ const T* at(int /*row*/, int pass, int element) const {
-    return pool + uint64(__shfl_sync(0xffffffffu, place, first_pass + pass, 8)) * unit +
-           uint32(element);
+    return pool + uint64(__shfl_sync(0xffffffffu, place, pass, 8)) * unit + uint32(element);
   }
 };
 
 // Pages of page_size tokens, in the order of a table. A warp loads four rows of a pass and at most
-// 32 of a step: each lane looks up the page of one of them, and tells the others the place. With
-// 16 rows a step, half of the lanes look up those of the next step.
+// 32 of a step: each lane looks up the page of one of them, and tells the others the place.
 template <typename T>
 struct PagedKv {
   using Element = T;
@@ -128,43 +117,38 @@ struct PagedKv {
   const BatchAttentionParams& params;
   const BatchItem& item;
   uint32 page;  // of this lane's row
-  uint32 next;  // what it will be
 
   __device__ __forceinline__ PagedKv(const BatchAttentionParams& params, const BatchItem& item)
-      : params(params), item(item), page(0), next(0) {}
-
-  __device__ __forceinline__ void advance() { page = next; }
+      : params(params), item(item), page(0) {}
 
   template <int kRows, int kLoaders>
-  __device__ __forceinline__ void prefetch(int first_token, int stride, int end) {
+  __device__ __forceinline__ void prefetch(int first_token, int end) {
     static_assert(kRows <= kLoaders, "a warp has a lane for each of its rows");
-    constexpr bool kPairs = kLoaders == 32 && kRows == kPairedRows;
     const int row = lane_row<kLoaders>();
-    if (kPairs || row < kRows) {
-      const int later = kPairs && row >= kRows ? stride - kRows : 0;
-      const int token = min(first_token + later + row, end - 1);
-      next = __ldg(params.kv_indices + item.kv_origin + params.page_size.quotient(token));
+    if (row < kRows) {
+      const int token = min(first_token + row, end - 1);
+      page = __ldg(params.kv_indices + item.kv_origin + params.page_size.quotient(token));
     }
   }
 
   template <int kLoaders>
-  __device__ __forceinline__ PooledRows<T> keys(int first_token, int end, bool second) const {
+  __device__ __forceinline__ PooledRows<T> keys(int first_token, int end) const {
     return {static_cast<const T*>(params.attention.k) +
                 item.work.kv_head * params.attention.k_stride_head,
-            place<kLoaders>(first_token, end, second, params.k_page_units, params.k_token_units),
-            params.k_unit, second ? kPairedRows / 4 : 0};
+            place(min(first_token + lane_row<kLoaders>(), end - 1), params.k_page_units,
+                  params.k_token_units),
+            params.k_unit};
   }
   template <int kLoaders>
-  __device__ __forceinline__ PooledRows<T> values(int first_token, int end, bool second) const {
+  __device__ __forceinline__ PooledRows<T> values(int first_token, int end) const {
     return {static_cast<const T*>(params.attention.v) +
                 item.work.kv_head * params.attention.v_stride_head,
-            place<kLoaders>(first_token, end, second, params.v_page_units, params.v_token_units),
-            params.v_unit, second ? kPairedRows / 4 : 0};
+            place(min(first_token + lane_row<kLoaders>(), end - 1), params.v_page_units,
+                  params.v_token_units),
+            params.v_unit};
   }
 
  private:
-  static constexpr int kPairedRows = 16;
-
   // This lane's row of a step, whose rows kLoaders threads load.
   template <int kLoaders>
   static __device__ __forceinline__ int lane_row() {
@@ -172,12 +156,8 @@ struct PagedKv {
     return loader % 8 * (kLoaders / 8) + loader / 8;
   }
 
-  // Of this lane's row. A page number beyond the pool means the last page.
-  template <int kLoaders>
-  __device__ __forceinline__ uint32 place(int first_token, int end, bool second, uint32 page_units,
-                                          uint32 token_units) const {
-    const int row = lane_row<kLoaders>() - (second ? kPairedRows : 0);
-    const int token = max(0, min(first_token + row, end - 1));
+  // A page number beyond the pool means the last page.
+  __device__ __forceinline__ uint32 place(int token, uint32 page_units, uint32 token_units) const {
     const uint32 entry = params.page_size.remainder(token);
     return min(page, uint32(params.num_pages - 1)) * page_units + entry * token_units;
   }

@@ -47,9 +47,6 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   using Variant = typename Traits::Variant;
   constexpr int kStages = Traits::kStages;
   constexpr int kPending = 2 * (kStages - 1);  // groups younger than the one a step waits for
-  // Page numbers are read for two steps at once, two steps before the loads that want them. Why not
-  // always: with more rows half a step is longer than a trip to memory, and registers are scarce.
-  constexpr bool kPairs = Traits::kSplitsKeys;
 
   const WorkItem& work = get_work(index);
   const int warp = threadIdx.x / 32;
@@ -70,37 +67,27 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   typename Traits::Kv kv = make_kv(work);
 
   const auto start_keys = [&](int step, int stage) {
-    if constexpr (!kPairs) kv.advance();
     if (step < num_steps) {
       load_keys<Traits>(params, kv, key_address + stage * Traits::kKeyBytes, loader,
-                        first_key + step * Traits::kKvTile, work.kv_end, kPairs && step % 2 != 0);
+                        first_key + step * Traits::kKvTile, work.kv_end);
     }
     cp_async_commit();
   };
-  // Before the keys of a step: reads what the addresses of later ones need, or of this one.
-  const auto fetch_pages = [&](int step) {
+  // What the addresses of a step need from memory, ahead of its keys; its values use it too.
+  const auto prefetch = [&](int step) {
     if (step < num_steps) {
       kv.template prefetch<Traits::kKeys, Traits::kLoaders>(first_key + step * Traits::kKvTile,
-                                                            Traits::kKvTile, work.kv_end);
-    }
-  };
-  const auto prefetch = [&](int step) {
-    if constexpr (!kPairs) {
-      fetch_pages(step);
-    } else if (step % 2 == 0) {
-      kv.advance();
-      fetch_pages(step + 2);
+                                                            work.kv_end);
     }
   };
   const auto start_values = [&](int step, int stage) {
     if (step < num_steps) {
       load_values<Traits>(params, kv, value_address + stage * Traits::kValueBytes, loader,
-                          first_key + step * Traits::kKvTile, work.kv_end, kPairs && step % 2 != 0);
+                          first_key + step * Traits::kKvTile, work.kv_end);
     }
     cp_async_commit();
   };
 
-  if constexpr (kPairs) fetch_pages(0);
   prefetch(0);
   load_query<Traits>(params, work, num_rows, query_address);
   cp_async_commit();

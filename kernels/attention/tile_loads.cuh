@@ -54,8 +54,8 @@ __device__ __forceinline__ void load_query(const AttentionParams& params, const 
 template <typename Traits>
 __device__ __forceinline__ void load_keys(const AttentionParams& params,
                                           const typename Traits::Kv& kv, uint32 tile, int thread,
-                                          int first_token, int end, bool second) {
-  const auto keys = kv.template keys<Traits::kLoaders>(first_token, end, second);
+                                          int first_token, int end) {
+  const auto keys = kv.template keys<Traits::kLoaders>(first_token, end);
   load_rows<Traits::kKeys, Traits::kQk, Traits::kLoaders, typename Traits::Element>(
       tile, thread, params.head_dim_qk, end - first_token,
       [&](int row, int pass, int element) { return keys.at(row, pass, element); });
@@ -64,8 +64,8 @@ __device__ __forceinline__ void load_keys(const AttentionParams& params,
 template <typename Traits>
 __device__ __forceinline__ void load_values(const AttentionParams& params,
                                             const typename Traits::Kv& kv, uint32 tile, int thread,
-                                            int first_token, int end, bool second) {
-  const auto values = kv.template values<Traits::kLoaders>(first_token, end, second);
+                                            int first_token, int end) {
+  const auto values = kv.template values<Traits::kLoaders>(first_token, end);
   load_rows<Traits::kKeys, Traits::kVo, Traits::kLoaders, typename Traits::Element>(
       tile, thread, params.head_dim_vo, end - first_token,
       [&](int row, int pass, int element) { return values.at(row, pass, element); });
