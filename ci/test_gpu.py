@@ -7,6 +7,7 @@ ci/sanitize.py. All jobs run side by side; each writes build/gpu/logs/<job>.log.
 ARCH    architectures, default 75,80,89,90a
 WHEEL   the built wheel to test; without it the checkout is compiled against the torch here
 ARGS    more arguments for pytest, such as "-k decode"
+SHARDS  processes for each architecture, default as many as the cores serve, at most 6
 TIMEOUT seconds for all of it, default 1500
 """
 
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from common import ROOT, Stopwatch, say
@@ -93,12 +95,13 @@ def prepare(archs: list[str], env: dict[str, str]) -> None:
     say(f"compiled the core table for {', '.join(archs)} in {watch}")
 
 
-def pytest_job(arch: str, env: dict[str, str]) -> Job:
+def pytest_job(arch: str, shard: int, num_shards: int, env: dict[str, str]) -> Job:
+    name = f"sm_{arch}" if num_shards == 1 else f"sm_{arch}_{shard + 1}of{num_shards}"
     command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml")]
-    command += ["--rootdir", str(ROOT), "-o", f"cache_dir={LOGS / arch}", "-m", "gpu"]
-    command += ["--arch", arch]
+    command += ["--rootdir", str(ROOT), "-o", f"cache_dir={LOGS / name}", "-m", "gpu"]
+    command += ["--arch", arch, "--shard", f"{shard}/{num_shards}"]
     command += ["--durations", "10", *shlex.split(os.environ.get("ARGS", "")), str(ROOT / "tests")]
-    return start(f"sm_{arch}", command, env)
+    return start(name, command, env)
 
 
 def sanitizer_job(tool: str, arch: str, sanitizer: str, env: dict[str, str]) -> Job:
@@ -158,11 +161,14 @@ def main() -> int:
     prepare(archs, env)
     gpus = [str(index) for index in range(count_gpus())]
     jobs = []
-    for index, arch in enumerate(archs):
+    cores = os.cpu_count() or 1
+    num_shards = int(os.environ.get("SHARDS") or max(1, min(6, cores // (2 * len(archs)))))
+    env["OMP_NUM_THREADS"] = str(max(1, cores // (num_shards * len(archs))))
+    for index, (arch, shard) in enumerate(product(archs, range(num_shards))):
         # Each job sees all GPUs, and another one first.
         first = index % len(gpus)
         order = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[first:] + gpus[:first])}
-        jobs.append(pytest_job(arch, {**env, **order}))
+        jobs.append(pytest_job(arch, shard, num_shards, {**env, **order}))
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:
         chosen = [arch for arch in SANITIZED_ARCHS if arch in archs] or archs[:1]

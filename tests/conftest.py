@@ -1,6 +1,7 @@
 """Options, fixtures and reports that every test file shares.
 
 ``--arch X``   run that architecture's code path (75, 80, 86, 89, 90a); default: the GPU's own.
+``--shard I/N``  a part of the tests, for N processes side by side.
 ``device``     "cpu" and "cuda"; without a GPU the second is left out, and the last lines say so.
 ``rng``        a generator seeded afresh each run; a failure prints the seed and how to rerun alone.
 
@@ -36,6 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="native",
         help="architecture whose code path the GPU tests run (default: the GPU's own)",
     )
+    parser.addoption(
+        "--shard",
+        default="0/1",
+        metavar="I/N",
+        help="every N-th test from the I-th on, so that N processes share a run",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -64,6 +71,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shard, num_shards = (int(part) for part in config.getoption("--shard").split("/"))
+    if num_shards > 1:
+        kept = [i for i in items if zlib.crc32(i.nodeid.encode()) % num_shards == shard]
+        config.hook.pytest_deselected(items=[i for i in items if i not in set(kept)])
+        items[:] = kept
     if torch.cuda.is_available():
         major, _ = torch.cuda.get_device_capability()
         if config.getoption("--arch") not in ("native", "90a" if major == 9 else "native"):
