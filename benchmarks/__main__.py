@@ -36,6 +36,7 @@ NAMES = (
     "sampling",
     "attention_decode",
     "attention_prefill",
+    "batch_attention",
     "host",
     "first_call",
 )

@@ -151,8 +151,15 @@ def sdpa(
     backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool
 ) -> Callable[[], Call]:
     """torch's attention on views of the same memory: q, k, v are [length, heads, head_dim]."""
-    q4, k4, v4 = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
+    return sdpa_batch(backend, q[None], k[None], v[None], causal=causal)
+
+
+def sdpa_batch(
+    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool
+) -> Callable[[], Call]:
+    """The same for [batch_size, length, heads, head_dim]."""
+    q4, k4, v4 = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[2] != k.shape[2]
 
     def prepare() -> Call:
         def call() -> torch.Tensor:
@@ -160,7 +167,7 @@ def sdpa(
                 out = F.scaled_dot_product_attention(
                     q4, k4, v4, is_causal=causal, enable_gqa=grouped
                 )
-            return out.squeeze(0).transpose(0, 1)
+            return out.transpose(1, 2)
 
         call()
         return call
