@@ -242,9 +242,9 @@ Tensor attention_schedule(const MaybeTensor& qo_indptr, const MaybeTensor& kv_in
                            : Arg{kOp, "qo_indptr", *qo_indptr};
   check_cuda(as);
   check_lengths(of, as);
-  const Device& gpu = device(as.tensor.get_device_index());
+  const Device& gpu = device(as.gpu);
   const BatchProblem problem = problem_of(of);
-  const Tensor list = empty(as.tensor, {list_length(of)}, Dtype::Int);
+  const Tensor list = empty(as.gpu, {list_length(of)}, Dtype::Int);
   launch_schedule(of, problem, plan_batch(problem, gpu_of(gpu)), gpu, list);
   return list;
 }
@@ -257,12 +257,12 @@ struct Cache {
   int outer_dim, token_dim, head_dim;  // -1: there is none
 };
 
-Cache cache_of(const Tensor& k, bool ragged, bool hnd) {
+Cache cache_of(const Arg& k, bool ragged, bool hnd) {
   const int first = ragged ? 0 : 1;
   const int token_dim = first + (hnd ? 1 : 0);
   const int head_dim = first + (hnd ? 0 : 1);
-  return {ragged ? 1 : k.size(0), k.size(token_dim), k.size(head_dim),
-          ragged ? -1 : 0,        token_dim,         head_dim};
+  return {ragged ? 1 : k.sizes[0], k.sizes[token_dim], k.sizes[head_dim],
+          ragged ? -1 : 0,         token_dim,          head_dim};
 }
 
 struct Units {
@@ -271,8 +271,8 @@ struct Units {
 
 // Strides of a pool in units that divide them, so that places in it fit 32 bits.
 Units units_of(const Arg& arg, const Cache& cache) {
-  const int64_t page = cache.outer > 1 ? arg.tensor.stride(cache.outer_dim) : 0;
-  const int64_t token = cache.tokens > 1 ? arg.tensor.stride(cache.token_dim) : 0;
+  const int64_t page = cache.outer > 1 ? arg.strides[cache.outer_dim] : 0;
+  const int64_t token = cache.tokens > 1 ? arg.strides[cache.token_dim] : 0;
   const int64_t both = page | token;
   const int64_t unit = both == 0 ? 1 : std::min(both & -both, int64_t{1} << 30);
   if (page < 0 || token < 0 ||
@@ -290,14 +290,14 @@ Units units_of(const Arg& arg, const Cache& cache) {
 void check_cache(const Arg& q, const Arg& k, const Arg& v, int64_t rank, const Device& gpu) {
   check_same_device(k, q);
   check_same_device(v, q);
-  if (q.tensor.scalar_type() == Dtype::Float) {
+  if (q.dtype == Dtype::Float) {
     fail(q.op, q.name, "dtype torch.float16 or torch.bfloat16 on a GPU", "torch.float32",
          "Convert q, k and v with .to(torch.float16): tensor cores sum in float32 all the same");
   }
   check_dtype(q, {Dtype::Half, Dtype::BFloat16});
   check_same_dtype(k, q);
   check_same_dtype(v, q);
-  if (q.tensor.scalar_type() == Dtype::BFloat16 && gpu.sm < 80) {
+  if (q.dtype == Dtype::BFloat16 && gpu.sm < 80) {
     fail(q.op, q.name,
          "dtype torch.float16 on GPUs before compute capability 8.0, which have no bf16 tensor "
          "cores",
@@ -306,17 +306,17 @@ void check_cache(const Arg& q, const Arg& k, const Arg& v, int64_t rank, const D
   check_rank(q, {3});
   check_rank(k, {rank});
   check_rank(v, {rank});
-  for (const Arg& arg : {q, k, v}) {
-    check_last_stride(arg);
-    check_aligned16(arg);
+  for (const Arg* arg : {&q, &k, &v}) {
+    check_last_stride(*arg);
+    check_aligned16(*arg);
   }
   const int64_t last = rank - 1;
-  if (k.tensor.size(last) != q.tensor.size(2)) {
-    fail(k.op, k.name, "head_dim " + std::to_string(q.tensor.size(2)) + ", as in 'q'",
-         std::to_string(k.tensor.size(last)), "Pass the keys that belong to these queries");
+  if (k.sizes[last] != q.sizes[2]) {
+    fail(k.op, k.name, "head_dim " + std::to_string(q.sizes[2]) + ", as in 'q'",
+         std::to_string(k.sizes[last]), "Pass the keys that belong to these queries");
   }
   for (int64_t dim = 0; dim < last; ++dim) {
-    if (k.tensor.size(dim) != v.tensor.size(dim)) {
+    if (k.sizes[dim] != v.sizes[dim]) {
       fail(v.op, v.name, "the leading dimensions of 'k', " + shape_text(k.tensor),
            shape_text(v.tensor), "Pass one value for each key");
     }
@@ -374,23 +374,21 @@ void check_options(const char* op, const BatchOptions& options) {
 BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const BatchOptions& options,
                                  const Cache& cache, const BatchPlan& plan, const Tensor& out,
                                  float* lse, const Tensor& list) {
-  const Tensor& q = in.q.tensor;
-  const Tensor& k = in.k.tensor;
-  const Tensor& v = in.v.tensor;
+  const Arg &q = in.q, &k = in.k, &v = in.v;
   const KvForm form = of.form();
   BatchAttentionParams params = {};
   AttentionParams& attention = params.attention;
-  attention.q = q.const_data_ptr();
-  attention.k = k.const_data_ptr();
-  attention.v = v.const_data_ptr();
+  attention.q = q.data;
+  attention.k = k.data;
+  attention.v = v.data;
   attention.out = out.mutable_data_ptr();
   attention.lse = lse;
-  attention.q_stride_token = q.stride(0);
-  attention.q_stride_head = q.stride(1);
-  attention.k_stride_token = k.stride(cache.token_dim);
-  attention.k_stride_head = k.stride(cache.head_dim);
-  attention.v_stride_token = v.stride(cache.token_dim);
-  attention.v_stride_head = v.stride(cache.head_dim);
+  attention.q_stride_token = q.strides[0];
+  attention.q_stride_head = q.strides[1];
+  attention.k_stride_token = k.strides[cache.token_dim];
+  attention.k_stride_head = k.strides[cache.head_dim];
+  attention.v_stride_token = v.strides[cache.token_dim];
+  attention.v_stride_head = v.strides[cache.head_dim];
   attention.out_stride_token = of.num_qo_heads * of.head_dim_vo;
   attention.out_stride_head = of.head_dim_vo;
   attention.num_qo_heads = static_cast<int>(of.num_qo_heads);
@@ -432,8 +430,8 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
   } else {
     params.num_indices = static_cast<int>(cache.outer);
     params.max_kv_len = cache.outer == 0 ? 0 : static_cast<int>(cache.tokens);
-    params.k_origin_stride = k.stride(0);
-    params.v_origin_stride = v.stride(0);
+    params.k_origin_stride = k.strides[0];
+    params.v_origin_stride = v.strides[0];
   }
   params.max_records = static_cast<int>(layout.max_records);
   params.num_tokens = static_cast<int>(of.num_tokens);
@@ -448,8 +446,8 @@ Lengths check_inputs(const Inputs& in, const BatchOptions& options, int64_t max_
   const bool paged = in.kv_indices.has_value();
   const bool ragged = !paged && in.kv_indptr.has_value();
   check_options(op, options);
-  check_cache(in.q, in.k, in.v, ragged ? 3 : 4, device(in.q.tensor.get_device_index()));
-  cache = cache_of(in.k.tensor, ragged, options.has(kHnd));
+  check_cache(in.q, in.k, in.v, ragged ? 3 : 4, device(in.q.gpu));
+  cache = cache_of(in.k, ragged, options.has(kHnd));
   check_index(op, "kv_indices", in.kv_indices, in.q, -1, "");
   if (paged && (!in.kv_indptr || !in.kv_lens)) {
     fail(op, in.kv_indptr ? "kv_last_page_len" : "kv_indptr", "a tensor, since kv_indices is one",
@@ -459,18 +457,18 @@ Lengths check_inputs(const Inputs& in, const BatchOptions& options, int64_t max_
     fail(op, "kv_lens", "None for ragged keys (kv_indptr without kv_indices)", "a tensor",
          "Pass kv_indices for paged keys, or leave kv_indptr out for padded ones");
   }
-  const int64_t last = in.k.tensor.dim() - 1;
+  const int64_t last = in.k.rank() - 1;
   const Lengths of = {op,
                       in.qo_indptr,
                       in.kv_indptr,
                       in.kv_lens,
                       options.flags,
                       paged ? cache.tokens : 1,
-                      in.q.tensor.size(0),
-                      in.q.tensor.size(1),
+                      in.q.sizes[0],
+                      in.q.sizes[1],
                       cache.num_heads,
-                      in.q.tensor.size(2),
-                      in.v.tensor.size(last),
+                      in.q.sizes[2],
+                      in.v.sizes[last],
                       max_q_len,
                       options.window_left};
   check_lengths(of, in.q);
@@ -491,9 +489,9 @@ void run(const Inputs& in, const Lengths& of, const BatchOptions& options, const
          const Tensor& out, float* lse) {
   const char* op = of.op;
   if (of.num_tokens == 0) return;
-  const Device& gpu = device(in.q.tensor.get_device_index());
+  const Device& gpu = device(in.q.gpu);
   BatchProblem problem = problem_of(of);
-  problem.bf16 = in.q.tensor.scalar_type() == Dtype::BFloat16;
+  problem.bf16 = in.q.dtype == Dtype::BFloat16;
   problem.paged = in.kv_indices.has_value();
   problem.rotates = options.rotates;
   problem.fp16_logits = options.fp16_logits;
@@ -515,7 +513,7 @@ void run(const Inputs& in, const Lengths& of, const BatchOptions& options, const
                 "the work list of these shapes, heads, mask and page size; make one with "
                 "ridgeline.schedule and the arguments of this call");
   } else {
-    own_list = empty(in.q.tensor, {list_length(of)}, Dtype::Int);
+    own_list = empty(in.q.gpu, {list_length(of)}, Dtype::Int);
     launch_schedule(of, problem, plan, gpu, *own_list);
   }
   const Tensor& list = in.schedule ? *in.schedule : *own_list;
@@ -523,7 +521,7 @@ void run(const Inputs& in, const Lengths& of, const BatchOptions& options, const
   BatchAttentionParams params = make_params(in, of, options, cache, plan, out, lse, list);
   params.tag = tag_of(of, problem, plan);
   const Tensor parts =
-      empty(in.q.tensor, {plan.num_partial_rows * (of.head_dim_vo + 2)}, Dtype::Float);
+      empty(in.q.gpu, {plan.num_partial_rows * (of.head_dim_vo + 2)}, Dtype::Float);
   params.attention.partial_out = static_cast<float*>(parts.mutable_data_ptr());
   params.attention.partial_stats =
       params.attention.partial_out + plan.num_partial_rows * of.head_dim_vo;
@@ -577,7 +575,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeT
   options.sm_scale = sm_scale;
   Cache cache;
   const Lengths of = check_inputs(in, options, max_q_len, cache);
-  const Tensor out = empty(q, {of.num_tokens, of.num_qo_heads, of.head_dim_vo}, q.scalar_type());
+  const Tensor out = empty(in.q.gpu, {of.num_tokens, of.num_qo_heads, of.head_dim_vo}, in.q.dtype);
   run(in, of, options, cache, out, nullptr);
   return out;
 }
@@ -624,8 +622,8 @@ std::tuple<Tensor, Tensor> attention_full(
       rope_scale, rope_theta,  use_fp16_qk_reduction};
   Cache cache;
   const Lengths of = check_inputs(in, options, max_q_len, cache);
-  const Tensor out = empty(q, {of.num_tokens, of.num_qo_heads, of.head_dim_vo}, q.scalar_type());
-  const Tensor lse = empty(q, {of.num_tokens, of.num_qo_heads}, Dtype::Float);
+  const Tensor out = empty(in.q.gpu, {of.num_tokens, of.num_qo_heads, of.head_dim_vo}, in.q.dtype);
+  const Tensor lse = empty(in.q.gpu, {of.num_tokens, of.num_qo_heads}, Dtype::Float);
   run(in, of, options, cache, out, static_cast<float*>(lse.mutable_data_ptr()));
   return {out, lse};
 }
