@@ -10,7 +10,7 @@ namespace ridgeline {
 
 // Shared memory of the functions below; they synchronise before they return.
 struct BlockScratch {
-  uint64 sums[32];
+  uint64 sums[32];  // or minima
   float maxima[32];
 };
 
@@ -30,6 +30,24 @@ __device__ __forceinline__ float block_max(float x, BlockScratch& scratch) {
   __syncthreads();
   const uint32 lane = threadIdx.x % kWarpSize;
   x = warp_max(scratch.maxima[lane < blockDim.x / kWarpSize ? lane : 0]);
+  __syncthreads();
+  return x;
+}
+
+__device__ __forceinline__ uint64 block_min(uint64 x, BlockScratch& scratch) {
+  const auto warp_min = [](uint64 least) {
+#pragma unroll
+    for (uint32 offset = kWarpSize / 2; offset > 0; offset /= 2) {
+      const uint64 other = __shfl_xor_sync(kFullWarp, least, offset);
+      least = least < other ? least : other;
+    }
+    return least;
+  };
+  x = warp_min(x);
+  if (threadIdx.x % kWarpSize == 0) scratch.sums[threadIdx.x / kWarpSize] = x;
+  __syncthreads();
+  const uint32 lane = threadIdx.x % kWarpSize;
+  x = warp_min(scratch.sums[lane < blockDim.x / kWarpSize ? lane : 0]);
   __syncthreads();
   return x;
 }

@@ -83,8 +83,9 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   const uint64 most_before = sum_before(most_sum, scratch.block);
   const uint64 least_total = block_total(least_sum, scratch.block);
   const uint64 most_total = block_total(most_sum, scratch.block);
-  // Why the slack: segments' masses were rounded in their own units.
-  const uint64 slack = summary.mass >> 20;
+  // Why the slack: segments' masses were rounded in their own units, and exponents of e octaves by
+  // e * 2^-23, where rows of 2^21 elements have mass at e up to 21.
+  const uint64 slack = summary.mass >> 17;
   // Bounds of the mass from the bin top - i on.
   const auto at_least = [&](uint32 i) {
     const uint64 from = least_before + least[i];

@@ -32,6 +32,16 @@ __device__ __forceinline__ Between between_of(const Scratch& memory, uint32 row)
   return read.between;
 }
 
+// The least listed composite from `floor` on.
+__device__ __forceinline__ uint64 least_from(const ListSource& source, uint64 floor,
+                                             SelectScratch& scratch) {
+  uint64 least = ~uint64{0};
+  source.for_each([&](uint64 composite, float) {
+    if (composite >= floor && composite < least) least = composite;
+  });
+  return block_min(least, scratch.block);
+}
+
 struct Narrowed {
   uint64 cut;
   uint64 kept;  // mass
@@ -59,22 +69,26 @@ __device__ __forceinline__ bool narrow(const Scratch& memory, uint32 row, uint32
   const uint64 top = order.first_of(key_of(summary.max));
   uint64 threshold = floor;
   const bool limited = between.k_bin < kWeightBins;
-  if (limited) {
-    select<false>(source, weigher, Range{floor, top}, ~uint64{0}, filters.k - between.counted,
-                  scratch, threshold);
-  }
+  bool found = limited && select<false>(source, weigher, Range{floor, top}, ~uint64{0},
+                                        filters.k - between.counted, scratch, threshold);
   if (filters.top_p < 1.0) {
     uint64 left = summary.mass;
     if (limited && !joint) {
       left = sure_mass + between.gap + mass_from(source, weigher, threshold, scratch);
     }
     const uint64 wanted = share_of(filters.top_p, left);
-    if (wanted > sure_mass) {
-      // Elements of k_bin, when the list has a gap above it, are out of the question.
-      select<true>(source, weigher, Range{threshold, top}, ~uint64{0}, wanted - sure_mass, scratch,
-                   threshold);
+    if (wanted <= sure_mass) return false;
+    // Elements of k_bin, when the list has a gap above it, are out of the question.
+    if (select<true>(source, weigher, Range{threshold, top}, ~uint64{0}, wanted - sure_mass,
+                     scratch, threshold)) {
+      found = true;
+    } else if (between.first > (limited ? between.k_bin : 0)) {
+      return false;
     }
   }
+  // Why not select's threshold: it tells listed elements apart, but others of the row may lie
+  // between it and the least of those.
+  if (found) threshold = least_from(source, threshold, scratch);
   uint64 cut = threshold;
   if (filters.min_p > 0.0) {
     const float bound = Kind::min_p_bound(summary.max, filters.min_p, filters.temperature);

@@ -3,7 +3,8 @@
 //
 // One pass a digit: a histogram of the elements that share the digits found so far, then the bin in
 // which the running sum reaches what is wanted. Sums are integers, so the atomics' order does not
-// matter. A source calls visit(composite, x) for its elements, spread over the threads.
+// matter. A source calls visit(composite, x) for its elements, spread over the threads. A threshold
+// parts the source's elements only: it may lie anywhere above the next one below it.
 #pragma once
 
 #include "sampling/block.cuh"

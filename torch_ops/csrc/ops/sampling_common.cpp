@@ -164,9 +164,12 @@ RowScratch::RowScratch(const Tensor& like, const RowInput& input, Lists lists) {
       (num_slices_of(input.vocab) + scratch_.slices_per_part - 1) / scratch_.slices_per_part;
   const size_t parts = rows * scratch_.num_parts;
   size_t size = 0;
+  // Why lines of their own: a kernel that starts before another ends finds in L1 what that one has
+  // read, and with it what lies next to it.
+  constexpr size_t kLine = 128;
   const auto place = [&](bool wanted, size_t bytes) {
     const size_t at = size;
-    size += wanted ? (bytes + 15) / 16 * 16 : 0;
+    size += wanted ? (bytes + kLine - 1) / kLine * kLine : 0;
     return at;
   };
   const bool collects = lists != Lists::None, counts = lists == Lists::Histograms;
