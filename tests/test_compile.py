@@ -109,7 +109,12 @@ def attention_cases(device: torch.device) -> dict[str, list[Arguments]]:
     ]
     full.append(((q, k, v, True, 0.125, 0, -1, 0.0, 1, 8.0, 5e5, False), {}))
     full.append(((q, k, v, True, 0.125, 0, -1, 0.0, 0, 1.0, 1e4, True), {"sinks": None}))
-    return {"single_attention": narrow, "single_attention_full": full}
+    plain: list[Arguments] = [((q, k, v), {}), ((q[0], k, v), {})]
+    return {
+        "single_attention_plain": plain,
+        "single_attention": narrow,
+        "single_attention_full": full,
+    }
 
 
 def merge_cases(device: torch.device) -> dict[str, list[Arguments]]:

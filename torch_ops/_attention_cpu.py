@@ -111,6 +111,16 @@ def _single_attention_fake(
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
+@fake_impl("single_attention_plain")
+def _single_attention_plain_fake(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _single_attention_fake(q, k, v)
+
+
+@cpu_impl("single_attention_plain")
+def _single_attention_plain_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _single_attention_cpu(q, k, v, True)
+
+
 @fake_impl("single_attention_full")
 def _single_attention_full_fake(
     q: Tensor,

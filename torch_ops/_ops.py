@@ -52,13 +52,19 @@ def find_op(name: str) -> Callable[..., Any]:
     0.2 us, one that is not next to nothing.
     """
     traced = getattr(torch.ops.ridgeline, name).default
-    # Why _op: what the overload's own __call__ calls, without its frame.
-    eager = getattr(torch.ops.ridgeline_unguarded, name).default._op
+    eager = find_eager_op(name)
 
     def call(*args: Any) -> Any:
         return traced(*args) if is_compiling() else eager(*args)
 
     return call
+
+
+def find_eager_op(name: str) -> Callable[..., Any]:
+    """The same for callers that know that nothing traces them."""
+    # Why _op: what the overload's own __call__ calls, without its frame.
+    eager: Callable[..., Any] = getattr(torch.ops.ridgeline_unguarded, name).default._op
+    return eager
 
 
 def refuse_grad(name: str, *tensors: torch.Tensor | None) -> None:

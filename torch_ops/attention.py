@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _check
 from ._attention_cpu import check_values, one_of, refuse_given
-from ._ops import find_op, is_grad_enabled, refuse_grad
+from ._ops import find_eager_op, find_op, is_compiling, is_grad_enabled, refuse_grad
 
 __all__ = [
     "single_decode_with_kv_cache",
@@ -24,6 +24,8 @@ __all__ = [
 ]
 
 _SINGLE = find_op("single_attention")
+_SINGLE_EAGER = find_eager_op("single_attention")
+_PLAIN = find_eager_op("single_attention_plain")
 _SINGLE_FULL = find_op("single_attention_full")
 
 _KV_LAYOUTS = {"NHD": 0, "HND": 1}
@@ -158,7 +160,12 @@ def single_decode_with_kv_cache(
         and (lse_base == "ln" and lse_layout == "NH")
         and (use_tensor_cores is False or use_tensor_cores is True)
     ):
-        return _narrow(q, k, v, False, sm_scale, kv_layout, window_left, cap)
+        if window_left != -1 or cap or sm_scale is not None or kv_layout != "NHD" or is_compiling():
+            return _narrow(q, k, v, False, sm_scale, kv_layout, window_left, cap)
+        # Why all of it here: calls between Python functions are a tenth of the time.
+        if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            refuse_grad("single_attention", q, k, v)
+        return _PLAIN(q, k, v)  # type: ignore[no-any-return]
     op = "single_decode_with_kv_cache"
     refuse_given(op, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
     one_of(op, "use_tensor_cores", use_tensor_cores, (False, True))
@@ -330,7 +337,12 @@ def single_prefill_with_kv_cache(
         and (lse_base == "ln" and lse_layout == "NH")
         and backend in ("auto", "fa2")
     ):
-        return _narrow(q, k, v, causal, sm_scale, kv_layout, window_left, cap)
+        if window_left != -1 or cap or sm_scale is not None or kv_layout != "NHD" or is_compiling():
+            return _narrow(q, k, v, causal, sm_scale, kv_layout, window_left, cap)
+        # Why all of it here: calls between Python functions are a tenth of the time.
+        if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            refuse_grad("single_attention", q, k, v)
+        return _PLAIN(q, k, v) if causal else _SINGLE_EAGER(q, k, v)  # type: ignore[no-any-return]
     op = "single_prefill_with_kv_cache"
     refuse_given(
         op, scale_q=scale_q, scale_k=scale_k, scale_v=scale_v, k_scale=k_scale, v_scale=v_scale,
@@ -407,20 +419,14 @@ def _narrow(
     window_left: int,
     logits_soft_cap: float,
 ) -> Tensor:
-    """Call the narrow op with no more arguments than differ from its defaults: each costs time."""
-    # Why asked here: the call that finds the culprit costs more than the answer.
-    if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        refuse_grad("single_attention", q, k, v)
+    """Call the narrow op with an option that is not its default, or for a compiler."""
+    refuse_grad("single_attention", q, k, v)
+    layout = _KV_LAYOUTS[kv_layout]
     result: Tensor
-    if window_left != -1 or logits_soft_cap != 0.0 or kv_layout != "NHD":
-        layout = _KV_LAYOUTS[kv_layout]
-        result = _SINGLE(q, k, v, causal, sm_scale, layout, window_left, logits_soft_cap)
-    elif sm_scale is not None:
+    if window_left == -1 and not logits_soft_cap and layout == 0 and sm_scale is not None:
         result = _SINGLE(q, k, v, causal, sm_scale)
-    elif causal:
-        result = _SINGLE(q, k, v, True)
     else:
-        result = _SINGLE(q, k, v)
+        result = _SINGLE(q, k, v, causal, sm_scale, layout, window_left, logits_soft_cap)
     return result
 
 

@@ -46,7 +46,8 @@ __device__ __forceinline__ int64 position_in_request(const RequestOffsets& from,
     const uint32 num_begun = __popc(__ballot_sync(kFullWarp, begun));
     const int64 last_start = __shfl_sync(kFullWarp, lane_start, num_begun == 0 ? 0 : num_begun - 1);
     if (num_begun > 0) start = last_start;
-    high = min(high, low + (num_begun + 1) * step - 1);
+    // The last part ends where nothing was looked at.
+    if (num_begun < kWarpSize) high = min(high, low + (num_begun + 1) * step - 1);
     low += num_begun * step;
   }
   return low == 0 || low > from.batch_size ? 0 : start + token;

@@ -265,11 +265,16 @@ Tensor single_attention(const Tensor& q, const Tensor& k, const Tensor& v, bool 
   constexpr const char* kOp = "single_attention";
   const Arg query(kOp, "q", q), keys(kOp, "k", k), values(kOp, "v", v);
   const Shape shape = check_inputs(query, keys, values, kv_layout);
-  const Options options = {causal, window_left, logits_soft_cap, scale_or_default(sm_scale, shape)};
+  const Options options = {causal && shape.qo_len > 1, window_left, logits_soft_cap,
+                           scale_or_default(sm_scale, shape)};
   check_options(kOp, options);
   const Tensor out = empty_out(query, shape.head_dim_vo);
   run(query, keys, values, out, nullptr, shape, options);
   return out;
+}
+
+Tensor single_attention_plain(const Tensor& q, const Tensor& k, const Tensor& v) {
+  return single_attention(q, k, v, true, std::nullopt, 0, -1, 0.0);
 }
 
 [[noreturn]] void not_yet(const char* op, const char* arg, const std::string& got) {
@@ -325,8 +330,10 @@ std::tuple<Tensor, Tensor> single_attention_full(
 
 }  // namespace
 
-// A narrow op for common calls, since each argument costs host time, and the full one.
+// An op for calls without options, one for few options and the full one, since each argument costs
+// host time. Why causal without asking: a single query sees the same keys either way.
 static void schemas(Library& m) {
+  m.def("single_attention_plain(Tensor q, Tensor k, Tensor v) -> Tensor");
   m.def(
       "single_attention(Tensor q, Tensor k, Tensor v, bool causal=False, float? sm_scale=None, "
       "int kv_layout=0, SymInt window_left=-1, float logits_soft_cap=0.0) -> Tensor");
@@ -340,6 +347,7 @@ static void schemas(Library& m) {
 }
 
 static void kernels(Library& m) {
+  m.impl("single_attention_plain", TORCH_BOX(&single_attention_plain));
   m.impl("single_attention", TORCH_BOX(&single_attention));
   m.impl("single_attention_full", TORCH_BOX(&single_attention_full));
 }

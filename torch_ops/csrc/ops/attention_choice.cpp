@@ -175,7 +175,7 @@ void add_rows(std::vector<Row>& rows, const char* op, int candidate_idx, int var
 
 std::vector<Row> attention_rows() {
   std::vector<Row> rows;
-  for (const char* op : {"single_attention", "single_attention_full"}) {
+  for (const char* op : {"single_attention_plain", "single_attention", "single_attention_full"}) {
     for (int candidate = 0; candidate < num_attention_candidates(); ++candidate) {
       for (int variant = 0; variant < kNumAttentionVariants; ++variant) {
         // The narrow op has no options that need another variant.
@@ -195,7 +195,8 @@ std::vector<Row> attention_rows() {
   return rows;
 }
 
-const RegisterFamily family({{"single_attention", "single_attention_full"},
+const RegisterFamily family({{"single_attention_plain", "single_attention",
+                              "single_attention_full"},
                              attention_rows,
                              choose_attention});
 
