@@ -95,7 +95,7 @@ def unfiltered(session: Session, logits: torch.Tensor, seed: torch.Tensor, case:
         session.case(
             "top_k 50",
             case,
-            lambda: ridgeline.top_k(logits, 50),
+            lambda: ridgeline.top_k(logits, 50, sorted=True),
             peers={"torch.topk": plain(torch.topk, logits, 50)},
             num_read=size,
         ),

@@ -47,15 +47,18 @@ int smem_of(int dims, int kernel, int sm, bool rotates) {
 
 int kernel_of(const BatchProblem& problem, int dims, int sm) {
   const int64 rows = problem.max_q_len * (problem.num_qo_heads / problem.num_kv_heads);
-  if (rows <= 16) return 0;
+  // Why not where no kernel holds 16 rows beside more: a request's tile must not depend on the
+  // others.
+  const bool mixes = exists(dims, 1, sm) || exists(dims, 2, sm);
+  if (rows <= 16 && (mixes || !problem.invariant)) return 0;
   // Why not by size with batch_invariant: a request's tile must not depend on the others' lengths.
   if (exists(dims, 2, sm) && (rows > 64 || problem.invariant)) return 2;
   return exists(dims, 1, sm) ? 1 : 3;
 }
 
-// One wave of CTAs. Decode gets as many as keep 128 KiB in flight on each SM, of which a single stage
-// has half: with half of that, 64 requests of 4,096 keys in pages of one token took 314 us in place
-// of 263 (H200), and more would cut the work into smaller parts.
+// One wave of CTAs. Decode gets as many as keep 128 KiB in flight on each SM, of which a single
+// stage has half: with half of that, 64 requests of 4,096 keys in pages of one token took 314 us in
+// place of 263 (H200), and more would cut the work into smaller parts.
 int num_ctas_of(int dims, int kernel, const BatchGpu& gpu) {
   constexpr int kReserved = 1024;
   const Kernels& heights = kKernels[kernel];
