@@ -1,7 +1,6 @@
 #include "runtime/access.h"
 
 #include <algorithm>
-#include <vector>
 
 namespace ridgeline {
 
@@ -20,10 +19,11 @@ int access_width(std::initializer_list<const Arg*> tensors,
 
 int access_width(std::initializer_list<const Tensor*> tensors,
                  std::initializer_list<int64_t> lengths) {
-  std::vector<Arg> args;
-  for (const Tensor* t : tensors) args.emplace_back("", "", *t);
-  int width = 16;
-  for (const Arg& a : args) width = std::min(width, access_width({&a}, lengths));
+  int width = kVectorBytes;
+  for (const Tensor* tensor : tensors) {
+    const Arg arg("", "", *tensor);
+    width = std::min(width, access_width({&arg}, lengths));
+  }
   return width;
 }
 

@@ -28,6 +28,7 @@ inline constexpr std::array kAccesses = {
 // Null ones are absent.
 int access_width(std::initializer_list<const Arg*> tensors, std::initializer_list<int64_t> lengths);
 
+// The same of tensors that no Arg was made of.
 int access_width(std::initializer_list<const Tensor*> tensors,
                  std::initializer_list<int64_t> lengths);
 
