@@ -360,8 +360,10 @@ def is_running(process_id: int) -> bool:
 
 
 def test_ctrl_c_ends_the_workers(fake_worker: Path) -> None:
+    # Why the handler: a job in the background of a shell inherits that it ignores interrupts.
     code = f"""
-import pathlib
+import pathlib, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from ridgeline.compiler import pool
 pool._WORKER = pathlib.Path({str(fake_worker)!r})
 jobs = [pool.Job(f"sleeps {{i}}", "sm_80", "") for i in range(2)]
