@@ -6,7 +6,6 @@
 #include <cmath>
 #include <numbers>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -275,12 +274,6 @@ Tensor single_attention(const Tensor& q, const Tensor& k, const Tensor& v, bool 
 
 Tensor single_attention_plain(const Tensor& q, const Tensor& k, const Tensor& v) {
   return single_attention(q, k, v, true, std::nullopt, 0, -1, 0.0);
-}
-
-[[noreturn]] void not_yet(const char* op, const char* arg, const std::string& got) {
-  throw std::runtime_error(std::string("ridgeline.") + op + ": argument '" + arg + "': " + got +
-                           " is not supported yet. Leave it at its default, or apply it outside "
-                           "the call.");
 }
 
 std::tuple<Tensor, Tensor> single_attention_full(

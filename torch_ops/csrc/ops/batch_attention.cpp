@@ -8,7 +8,6 @@
 #include <initializer_list>
 #include <numbers>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -578,12 +577,6 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeT
   const Tensor out = empty(in.q.gpu, {of.num_tokens, of.num_qo_heads, of.head_dim_vo}, in.q.dtype);
   run(in, of, options, cache, out, nullptr);
   return out;
-}
-
-[[noreturn]] void not_yet(const char* op, const char* arg, const std::string& got) {
-  throw std::runtime_error(std::string("ridgeline.") + op + ": argument '" + arg + "': " + got +
-                           " is not supported yet. Leave it at its default, or apply it outside "
-                           "the call.");
 }
 
 std::tuple<Tensor, Tensor> attention_full(

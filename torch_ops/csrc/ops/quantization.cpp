@@ -68,7 +68,7 @@ Tensor packbits(const Tensor& x, bool big) {
   const PackbitsParams params{static_cast<const uint8*>(x.const_data_ptr()),
                               static_cast<uint8*>(packed.mutable_data_ptr()), x.stride(0), num_bits,
                               big};
-  const bool fits = is_aligned16(x) && (x.stride(0) == 1 || num_bits <= 1);
+  const bool fits = is_aligned16(Arg("packbits", "x", x)) && (x.stride(0) == 1 || num_bits <= 1);
   launch(fits ? wide : narrow, device(x.get_device_index()),
          {.grid_x = static_cast<uint32>(num_blocks), .block = kPackThreads}, &params);
   return packed;

@@ -211,8 +211,7 @@ void check_in_place(const Rotation& rotation) {
 
 // Both forms of every op: `run` writes to two tensors, new ones or its inputs.
 std::tuple<Tensor, Tensor> fresh(const Rotation& rotation, const auto& run) {
-  std::tuple<Tensor, Tensor> outputs{empty_like(rotation.q.arg.tensor),
-                                     empty_like(rotation.k.arg.tensor)};
+  std::tuple<Tensor, Tensor> outputs{empty_like(rotation.q.arg), empty_like(rotation.k.arg)};
   run(std::get<0>(outputs), std::get<1>(outputs));
   return outputs;
 }

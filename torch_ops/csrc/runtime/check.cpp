@@ -26,6 +26,12 @@ void fail(const char* op, const char* arg, const std::string& expected, const st
                            expected + ", got " + got + ". " + way_out);
 }
 
+void not_yet(const char* op, const char* arg, const std::string& got) {
+  throw std::runtime_error(std::string("ridgeline.") + op + ": argument '" + arg + "': " + got +
+                           " is not supported yet. Leave it at its default, or apply it outside "
+                           "the call.");
+}
+
 Arg::Arg(const char* op, const char* name, const Tensor& tensor)
     : op(op), name(name), tensor(tensor), dtype(tensor.scalar_type()), gpu(-1) {
   const auto all_sizes = tensor.sizes();

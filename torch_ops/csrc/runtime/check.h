@@ -15,6 +15,9 @@ inline constexpr size_t kVectorBytes = 16;  // the widest load or store of a thr
 [[noreturn]] void fail(const char* op, const char* arg, const std::string& expected,
                        const std::string& got, const std::string& way_out);
 
+// For an argument that later work brings: never ignored.
+[[noreturn]] void not_yet(const char* op, const char* arg, const std::string& got);
+
 // An argument with the op and name that messages give it, and what checks and launches ask of it.
 // Why kept: each question to the tensor is a call across the stable ABI, 15 ns.
 struct Arg {
@@ -45,8 +48,5 @@ void check_aligned16(const Arg& arg);    // base pointer and every stride, in by
 
 bool is_aligned16(const Arg& arg);
 bool is_aligned(const Arg& arg, int64_t num_bytes);  // base pointer and every stride
-inline bool is_aligned16(const Tensor& tensor) {
-  return is_aligned16(Arg("", "", tensor));
-}
 
 }  // namespace ridgeline

@@ -17,12 +17,6 @@ struct Rows {
   int64_t hidden;
 };
 
-// Whether the rows follow one another without a gap.
-constexpr bool is_packed(const Rows& rows) {
-  return (rows.num_inner <= 1 || rows.inner_stride == rows.hidden) &&
-         (rows.num_rows <= rows.num_inner || rows.outer_stride == rows.num_inner * rows.hidden);
-}
-
 // Folds the leading dimensions into at most two; fails, naming the argument, when their strides
 // do not allow that.
 Rows rows_of(const Arg& arg);
