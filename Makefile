@@ -2,14 +2,15 @@
 # environments that they need under .venv* and do nothing twice.
 
 PYTHON ?= python3
-export TORCH ENV MODEL PROMPT TOKENS DEVICE TEMPERATURE SEED ARGS ARCH WHEEL QUICK
-export REQUESTS DTYPE PAGES PAGE_SIZE MAX_REQUESTS MAX_BATCH_TOKENS GRAPHS OUT
+export TORCH ENV MODEL DEVICE DTYPE ARGS ARCH WHEEL QUICK
+export PROMPT TOKENS TEMPERATURE TOP_K TOP_P MIN_P SEED
+export REQUESTS PAGES PAGE_SIZE MAX_REQUESTS MAX_BATCH_TOKENS GRAPHS OUT COMPARE
 
 .PHONY: help demo serve test test-gpu bench wheel lint docs clean
 
 help:
 	@echo "make demo      set everything up and let a small language model write  (PROMPT= TOKENS= TEMPERATURE= SEED= MODEL= DEVICE=)"
-	@echo "make serve     let that model serve many requests at once, and check every token        (REQUESTS= PAGES= DEVICE= OUT=)"
+	@echo "make serve     let that model serve many requests at once, and check every token (REQUESTS= PAGES= DEVICE= OUT= COMPARE=)"
 	@echo "make test      build the wheel, install it in a fresh environment, test it there     (ARGS= for pytest)"
 	@echo "make test-gpu  on a GPU: the GPU tests of every architecture, compute-sanitizer      (ARCH= WHEEL= ARGS=)"
 	@echo "make bench     on a GPU: measure every op beside torch's own kernels                 (WHEEL= QUICK=1 ARGS=)"

@@ -1,8 +1,8 @@
 """Sets everything up, then lets the demo model write: `make demo`.
 
 Installs the library of this checkout into .venv (editable, no kernel packs: on a GPU its kernels
-come by JIT) and runs `python -m ridgeline demo`. MODEL, PROMPT, TOKENS, DEVICE, TEMPERATURE and
-SEED are passed on.
+come by JIT) and runs `python -m ridgeline demo`. The variables of
+VARIABLES are passed on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,18 @@ from build_wheel import compiler_version
 from common import BUILD, ROOT, Stopwatch, digest_of, files_of, read_stamp, run, say, write_stamp
 from env import make_env
 
+VARIABLES = (
+    "MODEL",
+    "PROMPT",
+    "TOKENS",
+    "DEVICE",
+    "DTYPE",
+    "TEMPERATURE",
+    "TOP_K",
+    "TOP_P",
+    "MIN_P",
+    "SEED",
+)
 LIBRARY_SOURCES = ("pyproject.toml", "setup.py", "torch_ops/csrc", "kernels", "aot")
 
 
@@ -48,8 +60,7 @@ def run_with_options(arguments: Sequence[str | Path], variables: Sequence[str]) 
 
 
 def main() -> None:
-    variables = ("MODEL", "PROMPT", "TOKENS", "DEVICE", "TEMPERATURE", "SEED")
-    sys.exit(run_with_options(["-m", "ridgeline", "demo"], variables))
+    sys.exit(run_with_options(["-m", "ridgeline", "demo"], VARIABLES))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Sets everything up, then serves a file of requests and checks every token: `make serve`.
 
-Runs examples/serve.py --check as ci/demo.py runs the demo. REQUESTS, MODEL, DEVICE, DTYPE, PAGES,
-PAGE_SIZE, MAX_REQUESTS, MAX_BATCH_TOKENS, GRAPHS and OUT are passed on; ARGS holds further options.
+Runs examples/serve.py --check as ci/demo.py runs the demo. The variables of VARIABLES are
+passed on; ARGS holds further options.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ VARIABLES = (
     "MAX_BATCH_TOKENS",
     "GRAPHS",
     "OUT",
+    "COMPARE",
 )
 
 

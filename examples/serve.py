@@ -16,10 +16,10 @@ from typing import TextIO
 
 import torch
 from ridgeline.demo import cli
-from ridgeline.demo.check import require_transformers
+from ridgeline.demo.check import Verdict, require_transformers
 from ridgeline.demo.llama import Llama
 from ridgeline.demo.model_folder import DemoError, ModelFolder
-from serving.check import check_all
+from serving.check import check_all, check_compared, read_tokens
 from serving.display import make_display
 from serving.engine import Totals, serve
 from serving.pool import PagePool
@@ -42,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         type=Path,
         default=HERE / "serve_requests.jsonl",
-        help="JSON lines of arrival (seconds), prompt, max_tokens and, if you like, id",
+        help="JSON lines of arrival (seconds), prompt, max_tokens and, if you like, id, "
+        "temperature, top_k, top_p, min_p, seed",
     )
     add("--model", metavar="DIR", default=str(HERE / "demo_model"), help="model folder")
     add("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--plain", action="store_true", help="lines instead of a live table")
     add("--out", metavar="FILE", type=Path, help="write texts, tokens and times as JSON lines")
     add("--check", action="store_true", help="compare with each request alone and transformers")
+    add("--compare", metavar="FILE", type=Path, help="compare with tokens that --out wrote")
     return parser
 
 
@@ -78,6 +80,7 @@ def _run(arguments: argparse.Namespace, out: TextIO) -> int:
     requests = read_requests(arguments.requests)
     folder = ModelFolder.find(arguments.model)
     check_context(requests, folder.config.context)
+    others = read_tokens(arguments.compare, requests) if arguments.compare else None
     limits = (arguments.max_requests, arguments.max_batch_tokens)
     scheduler = Scheduler(requests, PagePool(arguments.pages, arguments.page_size), *limits)
     if arguments.check:
@@ -97,9 +100,12 @@ def _run(arguments: argparse.Namespace, out: TextIO) -> int:
     print_summary(scheduler, runner, totals, out)
     if arguments.out:
         write_results(arguments.out, scheduler.sequences)
-    if not arguments.check:
-        return 0
-    return cli.print_verdicts("serve", check_all(folder, model, scheduler.sequences), out)
+    verdicts: dict[str, Verdict] = {}
+    if arguments.check:
+        verdicts |= check_all(folder, model, scheduler.sequences)
+    if others is not None:
+        verdicts["compared"] = check_compared(others, folder, model, scheduler.sequences)
+    return cli.print_verdicts("serve", verdicts, out) if verdicts else 0
 
 
 def _check_limits(arguments: argparse.Namespace) -> None:

@@ -9,20 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ridgeline.demo.generate import GREEDY, Sampler, wrong_setting
 from ridgeline.demo.model_folder import DemoError
 
 FORMAT = '{"arrival": 0.5, "prompt": "It was", "max_tokens": 40}'
-KEYS = ("arrival", "prompt", "max_tokens", "id")
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "seed")
+KEYS = ("arrival", "prompt", "max_tokens", "id", *SETTINGS)
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt that arrives `arrival` seconds after the start and asks for `max_tokens` bytes."""
+    """A prompt that arrives `arrival` seconds after the start and asks for `max_tokens` bytes.
+
+    `sampler` is how each of these is chosen; its default is greedy.
+    """
 
     name: str
     arrival: float
     prompt: bytes
     max_tokens: int
+    sampler: Sampler = GREEDY
 
     @property
     def num_cached(self) -> int:
@@ -54,7 +60,7 @@ def read_requests(path: Path) -> list[Request]:
     requests: list[Request] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            requests.append(_parse(f"{path}, line {number}", line, f"r{len(requests) + 1:02}"))
+            requests.append(_parse(f"{path}, line {number}", line, len(requests) + 1))
     if not requests:
         raise DemoError(f"--requests {path} holds no request; a line is such as {FORMAT}")
     names = [request.name for request in requests]
@@ -64,7 +70,7 @@ def read_requests(path: Path) -> list[Request]:
     return sorted(requests, key=lambda request: request.arrival)
 
 
-def _parse(place: str, line: str, default_name: str) -> Request:
+def _parse(place: str, line: str, number: int) -> Request:
     try:
         raw = json.loads(line)
     except ValueError as error:
@@ -83,9 +89,23 @@ def _parse(place: str, line: str, default_name: str) -> Request:
     max_tokens = _take(place, raw, "max_tokens", (int,), "a whole number")
     if max_tokens < 1:
         raise DemoError(f"{place}: max_tokens is {max_tokens}; expected at least 1")
-    name = _take(place, {"id": default_name} | raw, "id", (str,), "a text")
+    name = _take(place, {"id": f"r{number:02}"} | raw, "id", (str,), "a text")
     encoded = prompt.encode("utf-8", errors="replace")
-    return Request(name, float(arrival), encoded, max_tokens)
+    return Request(name, float(arrival), encoded, max_tokens, _sampler(place, raw, number))
+
+
+def _sampler(place: str, raw: dict[str, Any], default_seed: int) -> Sampler:
+    settings = {"seed": default_seed}
+    for name in SETTINGS:
+        is_whole = name in ("top_k", "seed")
+        if name in raw:
+            types, what = ((int,), "a whole number") if is_whole else ((int, float), "a number")
+            settings[name] = _take(place, raw, name, types, what)
+    sampler = Sampler(**settings)
+    if wrong := wrong_setting(sampler):
+        name, value, expected = wrong
+        raise DemoError(f"{place}: {name} is {value}; expected {expected}")
+    return sampler
 
 
 def _take(place: str, raw: dict[str, Any], key: str, types: tuple[type, ...], what: str) -> Any:

@@ -16,16 +16,27 @@ from .scheduler import Part
 
 
 class StepInputs:
-    """The numbers of a step, int32, at places on the device that never move.
+    """The numbers of a step, at places on the device that never move.
 
     They are filled in on the host and travel in one copy. A CUDA graph that has read them once
     reads whatever is there when it is replayed.
     """
 
+    #: Of one value a request, as `sample_from_logits` takes them: int64 first, for its alignment.
+    SAMPLING = {  # noqa: RUF012
+        "seed": torch.int64,
+        "offset": torch.int64,
+        "top_k": torch.int32,
+        "temperature": torch.float32,
+        "top_p": torch.float32,
+        "min_p": torch.float32,
+    }
+
     def __init__(
         self, max_requests: int, max_tokens: int, max_pages: int, device: torch.device
     ) -> None:
         sizes = {
+            **{name: max_requests * type_.itemsize // 4 for name, type_ in self.SAMPLING.items()},
             "tokens": max_tokens,
             "last_rows": max_requests,
             "qo_indptr": max_requests + 1,
@@ -38,8 +49,13 @@ class StepInputs:
         self._host = torch.zeros(length, dtype=torch.int32, pin_memory=on_gpu)
         self._device = self._host.to(device) if on_gpu else self._host
         names, lengths = list(sizes), list(sizes.values())
-        self._host_views = dict(zip(names, self._host.split(lengths), strict=True))
-        self._views = dict(zip(names, self._device.split(lengths), strict=True))
+        self._host_views, self._views = (
+            {
+                name: part.view(self.SAMPLING.get(name, torch.int32))
+                for name, part in zip(names, numbers.split(lengths), strict=True)
+            }
+            for numbers in (self._host, self._device)
+        )
 
     def fill(self, parts: Sequence[Part], page_size: int, num_requests: int) -> None:
         """Write the step down; requests from ``len(parts)`` to `num_requests` are empty padding."""
@@ -54,7 +70,17 @@ class StepInputs:
             tokens += part.sequence.tokens[part.sequence.num_computed : end]
             indices += part.sequence.pages[:count]
         padding = [0] * num_padding
+        samplers = [part.sequence.request.sampler for part in parts]
+        settings = {
+            name: [getattr(sampler, name) for sampler in samplers]
+            for name in self.SAMPLING
+            if name != "offset"
+        }
+        # The place of the next token in its text: however often the request is paused, whatever
+        # else is in the batch, its draw is that of the request alone.
+        settings["offset"] = [len(part.sequence.times) for part in parts]
         for name, values in (
+            *((name, numbers + padding) for name, numbers in settings.items()),
             ("tokens", tokens + padding),
             ("last_rows", [end - 1 for end in qo_indptr[1:]] + padding),
             ("qo_indptr", qo_indptr + [qo_indptr[-1]] * num_padding),
@@ -62,7 +88,8 @@ class StepInputs:
             ("kv_last_page_len", [(end - 1) % page_size + 1 for end in ends] + padding),
             ("kv_indices", indices),
         ):
-            self._host_views[name][: len(values)] = torch.tensor(values, dtype=torch.int32)
+            view = self._host_views[name]
+            view[: len(values)] = torch.tensor(values, dtype=view.dtype)
         if self._device is not self._host:
             self._device.copy_(self._host, non_blocking=True)
 
@@ -97,13 +124,13 @@ class PagedCache:
         num_tokens: int,
         is_decode: bool,
     ) -> None:
-        self.pool = pool
+        self.pool, self.rope_theta = pool, config.rope_theta
         page_size = pool.shape[3]
         qo_indptr = inputs["qo_indptr"][: num_requests + 1]
         kv_indptr = inputs["kv_indptr"][: num_requests + 1]
         last_page_len = inputs["kv_last_page_len"][:num_requests]
         seq_lens = ridgeline.get_seq_lens(kv_indptr, last_page_len, page_size)
-        self.batch_indices, self._positions = ridgeline.get_batch_indices_positions(
+        self.batch_indices, self.positions = ridgeline.get_batch_indices_positions(
             qo_indptr, seq_lens, num_tokens
         )
         self.kv_indices, self.kv_indptr = inputs["kv_indices"], kv_indptr
@@ -122,25 +149,25 @@ class PagedCache:
             causal=True,
         )
 
-    def positions(self, num_tokens: int) -> Tensor:
-        """Return the tokens' positions, each in its own request."""
-        return self._positions[:num_tokens]
+    def extend(self, num_tokens: int) -> None:
+        """Do nothing: the scheduler has given every request the pages of its new tokens."""
 
     def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the new tokens' `k`, `v` in their pages and return what `q` attends to."""
+        """Rotate `q` and `k`, store `k` and `v` in their pages, return what `q` attends to."""
         pages = self.pool[layer_idx]
-        ridgeline.append_paged_kv_cache(
+        q = ridgeline.rope_append_paged_kv_cache(
+            q,
             k,
             v,
             self.batch_indices,
-            self._positions,
+            self.positions,
             pages,
             self.kv_indices,
             self.kv_indptr,
-            self.last_page_len,
+            rope_theta=self.rope_theta,
         )
         return ridgeline.attention(
-            q,
+            q.to(pages.dtype),
             pages,
             qo_indptr=self.qo_indptr,
             kv_indptr=self.kv_indptr,
@@ -152,7 +179,7 @@ class PagedCache:
 
 
 class Runner:
-    """Computes steps: their keys and values go to the pool, the best next tokens come back.
+    """Computes steps: their keys and values go to the pool, the chosen next tokens come back.
 
     A decode step is padded to the next of a few batch sizes. With `use_graphs`, each of these is
     recorded once, with the making of its work list, and replayed from then on.
@@ -180,7 +207,7 @@ class Runner:
     ) -> None:
         config = model.config
         self.model, self.page_size = model, page_size
-        self.pool = _new_pool(config, num_pages, page_size, model.embedding)
+        self.pool = _new_pool(model, num_pages, page_size)
         max_pages = -(-config.context // page_size)
         self.inputs = StepInputs(max_requests, max_batch_tokens, max_pages, model.device)
         self.batch_sizes = [*_powers_below(max_requests), max_requests]
@@ -210,7 +237,7 @@ class Runner:
 
     @torch.inference_mode()
     def step(self, parts: Sequence[Part]) -> list[int]:
-        """Compute `parts`; return the most likely token after each."""
+        """Compute `parts`; return the token after each, as its request wants it chosen."""
         is_decode = all(part.num_tokens == 1 for part in parts)
         num_requests = num_tokens = len(parts)
         if is_decode:
@@ -229,27 +256,30 @@ class Runner:
         return tokens
 
     def _compute(self, num_requests: int, num_tokens: int, is_decode: bool) -> Tensor:
-        """Return the most likely next tokens `[num_requests]`; reads nothing on the host."""
+        """Return the chosen next tokens `[num_requests]`, int32; reads nothing on the host."""
         cache = PagedCache(
             self.model.config, self.pool, self.inputs, num_requests, num_tokens, is_decode
         )
         hidden = self.model.hidden(self.inputs["tokens"][:num_tokens], cache)
         if not is_decode:
             hidden = hidden[self.inputs["last_rows"][:num_requests]]
-        return self.model.logits(hidden).argmax(dim=-1)
+        settings = {name: self.inputs[name][:num_requests] for name in StepInputs.SAMPLING}
+        chosen, _, _ = ridgeline.sample_from_logits(self.model.logits(hidden), **settings)
+        return chosen
 
 
-def _new_pool(config: Config, num_pages: int, page_size: int, like: Tensor) -> Tensor:
+def _new_pool(model: Llama, num_pages: int, page_size: int) -> Tensor:
     """Return ``[num_layers, num_pages, 2 (k, v), page_size, num_kv_heads, head_dim]``, zeros."""
+    config = model.config
     page = (2, page_size, config.num_kv_heads, config.head_dim)
     shape = (config.num_layers, num_pages, *page)
     try:
-        return like.new_zeros(shape)
+        return torch.zeros(shape, dtype=model.cache_dtype, device=model.device)
     except RuntimeError:  # torch's own, on the CPU; its OutOfMemoryError is one too
-        gigabytes = math.prod(shape) * like.element_size() / 1e9
+        gigabytes = math.prod(shape) * model.cache_dtype.itemsize / 1e9
         raise DemoError(
             f"--pages {num_pages}: the pool would take {gigabytes:,.1f} GB, more than "
-            f"{like.device} has free; pass fewer"
+            f"{model.device} has free; pass fewer"
         ) from None
 
 

@@ -14,7 +14,7 @@ import ridgeline
 import torch
 
 from .check import Verdict, check_bits_per_byte, check_words, compare_tokens, require_transformers
-from .generate import Sampler, Speed, Utf8Stream, WordWrap, generate
+from .generate import Sampler, Speed, Utf8Stream, WordWrap, generate, wrong_setting
 from .llama import Llama
 from .model_folder import DemoError, ModelFolder
 
@@ -48,6 +48,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     add("--dtype", default="auto", help="auto (default), float32, float16 or bfloat16")
     add("--temperature", metavar="T", type=float, default=0.7, help="0 is greedy (%(default)s)")
+    add("--top-k", metavar="K", type=int, default=0, help="draw from the K likeliest; 0: all")
+    add("--top-p", metavar="P", type=float, default=1.0, help="from the likeliest P of the mass")
+    add(
+        "--min-p",
+        metavar="P",
+        type=float,
+        default=0.0,
+        help="from those at least P times as likely as the best",
+    )
     add("--seed", metavar="S", type=int, default=0, help="of the draws (%(default)s)")
     add("--no-check", action="store_true", help="write only, compare with nothing")
     return parser
@@ -105,8 +114,11 @@ def _run(arguments: argparse.Namespace, out: TextIO) -> int:
         raise DemoError(f'--prompt is empty; give it some text, such as --prompt "{PROMPT}"')
     if arguments.tokens < 1:
         raise DemoError(f"--tokens {arguments.tokens}: expected at least 1")
-    if not 0 <= arguments.temperature < float("inf"):
-        raise DemoError(f"--temperature {arguments.temperature}: expected 0 (greedy) or more")
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    sampler = Sampler(**{name: getattr(arguments, name) for name in names})
+    if wrong := wrong_setting(sampler):
+        name, value, expected = wrong
+        raise DemoError(f"--{name.replace('_', '-')} {value}: expected {expected}")
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     folder = ModelFolder.find(arguments.model)
@@ -123,7 +135,6 @@ def _run(arguments: argparse.Namespace, out: TextIO) -> int:
     print_header(folder, model, out)
     # The first calls load or compile kernels; the speeds below are those of the calls after.
     list(generate(model, prompt, 2, Sampler()))
-    sampler = Sampler(arguments.temperature, arguments.seed)
     speed = Speed()
     tokens = _stream(model, prompt, arguments.tokens, sampler, speed, out)
     _print_speed(speed, out)
@@ -173,8 +184,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         name = ("bfloat16" if has_bf16 else "float16") if on_gpu else "float32"
     if name not in DTYPES:
         raise DemoError(f"--dtype {name}: expected auto, {', '.join(DTYPES)}")
-    if on_gpu and name == "float32":
-        raise DemoError("--dtype float32: attention on a GPU is 16-bit; use --dtype bfloat16")
     if name == "bfloat16" and not has_bf16:
         raise DemoError("--dtype bfloat16: this GPU has none (sm_75); use --dtype float16")
     return DTYPES[name]
@@ -205,7 +214,11 @@ def print_header(folder: ModelFolder, model: Llama, out: TextIO) -> None:
     place = "the CPU"
     if model.device.type == "cuda":
         place = torch.cuda.get_device_name(model.device)
-    dtype = str(model.embedding.dtype).removeprefix("torch.")
+    dtype, cache_dtype = (
+        str(dtype).removeprefix("torch.") for dtype in (model.embedding.dtype, model.cache_dtype)
+    )
+    if dtype != cache_dtype:
+        dtype += f" (attention in {cache_dtype})"
     print(f"{folder.path}: {model.num_parameters:,} parameters, {dtype} on {place}", file=out)
     if folder.training:
         record = folder.training

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import ridgeline
 import torch
 from torch import Tensor
 
@@ -77,26 +79,74 @@ class WordWrap:
         return gap + word
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sampler:
-    """Chooses the next byte; temperature 0 is greedy.
+    """How the bytes of a text are chosen; a temperature of 0 is greedy.
 
-    Draws are made on the CPU, so that a seed gives the same text on every device up to rounding.
+    A draw follows from the seed, the byte's place in the text and the logits, and from nothing
+    else: not from earlier draws, nor from other texts of a batch. The filters are those of
+    `ridgeline.sample_from_logits`.
+
+    >>> sampler = Sampler(temperature=1.0, top_k=2, seed=3)
+    >>> logits = torch.tensor([[0.0, 1.0, 2.0]])
+    >>> bool(sampler(logits, 5) == sampler(logits.expand(6, 3), 0)[5])
+    True
     """
 
     temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
-    generator: torch.Generator = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
+    def __call__(self, logits: Tensor, place: int) -> Tensor:
+        """Choose bytes that follow each other.
 
-    def __call__(self, logits: Tensor) -> int:
-        """Choose from `logits [vocab_size]`."""
-        if self.temperature == 0:
-            return int(logits.argmax())
-        probs = torch.softmax(logits.float().cpu() / self.temperature, dim=0)
-        return int(torch.multinomial(probs, 1, generator=self.generator))
+        Parameters
+        ----------
+        logits
+            `[num_bytes, vocab_size]`.
+        place
+            That of the first byte in the text, which begins after the prompt.
+
+        Returns
+        -------
+        Tensor
+            `[num_bytes]`, int32.
+        """
+        return self.at(logits, torch.arange(place, place + len(logits), device=logits.device))
+
+    def at(self, logits: Tensor, places: Tensor) -> Tensor:
+        """Choose bytes whose places are `places [num_bytes]`, int64."""
+        tokens, _, _ = ridgeline.sample_from_logits(
+            logits,
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            seed=self.seed,
+            offset=places,
+        )
+        return tokens
+
+
+#: What a text is chosen by where nothing else is said.
+GREEDY = Sampler()
+
+
+def wrong_setting(sampler: Sampler) -> tuple[str, object, str] | None:
+    """Return the name and value of a setting out of its range, and what is expected, or None."""
+    ranges = (
+        ("temperature", 0 <= sampler.temperature < math.inf, "0 (greedy) or more"),
+        ("top_k", 0 <= sampler.top_k < 1 << 31, "0 (off) or more"),
+        ("top_p", 0 <= sampler.top_p <= 1, "0 to 1 (off)"),
+        ("min_p", 0 <= sampler.min_p <= 1, "0 (off) to 1"),
+        ("seed", -(1 << 63) <= sampler.seed < 1 << 63, "a whole number of 64 bits"),
+    )
+    for name, is_right, expected in ranges:
+        if not is_right:
+            return name, getattr(sampler, name), expected
+    return None
 
 
 @dataclass
@@ -133,7 +183,7 @@ def generate(
     for step in range(num_tokens):
         start = time.perf_counter()
         # The choice reads the logits on the host, so the clock stops after the device is done.
-        token = sampler(model.forward(tokens, cache)[-1])
+        token = int(sampler(model.forward(tokens, cache)[-1:], step))
         seconds = time.perf_counter() - start
         if step == 0:
             speed.prefill_tokens, speed.prefill_seconds = len(prompt), seconds

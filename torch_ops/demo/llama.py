@@ -16,35 +16,58 @@ from .model_folder import TRAIN, Config, DemoError, ModelFolder
 class Cache(Protocol):
     """Where the keys and values of earlier tokens are, and how new tokens attend to them."""
 
-    def positions(self, num_tokens: int) -> Tensor:
-        """Return the positions of the next `num_tokens` tokens, int32."""
+    def extend(self, num_tokens: int) -> None:
+        """Make room for `num_tokens` more tokens: those of the next step."""
         ...
 
     def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the new tokens' `k`, `v` and return what `q` attends to, each NHD."""
+        """Rotate `q` and `k`, store `k` and `v`, return what `q` attends to; each NHD."""
         ...
 
 
 class KvCache:
-    """The cache of one sequence: a row a token, for every layer."""
+    """The cache of one sequence: for every layer one page, as long as the model's context.
 
-    def __init__(self, config: Config, like: Tensor) -> None:
-        # [num_layers, 2 (k, v), context, num_kv_heads, head_dim]
-        shape = (config.num_layers, 2, config.context, config.num_kv_heads, config.head_dim)
-        self.data = like.new_zeros(shape)
+    Parameters
+    ----------
+    config
+        The model's sizes.
+    dtype, device
+        Of keys and values.
+    """
+
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device) -> None:
+        page = (2, config.context, config.num_kv_heads, config.head_dim)
+        # [num_layers, 1 (page), 2 (k, v), context, num_kv_heads, head_dim]
+        self.pages = torch.zeros(config.num_layers, 1, *page, dtype=dtype, device=device)
         self.length = 0
+        self._rope_theta = config.rope_theta
+        self._all_positions = torch.arange(config.context, dtype=torch.int32, device=device)
+        self._all_requests = torch.zeros_like(self._all_positions)
+        self._page_numbers = self._all_positions[:1]
+        self._page_indptr = self._all_positions[:2]
 
-    def positions(self, num_tokens: int) -> Tensor:
-        """Return the positions of `num_tokens` more tokens, which the cache then holds."""
-        begin = self.length
+    def extend(self, num_tokens: int) -> None:
+        """Make room for `num_tokens` more tokens: those of the next step."""
+        new = slice(self.length, self.length + num_tokens)
+        self._positions, self._requests = self._all_positions[new], self._all_requests[new]
         self.length += num_tokens
-        return torch.arange(begin, self.length, dtype=torch.int32, device=self.data.device)
 
     def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the new tokens' `k`, `v` and return what `q` attends to, each NHD."""
-        keys, values = self.data[layer_idx, :, : self.length]
-        keys[-len(k) :] = k
-        values[-len(v) :] = v
+        """Rotate `q` and `k`, store `k` and `v`, return what `q` attends to; each NHD."""
+        pages = self.pages[layer_idx]
+        q = ridgeline.rope_append_paged_kv_cache(
+            q,
+            k,
+            v,
+            self._requests,
+            self._positions,
+            pages,
+            self._page_numbers,
+            self._page_indptr,
+            rope_theta=self._rope_theta,
+        ).to(pages.dtype)
+        keys, values = pages[0, :, : self.length]
         if len(q) == 1:
             return ridgeline.single_decode_with_kv_cache(q[0], keys, values)
         return ridgeline.single_prefill_with_kv_cache(q, keys, values, causal=True)
@@ -72,7 +95,8 @@ class Llama:
     weights
         Tensors under the names that Hugging Face's layout gives them.
     device, dtype
-        Where and in what the model computes.
+        Where and in what the model computes. Attention on a GPU is 16-bit: with float32 there, keys
+        and values are stored, and queries rounded, to float16.
     """
 
     def __init__(
@@ -140,9 +164,16 @@ class Llama:
         """Where the model computes."""
         return self.embedding.device
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of keys and values, and of attention."""
+        on_gpu = self.device.type == "cuda"
+        dtype = self.embedding.dtype
+        return torch.float16 if on_gpu and dtype == torch.float32 else dtype
+
     def new_cache(self) -> KvCache:
         """Return an empty KV cache for as many tokens as the model's context holds."""
-        return KvCache(self.config, self.embedding)
+        return KvCache(self.config, self.cache_dtype, self.device)
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: Cache) -> Tensor:
@@ -165,11 +196,11 @@ class Llama:
     def hidden(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Return the last layer's output `[num_tokens, hidden_size]`, normalized."""
         eps = self.config.rms_norm_eps
-        pos_ids = cache.positions(len(tokens))
+        cache.extend(len(tokens))
         residual = self.embedding[tokens]
         hidden = ridgeline.rmsnorm(residual, self.first_norm, eps)
         for layer_idx, layer in enumerate(self.layers):
-            hidden = self._attention(layer_idx, layer, hidden, pos_ids, cache)
+            hidden = self._attention(layer_idx, layer, hidden, cache)
             # Adds `hidden` to `residual`, then puts the normalized sum into `hidden`.
             ridgeline.fused_add_rmsnorm(hidden, residual, layer.norm_mlp, eps)
             hidden = F.linear(ridgeline.silu_and_mul(F.linear(hidden, layer.gate_up)), layer.down)
@@ -180,14 +211,11 @@ class Llama:
         """Return the logits `[num_rows, vocab_size]` of rows of `hidden`."""
         return F.linear(hidden, self.head)
 
-    def _attention(
-        self, layer_idx: int, layer: Layer, hidden: Tensor, pos_ids: Tensor, cache: Cache
-    ) -> Tensor:
+    def _attention(self, layer_idx: int, layer: Layer, hidden: Tensor, cache: Cache) -> Tensor:
         """Return the attention block's output `[num_tokens, hidden_size]`."""
         config = self.config
         heads = F.linear(hidden, layer.qkv).view(len(hidden), -1, config.head_dim)
         first_k, first_v = config.num_heads, config.num_heads + config.num_kv_heads
         q, k, v = heads[:, :first_k], heads[:, first_k:first_v], heads[:, first_v:]
-        q, k = ridgeline.apply_rope_pos_ids(q, k, pos_ids, rope_theta=config.rope_theta)
-        mixed = cache.attend(layer_idx, q, k, v)
+        mixed = cache.attend(layer_idx, q, k, v).to(hidden.dtype)
         return F.linear(mixed.reshape(len(hidden), -1), layer.output)
