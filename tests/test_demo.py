@@ -119,6 +119,29 @@ def test_a_tie_is_what_the_dtype_cannot_resolve() -> None:
     assert not check.judge_tied(torch.tensor([1]), exact, exact * math.nan).ok
 
 
+def test_a_draw_is_tied_where_rounding_moves_it(rng: torch.Generator) -> None:
+    """Logits that differ by `error` give draws that `could_choose` explains, and few others."""
+    exact = 3 * torch.randn(4000, 64, generator=rng)
+    error = 0.05
+    rounded = exact + error * (2 * torch.rand(4000, 64, generator=rng) - 1)
+    for sampler in (Sampler(1.0, seed=3), Sampler(0.7, top_p=0.9, seed=4), Sampler(1.0, top_k=9)):
+        ours, theirs = sampler(rounded, 0), sampler(exact, 0)
+        parted = (ours != theirs).nonzero()[:, 0].tolist()
+        assert 5 < len(parted) < 400
+        verdict = check.judge_tied(ours, rounded, exact, "there", sampler)
+        assert verdict.num_ties == len(parted)
+        assert verdict.ok, verdict.text
+        strangers = [
+            at for at in range(200)
+            if check.could_choose(sampler, at, (int(theirs[at]) + 1) % 64, exact[at], error)
+        ]  # fmt: skip
+        assert len(strangers) < 20
+    wrong = Sampler(1.0, seed=5)(exact, 0)
+    verdict = check.judge_tied(wrong, exact, rounded, "there", Sampler(1.0, seed=3))
+    assert not verdict.ok
+    assert verdict.text.startswith("token ")
+
+
 def test_runs_to_the_end(
     model_path: Path, device: torch.device, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,16 +191,50 @@ def test_missing_safetensors(
     assert "pip install 'ridgeline[demo]'" in capsys.readouterr().err
 
 
-def test_seed_repeats_the_text(model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seed_repeats_the_text(
+    model_path: Path, device: torch.device, capsys: pytest.CaptureFixture[str]
+) -> None:
     def text(*options: str) -> str:
-        arguments = ["--model", str(model_path), "--tokens", "60", "--device", "cpu", "--no-check"]
-        assert main([*arguments, *options]) == 0
+        arguments = ["--model", str(model_path), "--tokens", "60", "--device", device.type]
+        assert main([*arguments, "--no-check", *options]) == 0
         return capsys.readouterr().out.split("\nprefill")[0]
 
-    first = text("--seed", "1")
-    assert text("--seed", "1") == first
-    assert text("--seed", "2") != first
-    assert text("--temperature", "0", "--seed", "1") == text("--temperature", "0", "--seed", "2")
+    for filters in ([], ["--top-k", "30", "--top-p", "0.9"], ["--min-p", "0.05"]):
+        first = text("--seed", "7", "--temperature", "0.8", *filters)
+        assert text("--seed", "7", "--temperature", "0.8", *filters) == first
+        assert text("--seed", "8", "--temperature", "0.8", *filters) != first
+    greedy = text("--temperature", "0", "--seed", "1")
+    assert text("--temperature", "0", "--seed", "2") == greedy
+    assert text("--top-k", "1", "--temperature", "0.8", "--seed", "3") == greedy
+
+
+def test_a_draw_depends_on_its_own_row_only(device: torch.device, rng: torch.Generator) -> None:
+    """Not on the rows beside it, nor on what was drawn before."""
+    logits = (3 * torch.randn(64, 256, generator=rng)).to(device)
+    sampler = Sampler(0.8, top_k=50, top_p=0.95, seed=-5)
+    drawn = sampler(logits, 100)
+    for place in (0, 17, 63):
+        assert int(sampler(logits[place, None], 100 + place)) == int(drawn[place])
+    again = sampler.at(logits.flip(0), torch.arange(163, 99, -1, device=device))
+    assert torch.equal(again, drawn.flip(0))
+    assert not torch.equal(Sampler(0.8, top_k=50, top_p=0.95, seed=6)(logits, 100), drawn)
+    assert torch.equal(Sampler()(logits, 100).long(), logits.argmax(dim=1))
+
+
+@pytest.mark.gpu
+def test_float32_on_a_gpu_gives_the_tokens_of_the_cpu(folder: ModelFolder) -> None:
+    """All but attention is float32, so every token here is decided by more than rounding."""
+    model, on_cpu = (
+        Llama.load(folder, torch.device(name), torch.float32) for name in ("cuda", "cpu")
+    )
+    assert (model.cache_dtype, on_cpu.cache_dtype) == (torch.float16, torch.float32)
+    prompt = b"It was a dark night at sea; "
+    ours = list(generate(model, prompt, 96, Sampler()))
+    assert ours == list(generate(on_cpu, prompt, 96, Sampler()))
+    assert check.compare_tokens(folder, model, prompt, ours).ok
+    sampler = Sampler(0.7, top_k=40, seed=8)
+    assert len(set(generate(model, prompt, 96, sampler))) > 5
+    assert list(generate(model, prompt, 96, sampler)) == list(generate(model, prompt, 96, sampler))
 
 
 def test_bits_per_byte_is_what_the_training_stated(folder: ModelFolder) -> None:
@@ -267,6 +324,10 @@ def test_words_at_the_edges() -> None:
         (["--tokens", "many"], "invalid int value"),
         (["--temperature", "-1"], "expected 0 (greedy) or more"),
         (["--temperature", "nan"], "expected 0 (greedy) or more"),
+        (["--top-k", "-1"], "--top-k -1: expected 0 (off) or more"),
+        (["--top-p", "1.5"], "--top-p 1.5: expected 0 to 1 (off)"),
+        (["--min-p", "-0.1"], "--min-p -0.1: expected 0 (off) to 1"),
+        (["--seed", str(2**63)], "expected a whole number of 64 bits"),
         (["--device", "abacus"], "expected auto, cpu, cuda or cuda:N"),
         (["--device", "meta"], "expected auto, cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "--device cuda:99"),

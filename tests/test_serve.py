@@ -54,6 +54,42 @@ def test_served_tokens_are_those_of_each_request_alone(
     assert served.clock.slept_until == [500.0]
 
 
+def sampled(requests: list[Request]) -> list[Request]:
+    """The same requests, drawn: with every setting, and one of them greedy among the others."""
+    samplers = [
+        Sampler(0.8, seed=7),
+        Sampler(1.0, top_k=20, seed=-3),
+        Sampler(0.9, top_p=0.9, seed=1 << 40),
+        Sampler(),
+        Sampler(1.2, min_p=0.1, seed=5),
+        Sampler(0.7, top_k=50, top_p=0.95, min_p=0.02, seed=6),
+        Sampler(0.8, seed=7),
+    ]
+    return [replace(r, sampler=s) for r, s in zip(requests, samplers, strict=True)]
+
+
+@pytest.mark.parametrize("num_pages", [64, 19])
+def test_draws_are_those_of_each_request_alone(
+    model: Llama, alone: dict[str, list[int]], num_pages: int
+) -> None:
+    """Whatever else is in the batch, and however often a request is paused."""
+    requests = sampled(REQUESTS)
+    served = run(model, requests, num_pages=num_pages)
+    for request in requests:
+        drawn = list(generate(model, request.prompt, request.max_tokens, request.sampler))
+        assert served.tokens[request.name] == drawn, request
+    assert served.tokens["d"] == alone["d"]
+    assert all(served.tokens[name] != alone[name] for name in "abef")
+    # "g" has the prompt and the seed of "a".
+    assert served.tokens["g"] == served.tokens["a"][:5]
+    assert (sum(s.num_pauses for s in served.scheduler.sequences) > 0) == (num_pages == 19)
+    assert run(model, requests, page_size=5, max_requests=2).tokens == served.tokens
+    requests = [replace(r, sampler=replace(r.sampler, seed=9)) for r in requests]
+    others = run(model, requests, num_pages=num_pages).tokens
+    assert others["d"] == alone["d"]
+    assert all(others[name] != served.tokens[name] for name in "abef")
+
+
 @pytest.mark.parametrize("num_pages", [22, 19])
 def test_a_full_pool_pauses_requests_and_loses_none(
     model: Llama, alone: dict[str, list[int]], num_pages: int
@@ -155,13 +191,18 @@ def test_pool_keeps_its_books() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
 @pytest.mark.parametrize("num_pages", [64, 19])
-def test_graphs_change_no_token(folder: ModelFolder, num_pages: int) -> None:
+@pytest.mark.parametrize("is_sampled", [False, True])
+def test_graphs_change_no_token(
+    folder: ModelFolder, dtype: str, num_pages: int, is_sampled: bool
+) -> None:
     """The same decisions with and without graphs, so the same bits; every token checked."""
     gpu = torch.device("cuda", 0)
-    model = Llama.load(folder, gpu, cli.choose_dtype("auto", gpu))
-    recorded = run(model, REQUESTS, num_pages=num_pages, use_graphs=True)
-    eager = run(model, REQUESTS, num_pages=num_pages, use_graphs=False)
+    model = Llama.load(folder, gpu, cli.choose_dtype(dtype, gpu))
+    requests = sampled(REQUESTS) if is_sampled else REQUESTS
+    recorded = run(model, requests, num_pages=num_pages, use_graphs=True)
+    eager = run(model, requests, num_pages=num_pages, use_graphs=False)
     assert recorded.runner.num_replays > 50
     assert eager.runner.num_replays == 0
     assert recorded.tokens == eager.tokens
@@ -174,7 +215,7 @@ def test_graphs_change_no_token(folder: ModelFolder, num_pages: int) -> None:
 def write(path: Path, requests: list[Request]) -> Path:
     lines = [
         {"id": r.name, "arrival": r.arrival / 1000, "prompt": r.prompt.decode(),
-         "max_tokens": r.max_tokens}
+         "max_tokens": r.max_tokens, **vars(r.sampler)}
         for r in requests
     ]  # fmt: skip
     path.write_text("\n\n".join(map(json.dumps, lines)) + "\n")
@@ -184,7 +225,8 @@ def write(path: Path, requests: list[Request]) -> Path:
 def test_runs_to_the_end(
     device: torch.device, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, out = write(tmp_path / "requests.jsonl", REQUESTS[::-1]), tmp_path / "results.jsonl"
+    path, out = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
+    write(path, [*REQUESTS[:3:-1], *sampled(REQUESTS)[3::-1]])
     options = ["--device", device.type, "--pages", "19", "--page-size", "8", "--out", str(out)]
     assert example.script.main(["--requests", str(path), "--check", "--plain", *options]) == 0
     report = capsys.readouterr().out
@@ -202,8 +244,51 @@ def test_runs_to_the_end(
         assert 0 < result["first_token"] <= result["done"]
 
 
+def test_another_run_is_compared_with(
+    device: torch.device, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = write(tmp_path / "requests.jsonl", sampled(REQUESTS)), tmp_path / "results.jsonl"
+    common = ["--requests", str(path), "--plain", "--device", device.type, "--dtype", "float32"]
+    assert example.script.main([*common, "--out", str(out)]) == 0
+    assert "passed" not in capsys.readouterr().out
+    comparison = ["--compare", str(out)]
+    assert example.script.main([*common, "--page-size", "8", *comparison]) == 0
+    report = capsys.readouterr().out
+    if device.type == "cpu":
+        assert "\ncompared     ok: 207 of 207 tokens equal\n\nserve passed\n" in report
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    for line in lines:
+        if line["id"] == "f":
+            line["tokens"][0] ^= 3
+    out.write_text("\n".join(map(json.dumps, lines)))
+    assert example.script.main([*common, *comparison]) == 1
+    report = capsys.readouterr().out
+    assert "compared     FAILED: request f, token 0: " in report
+    assert report.endswith("serve FAILED: compared\n")
+
+
+def test_texts_part_where_rounding_decides(folder: ModelFolder, model: Llama) -> None:
+    """A run in bfloat16 against one in float32, greedy and drawn."""
+    requests = [replace(r, name=r.name * 2) for r in sampled(REQUESTS)] + REQUESTS
+    limits = {"max_requests": 16, "max_batch_tokens": 300, "num_pages": 200}
+    others = run(model, requests, **limits).tokens
+    rounded = Llama.load(folder, torch.device("cpu"), torch.bfloat16)
+    served = run(rounded, requests, **limits).scheduler.sequences
+    verdict = example.check.check_compared(others, folder, rounded, served)
+    assert verdict.ok, verdict.text
+    num_tokens = sum(request.max_tokens for request in requests)
+    assert f" of {num_tokens} tokens equal" in verdict.text
+    # By its own rounding a run in float32 cannot explain what bfloat16 wrote.
+    theirs = {sequence.request.name: sequence.written for sequence in served}
+    assert theirs != others
+    exact = run(model, requests, **limits).scheduler.sequences
+    assert not example.check.check_compared(theirs, folder, model, exact).ok
+
+
 def test_shipped_requests(folder: ModelFolder) -> None:
     requests = example.requests.read_requests(EXAMPLES / "serve_requests.jsonl")
+    num_drawn = sum(request.sampler.temperature > 0 for request in requests)
+    assert 4 <= num_drawn <= len(requests) // 2
     assert len(requests) >= 20
     assert all(len(r.prompt) + r.max_tokens <= folder.config.context for r in requests)
     prefixes = [request.prompt[:300] for request in requests if len(request.prompt) > 300]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ GOOD = '{"arrival": 0, "prompt": "She", "max_tokens": 3}'
         ('{"arrival": 0, "prompt": "She", "max_tokens": true}', "expected a whole number"),
         ('{"arrival": 0, "prompt": "She", "max_tokens": 3, "id": 4}', "id is 4; expected a text"),
         ('{"arrival": 0, "prompt": "She", "max_token": 3}', "unknown key 'max_token'"),
+        (f'{GOOD[:-1]}, "temperature": -1}}', "temperature is -1; expected 0 (greedy) or more"),
+        (f'{GOOD[:-1]}, "temperature": "hot"}}', "temperature is 'hot'; expected a number"),
+        (f'{GOOD[:-1]}, "top_k": 2.5}}', "top_k is 2.5; expected a whole number"),
+        (f'{GOOD[:-1]}, "top_p": 2}}', "top_p is 2; expected 0 to 1 (off)"),
+        (f'{GOOD[:-1]}, "min_p": NaN}}', "min_p is nan; expected 0 (off) to 1"),
+        (f'{GOOD[:-1]}, "seed": {2**63}}}', "expected a whole number of 64 bits"),
         ('{"arrival": 0, "prompt": "She", "max_tokens": 1022}', "more than the model's context"),
         ('{"arrival": 0, "prompt": "She", "max_tokens": 1000}', "pass --pages 63 or more"),
         (f'{GOOD[:-1]}, "id": "r02"}}\n{GOOD}', "2 requests have the id 'r02'"),
@@ -68,6 +75,9 @@ def test_wrong_requests_are_one_clear_line(
         (["--dtype", "int4"], "expected auto, float32"),
         (["--out", str(EXAMPLES)], "is a folder"),
         (["--out", "no/such/folder/results"], "there is no folder no/such/folder"),
+        (["--compare", "no/such/file"], "expected a file that --out wrote (FileNotFoundError"),
+        (["--compare", __file__], "expected a file that --out wrote (JSONDecodeError"),
+        (["--compare", os.devnull], "expected 120 tokens of request r01, found 0"),
         (["--colour", "red"], "`python examples/serve.py --help` lists the options"),
     ],
     ids=lambda value: " ".join(value)[-30:] if isinstance(value, list) else "",

@@ -129,9 +129,11 @@ def check_compared(
         )
         error = float((exact - rounded).abs().max())
         our, their = ours[place], theirs[place]
+        apart = f"{float((exact[our] - exact[their]).abs()):.2g} apart in float32 logits"
+        if request.sampler.temperature > 0:
+            apart = "drawn from float32 logits"
         text = (
-            f"request {request.name}, token {place}: {our} here and {their} there, "
-            f"{float((exact[our] - exact[their]).abs()):.2g} apart in float32 logits, which "
+            f"request {request.name}, token {place}: {our} here and {their} there, {apart}, which "
             f"rounding moves by {error:.2g}"
         )
         choices = (our, their)
