@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import ridgeline
 import torch
@@ -36,7 +37,7 @@ class StepInputs:
         self, max_requests: int, max_tokens: int, max_pages: int, device: torch.device
     ) -> None:
         sizes = {
-            **{name: max_requests * type_.itemsize // 4 for name, type_ in self.SAMPLING.items()},
+            **{name: max_requests * dtype.itemsize // 4 for name, dtype in self.SAMPLING.items()},
             "tokens": max_tokens,
             "last_rows": max_requests,
             "qo_indptr": max_requests + 1,
@@ -263,7 +264,9 @@ class Runner:
         hidden = self.model.hidden(self.inputs["tokens"][:num_tokens], cache)
         if not is_decode:
             hidden = hidden[self.inputs["last_rows"][:num_requests]]
-        settings = {name: self.inputs[name][:num_requests] for name in StepInputs.SAMPLING}
+        settings: dict[str, Any] = {
+            name: self.inputs[name][:num_requests] for name in StepInputs.SAMPLING
+        }
         chosen, _, _ = ridgeline.sample_from_logits(self.model.logits(hidden), **settings)
         return chosen
 

@@ -196,8 +196,8 @@ def could_choose(sampler: Sampler, place: int, token: int, logits: Tensor, error
     those of lower and higher tokens go opposite ways, in steps, since a draw goes through the
     tokens in order.
     """
-    tokens = torch.arange(len(logits))
-    own, below, above = ((sign == torch.sign(tokens - token)).float() for sign in (0, -1, 1))
+    side = torch.arange(len(logits)) - token
+    own, below, above = (mask.float() for mask in (side.eq(0), side.lt(0), side.gt(0)))
     directions = torch.stack([own - below - above, own - below + above, own + below - above])
     steps = torch.arange(1, 9)[:, None, None] / 8
     tried = logits + error * (steps * directions).flatten(0, 1)
