@@ -267,6 +267,18 @@ def test_another_run_is_compared_with(
     assert report.endswith("serve FAILED: compared\n")
 
 
+def test_shipped_requests_give_the_shipped_tokens(
+    device: torch.device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of a CPU, in float32; on a GPU with CUDA graphs, and attention in float16."""
+    options = ["--device", device.type, "--dtype", "float32", "--plain"]
+    assert example.script.main([*options, "--compare", str(EXAMPLES / "serve_tokens.jsonl")]) == 0
+    report = capsys.readouterr().out
+    assert "\ncompared     ok: 2184 of 2184 tokens equal\n" in report
+    if device.type == "cuda":
+        assert " 0 as CUDA graphs" not in report
+
+
 def test_texts_part_where_rounding_decides(folder: ModelFolder, model: Llama) -> None:
     """A run in bfloat16 against one in float32, greedy and drawn."""
     requests = [replace(r, name=r.name * 2) for r in sampled(REQUESTS)] + REQUESTS
