@@ -61,7 +61,7 @@ def print_summary(scheduler: Scheduler, runner: Runner, totals: Totals, out: Tex
     ):
         if seconds:
             p50, p95 = percentiles(seconds)
-            print(f"{name:<24}{1e3 * p50:>9.1f} ms{1e3 * p95:>9.1f} ms", file=out)
+            print(f"{name:<24}{1e3 * p50:>9.2f} ms{1e3 * p95:>9.2f} ms", file=out)
     for name, text in (
         (
             "steps",

@@ -134,7 +134,7 @@ def _run(arguments: argparse.Namespace, out: TextIO) -> int:
     model = Llama.load(folder, device, dtype)
     print_header(folder, model, out)
     # The first calls load or compile kernels; the speeds below are those of the calls after.
-    list(generate(model, prompt, 2, Sampler()))
+    list(generate(model, prompt, 2, sampler))
     speed = Speed()
     tokens = _stream(model, prompt, arguments.tokens, sampler, speed, out)
     _print_speed(speed, out)
