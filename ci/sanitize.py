@@ -108,11 +108,96 @@ def merging(dtype: torch.dtype) -> Iterator[torch.Tensor]:
         )
 
 
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def batches(dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Requests of 1, 3 and 40 queries over 7, 130 and 333 keys; then indices that are garbage."""
+    qo_indptr, lengths = ints(0, 1, 4, 44), (7, 130, 333)
+    garbage = torch.randint(-(2**31), 2**31 - 1, (500,)).to(torch.int32).to(DEVICE)
+    for head_dim in (64, 80, 256):
+        q = random(44, 6, head_dim, dtype=dtype)
+        for page_size in (1, 5, 16):
+            counts = [-(-length // page_size) for length in lengths]
+            kv_indptr = ints(0, *(sum(counts[: i + 1]) for i in range(3)))
+            pages = torch.randperm(sum(counts)).to(torch.int32).to(DEVICE)
+            last = ints(*((length - 1) % page_size + 1 for length in lengths))
+            pool = random(sum(counts), 2, page_size, 2, head_dim, dtype=dtype)
+            for indptr, indices, last_page_len in (
+                (kv_indptr, pages, last),
+                (kv_indptr, garbage[: sum(counts)], last),
+                (garbage[:4], garbage[: sum(counts)], garbage[4:7]),
+            ):
+                for invariant in (False, True):
+                    yield ridgeline.attention(
+                        q, pool, qo_indptr=qo_indptr, kv_indptr=indptr, kv_indices=indices,
+                        kv_last_page_len=last_page_len, causal=True, batch_invariant=invariant,
+                    )  # fmt: skip
+        k, v = (with_gaps(random(470, 2, head_dim, dtype=dtype)) for _ in range(2))
+        for indptr in (ints(0, 7, 137, 470), garbage[:4]):
+            yield ridgeline.attention(q, (k, v), qo_indptr=qo_indptr, kv_indptr=indptr)
+        k, v = (random(3, 41, 2, head_dim, dtype=dtype) for _ in range(2))
+        for kv_lens in (ints(7, 0, 41), garbage[:3]):
+            yield ridgeline.attention(q[:3], (k, v), kv_lens=kv_lens)
+
+
+def paging(dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    garbage = torch.randint(-(2**31), 2**31 - 1, (70,)).to(torch.int32).to(DEVICE)
+    kv_indptr, last = ints(0, 2, 2, 5), ints(3, 0, 1)
+    lengths = ridgeline.get_seq_lens(kv_indptr, last, 5)
+    yield lengths
+    places = ridgeline.get_batch_indices_positions(ints(0, 4, 4, 11), lengths, 13)
+    yield from places
+    yield from ridgeline.get_batch_indices_positions(garbage[:4], garbage[4:7], 13)
+    for head_dim in (64, 80, 33):
+        pool = random(6, 2, 5, 3, head_dim, dtype=dtype)
+        new = with_gaps(random(13, 3, head_dim, dtype=dtype))
+        for indices, positions in (
+            places,
+            (garbage[:13], garbage[13:26]),
+            (garbage[:13] * 0, garbage[:13]),
+        ):
+            for pages in (ints(4, 0, 5, 1, 3), garbage[:5]):
+                ridgeline.append_paged_kv_cache(
+                    new, new, indices, positions, pool, pages, kv_indptr, last
+                )
+                yield pool
+        target = random(4, 2, 5, 3, head_dim, dtype=dtype)
+        for source_pages in (ints(5, 0, 2), garbage[:3]):
+            ridgeline.copy_pages(pool, target, source_pages, ints(0, 3, 1))
+            yield target
+
+
+def sampling(dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    for num_rows, vocab_size in ((1, 1), (3, 7), (2, 1001), (5, 33001)):
+        logits = with_gaps(random(num_rows, vocab_size, dtype=dtype))
+        for filters in ({}, {"top_k": 5, "top_p": 0.9}, {"top_p": 0.5}, {"min_p": 0.1}):
+            yield from ridgeline.sample_from_logits(logits, 0.8, **filters, seed=3)
+        probs = ridgeline.softmax(logits)
+        yield probs
+        yield ridgeline.top_p_renorm_probs(probs, 0.7)
+        yield ridgeline.top_k_renorm_probs(probs, 3)
+        yield ridgeline.top_k_mask_logits(logits, 3).exp()
+        yield from ridgeline.top_k(logits, min(9, vocab_size))
+        target = probs.expand(3, num_rows, vocab_size).transpose(0, 1).contiguous()
+        drafted = torch.zeros(num_rows, 2, dtype=torch.int32, device=DEVICE)
+        yield from ridgeline.chain_speculative_sampling(target[:, :2], drafted, target, seed=3)
+
+
+def bits(dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    del dtype
+    for size in (1, 77, 5000):
+        x = random(size, dtype=torch.float32) > 0
+        yield ridgeline.packbits(x)
+        yield from ridgeline.segment_packbits(x, ints(0, size // 3, size // 3, size))
+
+
 def main() -> None:
     torch.manual_seed(0)
     results = 0
     for dtype in dtypes():
-        for family in (elementwise, attention, merging):
+        for family in (elementwise, attention, merging, batches, paging, sampling, bits):
             for result in family(dtype):
                 finite = bool(result.cpu().isfinite().all())
                 assert finite, f"{family.__name__}, {dtype}: a value that is not finite"
