@@ -175,6 +175,15 @@ def rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """The demo's steps are too short to share: on a busy machine each would wait for threads."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Root of the checkout that holds these tests (not of the installed package)."""

@@ -19,6 +19,8 @@ from ridgeline.demo.generate import Sampler, Utf8Stream, WordWrap, generate
 from ridgeline.demo.llama import Llama
 from ridgeline.demo.model_folder import ModelFolder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # num_heads, num_kv_heads, head_dim, layers, tied
 SHAPES = [(2, 1, 64, 2, True), (6, 2, 40, 2, False), (5, 5, 48, 1, True), (8, 1, 96, 1, False)]
 
