@@ -122,24 +122,32 @@ def test_a_tie_is_what_the_dtype_cannot_resolve() -> None:
 
 
 def test_a_draw_is_tied_where_rounding_moves_it(rng: torch.Generator) -> None:
-    """Logits that differ by `error` give draws that `could_choose` explains, and few others."""
-    exact = 3 * torch.randn(4000, 64, generator=rng)
+    """Draws from logits within the error are explained, every one, and few others."""
     error = 0.05
-    rounded = exact + error * (2 * torch.rand(4000, 64, generator=rng) - 1)
-    for sampler in (Sampler(1.0, seed=3), Sampler(0.7, top_p=0.9, seed=4), Sampler(1.0, top_k=9)):
-        ours, theirs = sampler(rounded, 0), sampler(exact, 0)
+    exact = 3 * torch.randn(2000, 64, generator=rng)
+    rounded, served = (
+        exact + share * error * (2 * torch.rand(2000, 64, generator=rng) - 1) for share in (1, 0.8)
+    )
+    for sampler in (Sampler(), Sampler(1.0, seed=3), Sampler(0.7, top_p=0.9, seed=4)):
+        ours, theirs = sampler(served, 0), sampler(rounded, 0)
         parted = (ours != theirs).nonzero()[:, 0].tolist()
-        assert 5 < len(parted) < 400
-        verdict = check.judge_tied(ours, rounded, exact, "there", sampler)
-        assert verdict.num_ties == len(parted)
-        assert verdict.ok, verdict.text
+        assert 5 < len(parted) < 250
+        # A filter's end may move too, which the search does not follow.
+        unfiltered = sampler.top_p == 1
+        explained = [
+            check.could_choose(sampler, at, int(ours[at]), exact[at], error) for at in parted
+        ]
+        assert sum(explained) >= (len(parted) if unfiltered else 0.9 * len(parted))
         strangers = [
-            at for at in range(200)
-            if check.could_choose(sampler, at, (int(theirs[at]) + 1) % 64, exact[at], error)
-        ]  # fmt: skip
-        assert len(strangers) < 20
+            check.could_choose(sampler, at, (int(theirs[at]) + 1) % 64, exact[at], error)
+            for at in range(40)
+        ]
+        assert sum(strangers) < 20
+    sampler = Sampler(1.0, seed=3)
+    ours = sampler(served[:100], 0)
+    assert check.judge_tied(ours, exact[:100], rounded[:100], "there", sampler).ok
     wrong = Sampler(1.0, seed=5)(exact, 0)
-    verdict = check.judge_tied(wrong, exact, rounded, "there", Sampler(1.0, seed=3))
+    verdict = check.judge_tied(wrong, exact, rounded, "there", sampler)
     assert not verdict.ok
     assert verdict.text.startswith("token ")
 

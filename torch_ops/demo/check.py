@@ -192,17 +192,25 @@ def judge_tied(
 def could_choose(sampler: Sampler, place: int, token: int, logits: Tensor, error: float) -> bool:
     """Tell whether logits within `error` of `logits [vocab_size]` lead to `token` at `place`.
 
-    The token's own logit is raised. The others are lowered, which decides for greedy choices; or
-    those of lower and higher tokens go opposite ways, in steps, since a draw goes through the
-    tokens in order.
+    The token's own logit is raised. With all others lowered, a greedy choice takes it if it ever
+    does. A draw goes through the tokens in order: with the lower ones lowered and the higher ones
+    raised, more and more, it moves up, so a bisection finds whether it comes by.
     """
-    side = torch.arange(len(logits)) - token
-    own, below, above = (mask.float() for mask in (side.eq(0), side.lt(0), side.gt(0)))
-    directions = torch.stack([own - below - above, own - below + above, own + below - above])
-    steps = torch.arange(1, 9)[:, None, None] / 8
-    tried = logits + error * (steps * directions).flatten(0, 1)
-    chosen = sampler.at(tried, torch.full((len(tried),), place))
-    return bool((chosen == token).any())
+    side = torch.sign(torch.arange(len(logits)) - token)
+
+    def chosen(others: Tensor) -> int:
+        return int(sampler((logits + error * ((side == 0) + others))[None], place))
+
+    if chosen(-side.abs()) == token:
+        return True
+    low, high = -1.0, 1.0
+    for _ in range(24):
+        middle = (low + high) / 2
+        found = chosen(middle * side)
+        if found == token:
+            return True
+        low, high = (middle, high) if found < token else (low, middle)
+    return False
 
 
 def bits_per_byte(model: Llama, text: Tensor) -> float:
