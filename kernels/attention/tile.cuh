@@ -39,11 +39,12 @@ __device__ __forceinline__ int tile_rows(const AttentionParams& params, const Re
 
 // `get_work(index)` is the work item. Why not the item itself: it is made again after the loop, so
 // that what only the output needs holds no register that the accumulators want. `make_kv(work)` is
-// its addressing, `keep(range)` the place of a range that every step asks for.
-template <typename Traits, typename GetWork, typename MakeKv, typename Keep>
+// its addressing, `keep(range)` the place of a range that every step asks for; what `fetch_more()`
+// starts to copy arrives before the first step.
+template <typename Traits, typename GetWork, typename MakeKv, typename Keep, typename FetchMore>
 __device__ __forceinline__ void attend_tile(const AttentionParams& params, const Request& request,
                                             int index, GetWork get_work, MakeKv make_kv, Keep keep,
-                                            unsigned char* smem) {
+                                            FetchMore fetch_more, unsigned char* smem) {
   using Variant = typename Traits::Variant;
   constexpr int kStages = Traits::kStages;
   constexpr int kPending = 2 * (kStages - 1);  // groups younger than the one a step waits for
@@ -90,6 +91,7 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
 
   prefetch(0);
   load_query<Traits>(params, work, num_rows, query_address);
+  fetch_more();
   cp_async_commit();
   start_keys(0, 0);
 #pragma unroll

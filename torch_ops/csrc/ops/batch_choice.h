@@ -34,7 +34,9 @@ struct BatchPlan {
   int low, high;  // tile heights, equal where there is one
   int block;
   int dynamic_smem;  // bytes
-  int num_ctas;
+  int num_ctas;      // that a list is shared out to
+  int team_size;     // CTAs that work on neighbouring KV heads side by side
+  int max_tiles;     // of a list by tile; 0: there is none
   int slot_rows;
   int64 num_partial_rows;
 };
