@@ -1,9 +1,8 @@
 // Adds up the parts of a batch's cut tiles, in the order of their keys, and clears the output rows
 // that belong to no request, or to one beyond its max_q_len:
 //   out = sum_p 2^((max_p - max) scale) sums_p / sum_p 2^((max_p - max) scale) sum_p
-// Rows of decoding tiles are few and may have many parts: the eight warps of a CTA share one, and
-// what they found is added up in order. Of taller tiles a warp takes a row, until there are many
-// parts. All SMs; any head_dim_vo that is a multiple of 8 up to 256.
+// A warp takes one row; a row of many parts is shared by the eight warps of a CTA, and what they
+// found is added up in order. All SMs; any head_dim_vo that is a multiple of 8 up to 256.
 #pragma once
 
 #include "attention/batch_params.h"
@@ -169,13 +168,16 @@ __device__ __forceinline__ void combine_row(const BatchCombineParams& params, co
                empty ? -kInfinity : sums.maximum * (params.exponent_scale * kLn2) + logf(sums.sum));
 }
 
-// The parts of a tile of one head, within the workspace.
-__device__ __forceinline__ CutTile checked_tile(const BatchCombineParams& params, int index,
-                                                int lane) {
+// The tile of the i-th row of all slots, its parts within the workspace, and the row in it.
+__device__ __forceinline__ CutTile checked_tile(const BatchCombineParams& params, int i, int& row) {
+  const int slot_rows = params.slot_rows.divisor;
+  const int of_head = params.slot_rows.quotient(i);
+  row = i - of_head * slot_rows;
+  const int index = params.team_size.quotient(of_head);
+  const int lane = params.team_size.remainder(of_head);
   const int4* words = reinterpret_cast<const int4*>(params.list + kCutTilesAt) + index * 2ll;
   const int4 a = words[0], b = words[1];
   CutTile tile = {a.x, max(0, a.y), a.z + lane, 0, 0, 0, 0, 0};
-  const int slot_rows = params.slot_rows;
   const int last_row = params.num_partial_rows - slot_rows;
   tile.num_rows = min(a.w, slot_rows);
   tile.partial_row = max(0, min(max(0, min(b.x, last_row)) + lane * slot_rows, last_row));
@@ -212,25 +214,22 @@ __global__ void __launch_bounds__(kCombineThreads, 2)
     }
   }
 
-  const int num_tiles = max(0, min(reinterpret_cast<const ListHeader*>(params.list)->num_cut_tiles,
-                                   params.max_cut_tiles));
-  const int rows_at_once = params.slot_rows > 16 ? kCombineWarps : 1;
-  const int rounds_of_tile = (params.slot_rows + rows_at_once - 1) / rows_at_once;
-  const int num_rounds = num_tiles * int(params.team_size.divisor) * rounds_of_tile;
-  for (int round = blockIdx.x; round < num_rounds; round += gridDim.x) {
-    const int of_head = round / rounds_of_tile;
-    const CutTile tile = checked_tile(params, params.team_size.quotient(of_head),
-                                      params.team_size.remainder(of_head));
-    const int first_row = (round - of_head * rounds_of_tile) * rows_at_once;
-    const int end_row = min(first_row + rows_at_once, tile.num_rows);
-    if (tile.num_pieces < 1) continue;
-    if (rows_at_once > 1 && tile.num_pieces <= kPiecesOfAWarp) {
-      const int row = first_row + warp;
-      if (row < end_row) combine_row<T>(params, tile, row, false, of_warps);
-    } else {
-      for (int row = first_row; row < end_row; ++row) {
-        combine_row<T>(params, tile, row, true, of_warps);
-      }
+  const ListHeader& header = *reinterpret_cast<const ListHeader*>(params.list);
+  const int num_tiles = max(0, min(header.num_cut_tiles, params.max_cut_tiles));
+  const int num_rows = num_tiles * int(params.team_size.divisor) * int(params.slot_rows.divisor);
+  for (int i = warp_idx; i < num_rows; i += num_warps) {
+    int row;
+    const CutTile tile = checked_tile(params, i, row);
+    if (row < tile.num_rows && tile.num_pieces > 0 && tile.num_pieces <= kPiecesOfAWarp) {
+      combine_row<T>(params, tile, row, false, of_warps);
+    }
+  }
+  if (header.most_pieces <= kPiecesOfAWarp) return;
+  for (int i = blockIdx.x; i < num_rows; i += gridDim.x) {
+    int row;
+    const CutTile tile = checked_tile(params, i, row);
+    if (row < tile.num_rows && tile.num_pieces > kPiecesOfAWarp) {
+      combine_row<T>(params, tile, row, true, of_warps);
     }
   }
 }

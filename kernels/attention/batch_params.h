@@ -76,7 +76,8 @@ struct ListHeader {
   int by_tile;
   int num_records;
   int num_cut_tiles;
-  int num_tokens;  // of all requests: rows of the output from here on are padding
+  int num_tokens;   // of all requests: rows of the output from here on are padding
+  int most_pieces;  // no tile was cut into more
 };
 
 inline constexpr int kMaxBatchCtas = 1024;
@@ -204,7 +205,7 @@ struct BatchCombineParams {
   int head_dim_vo;
   Divider group_size;
   Divider team_size;
-  int slot_rows;
+  Divider slot_rows;
   float exponent_scale;
   int tag;
 };

@@ -44,6 +44,7 @@ struct Found {
 };
 
 // Where the line of costs is cut for the c-th time.
+template <bool kTall>
 __device__ __forceinline__ Cut find_cut(const ScheduleParams& params, const Found& found,
                                         int num_items, int c) {
   const int num_bundles = params.num_bundles.divisor;
@@ -55,7 +56,7 @@ __device__ __forceinline__ Cut find_cut(const ScheduleParams& params, const Foun
   const int64 rest = place - found.costs[index];
   const ScheduledItem item = found.items[index];
   const int num_rows = num_rows_of(params, found.requests[item.request].lengths);
-  const TileHeight& height = params.heights[height_of(params, num_rows)];
+  const TileHeight& height = params.heights[height_of<kTall>(params, num_rows)];
   const int num_tiles = num_kv_tiles(height, item);
   const int64 cost = cost_of(height, num_tiles);
   // Why two: a division of 64 bits takes ten times as long.
@@ -75,11 +76,12 @@ __device__ __forceinline__ Cut find_cut(const ScheduleParams& params, const Foun
 }
 
 // The fields that every record of an item has.
+template <bool kTall>
 __device__ __forceinline__ WorkRecord record_of(const ScheduleParams& params, const Found& found,
                                                 int index) {
   const ScheduledItem item = found.items[index];
   const ScheduledRequest of = found.requests[item.request];
-  const int height_idx = height_of(params, num_rows_of(params, of.lengths));
+  const int height_idx = height_of<kTall>(params, num_rows_of(params, of.lengths));
   WorkRecord record = {};
   record.segment_height = height_idx;
   record.request = item.request;
@@ -103,6 +105,7 @@ __device__ __forceinline__ bool goes_by_tile(const ScheduleParams& params, int n
 
 // Items by class of cost, the dearest class first, and the last items of a class first: the last
 // query tiles of a causal request are the dearest.
+template <bool kTall>
 __device__ __forceinline__ void write_by_tile(const ScheduleParams& params, const Found& found,
                                               int num_items, int64 most_cost, int64* warp_sums) {
   constexpr int kClasses = 4;
@@ -137,10 +140,11 @@ __device__ __forceinline__ void write_by_tile(const ScheduleParams& params, cons
       shift += 16;
       end += int(of_classes >> shift) & 0xffff;
     } while (one >> shift != 1);
-    records[end - 1 - (int(rank >> shift) & 0xffff)] = record_of(params, found, index);
+    records[end - 1 - (int(rank >> shift) & 0xffff)] = record_of<kTall>(params, found, index);
   }
 }
 
+template <bool kTall>
 __global__ void __launch_bounds__(kScheduleThreads, 1)
     schedule(const __grid_constant__ ScheduleParams params) {
   __shared__ int64 warp_sums[kScheduleThreads / 32];
@@ -177,7 +181,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
       const ScheduledRequest of = scheduled_request(params, request);
       found.requests[request] = of;
       const int num_rows = num_rows_of(params, of.lengths);
-      const TileHeight& height = params.heights[height_of(params, num_rows)];
+      const TileHeight& height = params.heights[height_of<kTall>(params, num_rows)];
       count = height.tile_q.quotient(num_rows + height.tile_q.divisor - 1);
       if (params.invariant && count == 1) {
         const ScheduledItem tile = whole_tile(params, of, height, request, 0);
@@ -215,7 +219,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
           one_each ? index : last_at_most(found.item_starts, params.batch_size, index);
       const ScheduledRequest of = found.requests[request];
       const int num_rows = num_rows_of(params, of.lengths);
-      const TileHeight& height = params.heights[height_of(params, num_rows)];
+      const TileHeight& height = params.heights[height_of<kTall>(params, num_rows)];
       const int place = index - found.item_starts[request];
       const bool one_tile = num_rows <= int(height.tile_q.divisor);
       ScheduledItem item = whole_tile(params, of, height, request, one_tile ? 0 : place);
@@ -255,18 +259,19 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   header.num_tokens = params.qo_indptr == nullptr
                           ? params.batch_size
                           : clamped(params.qo_indptr[params.batch_size], 0, params.num_tokens);
-  if (goes_by_tile(params, num_items, cost_before, most_cost)) {
+  if (kTall && goes_by_tile(params, num_items, cost_before, most_cost)) {
     header.by_tile = 1;
     header.num_records = num_items;
     if (thread == 0 && blockIdx.x == 0) *reinterpret_cast<ListHeader*>(params.list) = header;
-    write_by_tile(params, found, num_items, most_cost, warp_sums);
+    write_by_tile<kTall>(params, found, num_items, most_cost, warp_sums);
     return;
   }
 
   // Cuts, and how many there are before each: inner ones, and in the upper half the units they cut.
   for (int c = thread; c <= params.num_teams; c += kScheduleThreads) {
     const bool inside = c < params.num_teams && num_items > 0;
-    cuts[c] = inside ? find_cut(params, found, num_items, c) : Cut{num_items * num_bundles, 0};
+    cuts[c] =
+        inside ? find_cut<kTall>(params, found, num_items, c) : Cut{num_items * num_bundles, 0};
   }
   __syncthreads();
   int64 cuts_before = 0;
@@ -291,6 +296,8 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   const int num_cut_tiles = int(cuts_before) / 65536;
   header.num_records = num_items * num_bundles + int(cuts_before) % 65536;
   header.num_cut_tiles = params.invariant ? params.batch_size * num_bundles : num_cut_tiles;
+  header.most_pieces =
+      params.invariant ? kInvariantPieces : int(cuts_before) % 65536 - num_cut_tiles + 2;
   if (thread == 0) {
     first_records[params.num_teams] = header.num_records;
     cut_tiles_before[params.num_teams] = num_cut_tiles;
@@ -316,7 +323,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
     const int unit = from.unit + r - first_records[c];
     const int index = params.num_bundles.quotient(unit);
     const ScheduledItem item = found.items[index];
-    WorkRecord record = record_of(params, found, index);
+    WorkRecord record = record_of<kTall>(params, found, index);
     const TileHeight& height = params.heights[record.segment_height];
     const int num_rows = record.qo_len * int(params.group_size.divisor);
     const int kv_tile = height.kv_tile.divisor;

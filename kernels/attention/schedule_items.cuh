@@ -59,8 +59,11 @@ __device__ __forceinline__ int num_rows_of(const ScheduleParams& params, const R
   return request.qo_len * int(params.group_size.divisor);
 }
 
+// Index of a request's tile height; lists that are not tall have one height only.
+template <bool kTall>
 __device__ __forceinline__ int height_of(const ScheduleParams& params, int num_rows) {
-  return params.num_heights == 1 || num_rows <= int(params.heights[0].tile_q.divisor) ? 0 : 1;
+  return !kTall || params.num_heights == 1 || num_rows <= int(params.heights[0].tile_q.divisor) ? 0
+                                                                                                : 1;
 }
 
 __device__ __forceinline__ int kv_tiles_up_to(const TileHeight& height, int key) {
@@ -99,8 +102,9 @@ __device__ __forceinline__ int invariant_pieces(const TileHeight& height, int nu
                                      : clamped(num_tiles / kInvariantTiles, 1, kInvariantPieces);
 }
 
-// Sums over the block of what the threads before this one hold; `total` gets the sum of all.
-__device__ __forceinline__ int64 exclusive_sum(int64 value, int64* warp_sums, int64& total) {
+// Sums over the block of what the threads before this one hold; `total` gets the sum of all. Why
+// not inlined: the code comes from memory too.
+__device__ __noinline__ int64 exclusive_sum(int64 value, int64* warp_sums, int64& total) {
   constexpr int kWarps = kScheduleThreads / 32;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;

@@ -75,11 +75,10 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     cp_async_commit();
   };
   // What the addresses of a step need from memory, ahead of its keys; its values use it too.
-  const auto prefetch = [&](int step) {
-    if (step < num_steps) {
-      kv.template prefetch<Traits::kKeys, Traits::kLoaders>(first_key + step * Traits::kKvTile,
-                                                            work.kv_end);
-    }
+  const auto look_up = [&](int step) -> uint32 {
+    if (step >= num_steps) return 0;
+    return kv.template look_up<Traits::kKeys, Traits::kLoaders>(first_key + step * Traits::kKvTile,
+                                                                work.kv_end);
   };
   const auto start_values = [&](int step, int stage) {
     if (step < num_steps) {
@@ -89,15 +88,18 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     cp_async_commit();
   };
 
-  prefetch(0);
+  uint32 answers[kStages];
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) answers[stage] = look_up(stage);
   load_query<Traits>(params, work, num_rows, query_address);
   fetch_more();
   cp_async_commit();
+  kv.turn_to(answers[0]);
   start_keys(0, 0);
 #pragma unroll
   for (int stage = 1; stage < kStages; ++stage) {
     start_values(stage - 1, stage - 1);
-    prefetch(stage);
+    kv.turn_to(answers[stage]);
     start_keys(stage, stage);
   }
 
@@ -129,7 +131,7 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     cp_async_wait<kPending>();
     pipeline_barrier<Traits>();
     start_values(step + kStages - 1, previous_stage);
-    prefetch(step + kStages);
+    kv.turn_to(look_up(step + kStages));
     if constexpr (Variant::kTransformsKey) {
       Variant::template key<typename Traits::Element, Traits::kQk>(
           params, scratch, key_tiles + stage * Traits::kKeyBytes, Traits::kKeys, loader,

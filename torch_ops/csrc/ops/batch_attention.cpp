@@ -186,7 +186,8 @@ BatchGpu gpu_of(const Device& gpu) {
 
 void launch_schedule(const Lengths& of, const BatchProblem& problem, const BatchPlan& plan,
                      const Device& gpu, const Tensor& list) {
-  static Kernel& schedule = kernel(schedule_name());
+  static Kernel& of_low = kernel(schedule_name(false));
+  static Kernel& of_tall = kernel(schedule_name(true));
   const ListLayout layout = list_layout(problem.batch_size, problem.num_tokens, of.group_size(),
                                         problem.num_kv_heads, problem.invariant);
   if (layout.max_records > kMaxCount) {
@@ -225,7 +226,7 @@ void launch_schedule(const Lengths& of, const BatchProblem& problem, const Batch
                                  .slot_rows = plan.slot_rows,
                                  .tag = tag_of(of, problem, plan)};
   const int64_t ctas = (layout.max_items * num_bundles + num_teams) / kScheduleThreads + 1;
-  launch(schedule, gpu,
+  launch(plan.high > 16 ? of_tall : of_low, gpu,
          {.grid_x = static_cast<unsigned>(std::min<int64_t>(ctas, kMaxScheduleCtas)),
           .block = kScheduleThreads},
          &params);
@@ -560,11 +561,11 @@ void run(const Inputs& in, const Lengths& of, const BatchOptions& options, const
       .head_dim_vo = params.attention.head_dim_vo,
       .group_size = params.attention.group_size,
       .team_size = params.team_size,
-      .slot_rows = plan.slot_rows,
+      .slot_rows = make_divider(static_cast<uint32>(plan.slot_rows)),
       .exponent_scale = exponent_scale(params.attention.sm_scale, params.attention.logits_soft_cap),
       .tag = params.tag};
   launch(combine_kernel(problem.bf16), gpu,
-         {.grid_x = static_cast<unsigned>((plan.slot_rows > 16 ? 2 : 4) * gpu.num_sms),
+         {.grid_x = static_cast<unsigned>(2 * gpu.num_sms),
           .block = kCombineThreads,
           .pdl = gpu.sm >= 90},
          &combine);

@@ -82,7 +82,7 @@ int dims_of(int head_dim_qk, int head_dim_vo) {
 }
 
 Choice choose_batch(const std::string& op, const Config& config, int sm) {
-  if (op == "attention_schedule") return {{schedule_name()}, {}};
+  if (op == "attention_schedule") return {{schedule_name(false), schedule_name(true)}, {}};
   BatchProblem problem;
   const std::string dtype = config.get("dtype", "float16");
   if (dtype != "float16" && dtype != "bfloat16") {
@@ -116,9 +116,9 @@ Choice choose_batch(const std::string& op, const Config& config, int sm) {
   }
   problem.rotates = mode == "ROPE_LLAMA";
   const int dims = dims_of(problem.head_dim_qk, problem.head_dim_vo);
-  return {{schedule_name(),
-           batch_name(dims, kernel_of(problem, dims, sm), problem.paged, problem.bf16,
-                      batch_variant(problem)),
+  const int kernel = kernel_of(problem, dims, sm);
+  return {{schedule_name(kKernels[kernel].high > 16),
+           batch_name(dims, kernel, problem.paged, problem.bf16, batch_variant(problem)),
            batch_combine_name(problem.bf16)},
           {}};
 }
@@ -145,10 +145,13 @@ void add_rows(std::vector<Row>& rows, const char* op, int dims, int kernel, int 
 
 std::vector<Row> batch_rows() {
   std::vector<Row> rows;
-  rows.push_back({.op = "attention_schedule",
-                  .kernel = schedule_name(),
-                  .block = kScheduleThreads,
-                  .why = "lengths to a balanced work list"});
+  for (const bool tall : {false, true}) {
+    rows.push_back({.op = "attention_schedule",
+                    .kernel = schedule_name(tall),
+                    .block = kScheduleThreads,
+                    .why = tall ? "lengths to a balanced work list, tiles of any height"
+                                : "the same for tiles of 16 rows"});
+  }
   for (const char* op : {"attention", "attention_full"}) {
     for (int dims = 0; dims < kNumBatchDims; ++dims) {
       for (int kernel = 0; kernel < kNumBatchKernels; ++kernel) {
@@ -176,8 +179,8 @@ const RegisterFamily family({{"attention", "attention_full", "attention_schedule
 
 }  // namespace
 
-const char* schedule_name() {
-  return "attention/schedule.cuh:schedule";
+std::string schedule_name(bool tall) {
+  return kernel_name("attention/schedule.cuh:schedule", tall ? "true" : "false");
 }
 
 std::string batch_name(int dims, int kernel, bool paged, bool bf16, int variant) {

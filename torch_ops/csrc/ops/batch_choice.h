@@ -48,7 +48,7 @@ inline constexpr int kNumBatchVariants = 4;
 BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu);
 std::string batch_name(int dims, int kernel, bool paged, bool bf16, int variant);
 std::string batch_combine_name(bool bf16);
-const char* schedule_name();
+std::string schedule_name(bool tall);
 TileHeight tile_height(int dims, int tile_q, int sm);
 
 constexpr int batch_variant(const BatchProblem& problem) {
