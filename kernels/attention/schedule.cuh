@@ -52,7 +52,7 @@ __device__ __forceinline__ Cut find_cut(const ScheduleParams& params, const Foun
   // Why shifted: total * c must fit 31 bits, and a cut may be off by a millionth of the work.
   const int shift = max(0, 43 - __clzll(total));
   const int64 place = int64(params.team_count.quotient(uint32(total >> shift) * c)) << shift;
-  const int index = last_at_most(found.costs, num_items, place);
+  const int index = last_at_most(0, num_items, place, [&](int i) { return found.costs[i]; });
   const int64 rest = place - found.costs[index];
   const ScheduledItem item = found.items[index];
   const int num_rows = num_rows_of(params, found.requests[item.request].lengths);
@@ -68,7 +68,7 @@ __device__ __forceinline__ Cut find_cut(const ScheduleParams& params, const Foun
   const int keys_cost = int(min(max(within - height.tile_cost, 0ll), int64(kMaxLength)));
   const int before = min(int(height.steps_of_cost.quotient(keys_cost)), num_tiles);
   const int after = num_tiles - before;
-  const float share = float(total) / float(params.num_teams * 32 * height.step_cost);
+  const float share = __fdividef(float(total), float(params.num_teams * 32 * height.step_cost));
   const int least = max(height.min_kv_tiles, int(fminf(share, 1e9f)));
   if (before == 0 || (before < least && before <= after)) return begin;
   if (after < least) return end;
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   __shared__ int few_starts[kKeptInSmem + 1];
   __shared__ ScheduledItem few_items[kKeptInSmem];
   __shared__ int64 few_costs[kKeptInSmem + 1];
-  __shared__ int64 most_costs[kScheduleThreads / 32];
+  __shared__ int64 warp_mosts[kScheduleThreads / 32];
   __shared__ Cut cuts[kMaxBatchCtas + 1];
   __shared__ int first_records[kMaxBatchCtas + 1];
   __shared__ int cut_tiles_before[kMaxBatchCtas + 1];  // units that cuts up to this one go through
@@ -171,6 +171,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   pdl_launch_dependents();
 
   // The requests, and where each one's items begin.
+  ScheduledRequest own_request;
   int64 items_before = 0;
   bool one_each = params.batch_size <= kScheduleThreads;
 #pragma unroll 1
@@ -178,13 +179,13 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
     const int request = base + thread;
     int64 count = request < params.batch_size ? 0 : 1;
     if (request < params.batch_size) {
-      const ScheduledRequest of = scheduled_request(params, request);
-      found.requests[request] = of;
-      const int num_rows = num_rows_of(params, of.lengths);
+      own_request = scheduled_request(params, request);
+      found.requests[request] = own_request;
+      const int num_rows = num_rows_of(params, own_request.lengths);
       const TileHeight& height = params.heights[height_of<kTall>(params, num_rows)];
       count = height.tile_q.quotient(num_rows + height.tile_q.divisor - 1);
       if (params.invariant && count == 1) {
-        const ScheduledItem tile = whole_tile(params, of, height, request, 0);
+        const ScheduledItem tile = whole_tile(params, own_request, height, request, 0);
         count = invariant_pieces(height, num_kv_tiles(height, tile));
       }
     }
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   }
   const int num_items = int(items_before);
   if (thread == 0) found.item_starts[params.batch_size] = num_items;
-  __syncthreads();
+  if (!one_each) __syncthreads();
 
   // The items and their costs.
   int64 cost_before = 0;
@@ -215,14 +216,17 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
     const int index = base + thread;
     int64 cost = 0;
     if (index < num_items) {
-      const int request =
-          one_each ? index : last_at_most(found.item_starts, params.batch_size, index);
-      const ScheduledRequest of = found.requests[request];
-      const int num_rows = num_rows_of(params, of.lengths);
+      int request = index, place = 0;
+      if (!one_each) {
+        request =
+            last_at_most(0, params.batch_size, index, [&](int i) { return found.item_starts[i]; });
+        own_request = found.requests[request];
+        place = index - found.item_starts[request];
+      }
+      const int num_rows = num_rows_of(params, own_request.lengths);
       const TileHeight& height = params.heights[height_of<kTall>(params, num_rows)];
-      const int place = index - found.item_starts[request];
       const bool one_tile = num_rows <= int(height.tile_q.divisor);
-      ScheduledItem item = whole_tile(params, of, height, request, one_tile ? 0 : place);
+      ScheduledItem item = whole_tile(params, own_request, height, request, one_tile ? 0 : place);
       int num_tiles = num_kv_tiles(height, item);
       if (params.invariant && one_tile) {
         const int num_pieces = invariant_pieces(height, num_tiles);
@@ -243,28 +247,30 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
     cost_before += sum;
   }
   if (thread == 0) found.costs[num_items] = cost_before;
+  if (kTall) {
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    most_cost = max(most_cost, __shfl_xor_sync(0xffffffffu, most_cost, distance));
+    for (int distance = 16; distance > 0; distance /= 2) {
+      most_cost = max(most_cost, __shfl_xor_sync(0xffffffffu, most_cost, distance));
+    }
+    if (thread % 32 == 0) warp_mosts[thread / 32] = most_cost;
   }
-  if (thread % 32 == 0) most_costs[thread / 32] = most_cost;
   __syncthreads();
-#pragma unroll
-  for (int warp = 0; warp < kScheduleThreads / 32; ++warp) {
-    most_cost = max(most_cost, most_costs[warp]);
-  }
 
   ListHeader header = {};
   header.tag = params.tag;
   header.num_tokens = params.qo_indptr == nullptr
                           ? params.batch_size
                           : clamped(params.qo_indptr[params.batch_size], 0, params.num_tokens);
-  if (kTall && goes_by_tile(params, num_items, cost_before, most_cost)) {
-    header.by_tile = 1;
-    header.num_records = num_items;
-    if (thread == 0 && blockIdx.x == 0) *reinterpret_cast<ListHeader*>(params.list) = header;
-    write_by_tile<kTall>(params, found, num_items, most_cost, warp_sums);
-    return;
+  if (kTall) {
+#pragma unroll
+    for (const int64 of_warp : warp_mosts) most_cost = max(most_cost, of_warp);
+    if (goes_by_tile(params, num_items, cost_before, most_cost)) {
+      header.by_tile = 1;
+      header.num_records = num_items;
+      if (thread == 0 && blockIdx.x == 0) *reinterpret_cast<ListHeader*>(params.list) = header;
+      write_by_tile<kTall>(params, found, num_items, most_cost, warp_sums);
+      return;
+    }
   }
 
   // Cuts, and how many there are before each: inner ones, and in the upper half the units they cut.
@@ -274,30 +280,30 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
         inside ? find_cut<kTall>(params, found, num_items, c) : Cut{num_items * num_bundles, 0};
   }
   __syncthreads();
-  int64 cuts_before = 0;
+  int cuts_before = 0;
 #pragma unroll 1
   for (int base = 0; base < params.num_teams; base += kScheduleThreads) {
     const int c = base + thread;
-    int64 count = 0;
+    int count = 0;
     if (c < params.num_teams && cuts[c].kv_tile > 0) {
       const Cut last = c > 0 ? cuts[c - 1] : Cut{-1, 0};
       const bool is_inner = last.unit != cuts[c].unit || last.kv_tile != cuts[c].kv_tile;
       const bool is_first = last.unit != cuts[c].unit || last.kv_tile == 0;
       count = is_inner + (is_first ? 65536 : 0);
     }
-    int64 sum;
-    const int before = int(cuts_before + exclusive_sum(count, warp_sums, sum) + count);
+    int sum;
+    const int before = cuts_before + exclusive_sum(count, warp_sums, sum) + count;
     if (c < params.num_teams) {
       first_records[c] = cuts[c].unit + before % 65536;
       cut_tiles_before[c] = before / 65536;
     }
     cuts_before += sum;
   }
-  const int num_cut_tiles = int(cuts_before) / 65536;
-  header.num_records = num_items * num_bundles + int(cuts_before) % 65536;
+  const int num_cut_tiles = cuts_before / 65536;
+  header.num_records = num_items * num_bundles + cuts_before % 65536;
   header.num_cut_tiles = params.invariant ? params.batch_size * num_bundles : num_cut_tiles;
   header.most_pieces =
-      params.invariant ? kInvariantPieces : int(cuts_before) % 65536 - num_cut_tiles + 2;
+      params.invariant ? kInvariantPieces : cuts_before % 65536 - num_cut_tiles + 2;
   if (thread == 0) {
     first_records[params.num_teams] = header.num_records;
     cut_tiles_before[params.num_teams] = num_cut_tiles;
@@ -318,7 +324,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
 #pragma unroll 1
   for (int r = blockIdx.x * kScheduleThreads + thread; r < header.num_records;
        r += gridDim.x * kScheduleThreads) {
-    const int c = last_at_most(first_records, params.num_teams, r);
+    const int c = last_at_most(0, params.num_teams, r, [&](int i) { return first_records[i]; });
     const Cut from = cuts[c], to = cuts[c + 1];
     const int unit = from.unit + r - first_records[c];
     const int index = params.num_bundles.quotient(unit);
@@ -353,8 +359,8 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
     } else if (ends_inside) {
       const int inner_cuts = first_records[c + 1] - to.unit;
       const int tile = cut_tiles_before[c + 1] - 1;
-      int last = c + 1;
-      while (last + 1 < params.num_teams && cuts[last + 1].unit == unit) ++last;
+      const int last =
+          last_at_most(c + 1, params.num_teams, unit, [&](int i) { return cuts[i].unit; });
       record.partial_row = (inner_cuts + tile - 1) * slot_rows;
       cut_tiles[tile] = {
           record.q_begin,     record.q_row_begin,

@@ -104,37 +104,39 @@ __device__ __forceinline__ int invariant_pieces(const TileHeight& height, int nu
 
 // Sums over the block of what the threads before this one hold; `total` gets the sum of all. Why
 // not inlined: the code comes from memory too.
-__device__ __noinline__ int64 exclusive_sum(int64 value, int64* warp_sums, int64& total) {
+template <typename T>
+__device__ __noinline__ T exclusive_sum(T value, int64* shared, T& total) {
   constexpr int kWarps = kScheduleThreads / 32;
+  T* warp_sums = reinterpret_cast<T*>(shared);
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  int64 sum = value;
+  T sum = value;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
-    const int64 other = __shfl_up_sync(0xffffffffu, sum, distance);
+    const T other = __shfl_up_sync(0xffffffffu, sum, distance);
     if (lane >= distance) sum += other;
   }
   __syncthreads();
   if (lane == 31) warp_sums[warp] = sum;
   __syncthreads();
-  int64 of_warps = lane < kWarps ? warp_sums[lane] : 0;
+  T of_warps = lane < kWarps ? warp_sums[lane] : 0;
 #pragma unroll
   for (int distance = 1; distance < kWarps; distance *= 2) {
-    const int64 other = __shfl_up_sync(0xffffffffu, of_warps, distance);
+    const T other = __shfl_up_sync(0xffffffffu, of_warps, distance);
     if (lane >= distance) of_warps += other;
   }
   total = __shfl_sync(0xffffffffu, of_warps, kWarps - 1);
-  const int64 before = __shfl_sync(0xffffffffu, of_warps, max(warp - 1, 0));
+  const T before = __shfl_sync(0xffffffffu, of_warps, max(warp - 1, 0));
   return sum - value + (warp == 0 ? 0 : before);
 }
 
-// The last i in [0, count) with starts[i] <= value, given starts[0] <= value.
-template <typename T>
-__device__ __forceinline__ int last_at_most(const T* starts, int count, T value) {
-  int low = 0, high = count;
+// The last i in [first, count) with start(i) <= value, given start(first) <= value.
+template <typename T, typename Start>
+__device__ __forceinline__ int last_at_most(int first, int count, T value, Start start) {
+  int low = first, high = count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (starts[middle] <= value) {
+    if (start(middle) <= value) {
       low = middle;
     } else {
       high = middle;
