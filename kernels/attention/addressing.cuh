@@ -1,8 +1,8 @@
 // Where the keys and values of a token lie. An addressing type names the element type of the cache
-// and is made once for a work item. Before the keys of a step are loaded, and never later than the
-// values of the step before, prefetch() reads what their addresses depend on. keys(first_token,
-// end) and values(...) answer with an object whose at(row, pass, element) is the address in token
-// first_token + row, the row that the calling thread loads in that pass.
+// and is made once for a work item. look_up(first_token, end) reads what the addresses of a step
+// depend on; turn_to() with the answer makes it the step that keys(first_token, end) and
+// values(...) are asked for. These answer with an object whose at(row, pass, element) is the
+// address in token first_token + row, the row that the calling thread loads in that pass.
 #pragma once
 
 #include "attention/batch_params.h"
@@ -41,7 +41,10 @@ struct StridedKv {
         value_stride(params.v_stride_token) {}
 
   template <int kRows, int kLoaders>
-  __device__ __forceinline__ void prefetch(int /*first_token*/, int /*end*/) {}
+  __device__ __forceinline__ uint32 look_up(int /*first_token*/, int /*end*/) const {
+    return 0;
+  }
+  __device__ __forceinline__ void turn_to(uint32 /*answer*/) {}
 
   template <int kLoaders>
   __device__ __forceinline__ StridedRows<T> keys(int first_token, int /*end*/) const {
@@ -77,7 +80,10 @@ struct RaggedKv {
       : params(params), item(item) {}
 
   template <int kRows, int kLoaders>
-  __device__ __forceinline__ void prefetch(int /*first_token*/, int /*end*/) {}
+  __device__ __forceinline__ uint32 look_up(int /*first_token*/, int /*end*/) const {
+    return 0;
+  }
+  __device__ __forceinline__ void turn_to(uint32 /*answer*/) {}
 
   template <int kLoaders>
   __device__ __forceinline__ RaggedRows<T> keys(int first_token, int /*end*/) const {
@@ -122,14 +128,14 @@ struct PagedKv {
       : params(params), item(item), page(0) {}
 
   template <int kRows, int kLoaders>
-  __device__ __forceinline__ void prefetch(int first_token, int end) {
+  __device__ __forceinline__ uint32 look_up(int first_token, int end) const {
     static_assert(kRows <= kLoaders, "a warp has a lane for each of its rows");
     const int row = lane_row<kLoaders>();
-    if (row < kRows) {
-      const int token = min(first_token + row, end - 1);
-      page = __ldg(params.kv_indices + item.kv_origin + params.page_size.quotient(token));
-    }
+    if (row >= kRows) return 0;
+    const int token = min(first_token + row, end - 1);
+    return __ldg(params.kv_indices + item.kv_origin + params.page_size.quotient(token));
   }
+  __device__ __forceinline__ void turn_to(uint32 answer) { page = answer; }
 
   template <int kLoaders>
   __device__ __forceinline__ PooledRows<T> keys(int first_token, int end) const {

@@ -1,8 +1,8 @@
 // Adds up the parts of a batch's cut tiles, in the order of their keys, and clears the output rows
 // that belong to no request, or to one beyond its max_q_len:
 //   out = sum_p 2^((max_p - max) scale) sums_p / sum_p 2^((max_p - max) scale) sum_p
-// A warp takes one row; with many parts, the eight warps of a CTA share one and are added up in
-// order. All SMs; any head_dim_vo that is a multiple of 8 up to 256.
+// A warp takes one row; a row of many parts is shared by the eight warps of a CTA, and what they
+// found is added up in order. All SMs; any head_dim_vo that is a multiple of 8 up to 256.
 #pragma once
 
 #include "attention/batch_params.h"
@@ -22,32 +22,77 @@ __device__ __forceinline__ void store_four(T* out, float4 values) {
       make_uint2(pack_pair<T>(values.x, values.y), pack_pair<T>(values.z, values.w));
 }
 
-// This warp's share of a row: columns 4 * lane and 128 + 4 * lane of the parts first, first + step,
-// ... weighted against the row's largest logit.
-__device__ __forceinline__ void add_pieces(const BatchCombineParams& params, int64 row,
-                                           const CutTile& tile, int first, int step, float origin,
-                                           float4 (&values)[2]) {
-  const float2* stats = reinterpret_cast<const float2*>(params.partial_stats);
-  const int lane = threadIdx.x % 32;
-  values[0] = values[1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-  for (int piece = first; piece < tile.num_pieces; piece += step) {
-    const int64 place = row + int64(piece) * tile.piece_stride;
-    const float2 part = stats[place];
-    const float weight = exp2_fast((part.x - origin) * params.exponent_scale);
-    const bool empty = part.y == 0.0f;
+// Some parts of a row: the largest logit, the sum of exponentials, and this lane's columns 4 * lane
+// and 128 + 4 * lane of the weighted sums.
+struct RowSums {
+  float maximum;
+  float sum;
+  float4 values[2];
+};
+
+__device__ __forceinline__ void scale_by(RowSums& sums, float factor) {
+  sums.sum *= factor;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int column = half * 128 + lane * 4;
-      if (column >= params.head_dim_vo) continue;
-      const float4 sums = *reinterpret_cast<const float4*>(params.partial_out +
-                                                           place * params.head_dim_vo + column);
-      values[half].x += empty ? 0.0f : weight * sums.x;
-      values[half].y += empty ? 0.0f : weight * sums.y;
-      values[half].z += empty ? 0.0f : weight * sums.z;
-      values[half].w += empty ? 0.0f : weight * sums.w;
-    }
+  for (float4& value : sums.values) {
+    value = make_float4(value.x * factor, value.y * factor, value.z * factor, value.w * factor);
   }
+}
+
+__device__ __forceinline__ void add_weighted(float4& to, float4 value, float weight) {
+  to.x += weight * value.x;
+  to.y += weight * value.y;
+  to.z += weight * value.z;
+  to.w += weight * value.w;
+}
+
+// Weights are relative to the largest logit; where there is none, to 0.
+__device__ __forceinline__ float origin_of(float maximum) {
+  return maximum == -kInfinity ? 0.0f : maximum;
+}
+
+// The parts first, first + step, ... of a row. Four are loaded before one is used.
+__device__ __forceinline__ RowSums add_parts(const BatchCombineParams& params, const CutTile& tile,
+                                             int64 row, int first, int step) {
+  constexpr int kAtOnce = 4;
+  const float2* all_stats = reinterpret_cast<const float2*>(params.partial_stats);
+  const int column = threadIdx.x % 32 * 4;
+  RowSums sums = {-kInfinity, 0.0f, {}};
+#pragma unroll 1
+  for (int begin = first; begin < tile.num_pieces; begin += kAtOnce * step) {
+    float2 stats[kAtOnce];
+    float4 values[kAtOnce][2];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int piece = begin + i * step;
+      stats[i] = make_float2(-kInfinity, 0.0f);
+      values[i][0] = values[i][1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (piece >= tile.num_pieces) continue;
+      const int64 place = row + int64(piece) * tile.piece_stride;
+      stats[i] = all_stats[place];
+      const float* part = params.partial_out + place * params.head_dim_vo + column;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (half * 128 + column < params.head_dim_vo) {
+          values[i][half] = *reinterpret_cast<const float4*>(part + half * 128);
+        }
+      }
+    }
+    float maximum = sums.maximum;
+#pragma unroll
+    for (const float2& stat : stats) maximum = fmaxf(maximum, stat.x);
+    const float origin = origin_of(maximum);
+    scale_by(sums, exp2_fast((sums.maximum - origin) * params.exponent_scale));
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (stats[i].y == 0.0f) continue;
+      const float weight = exp2_fast((stats[i].x - origin) * params.exponent_scale);
+      sums.sum += weight * stats[i].y;
+      add_weighted(sums.values[0], values[i][0], weight);
+      add_weighted(sums.values[1], values[i][1], weight);
+    }
+    sums.maximum = maximum;
+  }
+  return sums;
 }
 
 template <typename T>
@@ -84,41 +129,29 @@ __device__ __forceinline__ void fill_tokens(const BatchCombineParams& params, in
 // One row of a cut tile, by one warp or by all of the CTA (`shared_row`).
 template <typename T>
 __device__ __forceinline__ void combine_row(const BatchCombineParams& params, const CutTile& tile,
-                                            int row, bool shared_row, float4 (*warp_values)[64]) {
+                                            int row, bool shared_row, RowSums (*of_warps)[32]) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const float2* stats = reinterpret_cast<const float2*>(params.partial_stats);
-  const int64 first_row = int64(tile.partial_row) + row;
-  const float scale = params.exponent_scale;
-  float2 total = make_float2(-kInfinity, 0.0f);
-  for (int piece = lane; piece < tile.num_pieces; piece += 32) {
-    total = merge_stats(total, stats[first_row + int64(piece) * tile.piece_stride], scale);
-  }
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const float2 other = make_float2(__shfl_xor_sync(0xffffffffu, total.x, distance),
-                                     __shfl_xor_sync(0xffffffffu, total.y, distance));
-    total = merge_stats(total, other, scale);
-  }
-  const float origin = total.x == -kInfinity ? 0.0f : total.x;
-  float4 values[2];
-  add_pieces(params, first_row, tile, shared_row ? warp : 0, shared_row ? kCombineWarps : 1, origin,
-             values);
+  RowSums sums = add_parts(params, tile, int64(tile.partial_row) + row, shared_row ? warp : 0,
+                           shared_row ? kCombineWarps : 1);
   if (shared_row) {
     __syncthreads();
-    warp_values[warp][lane] = values[0];
-    warp_values[warp][32 + lane] = values[1];
+    of_warps[warp][lane] = sums;
     __syncthreads();
     if (warp > 0) return;
+    float maximum = -kInfinity;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      for (int other = 1; other < kCombineWarps; ++other) {
-        const float4 sums = warp_values[other][half * 32 + lane];
-        values[half].x += sums.x;
-        values[half].y += sums.y;
-        values[half].z += sums.z;
-        values[half].w += sums.w;
-      }
+    for (int other = 0; other < kCombineWarps; ++other) {
+      maximum = fmaxf(maximum, of_warps[other][lane].maximum);
+    }
+    const float origin = origin_of(maximum);
+    sums = {maximum, 0.0f, {}};
+    for (int other = 0; other < min(kCombineWarps, tile.num_pieces); ++other) {
+      const RowSums& part = of_warps[other][lane];
+      const float weight = exp2_fast((part.maximum - origin) * params.exponent_scale);
+      sums.sum += weight * part.sum;
+      add_weighted(sums.values[0], part.values[0], weight);
+      add_weighted(sums.values[1], part.values[1], weight);
     }
   }
   const int packed = tile.q_row_begin + row;
@@ -130,31 +163,35 @@ __device__ __forceinline__ void combine_row(const BatchCombineParams& params, co
       head >= params.num_qo_heads) {
     return;
   }
-  const bool empty = total.y == 0.0f;
-  store_row<T>(params, token, head, values, empty ? 0.0f : 1.0f / total.y,
-               empty ? -kInfinity : total.x * (scale * kLn2) + logf(total.y));
+  const bool empty = sums.sum == 0.0f;
+  store_row<T>(params, token, head, sums.values, empty ? 0.0f : 1.0f / sums.sum,
+               empty ? -kInfinity : sums.maximum * (params.exponent_scale * kLn2) + logf(sums.sum));
 }
 
-// The parts of a tile within the workspace.
-__device__ __forceinline__ CutTile checked_tile(const BatchCombineParams& params, int index) {
+// The tile of the i-th row of all slots, its parts within the workspace, and the row in it.
+__device__ __forceinline__ CutTile checked_tile(const BatchCombineParams& params, int i, int& row) {
+  const int slot_rows = params.slot_rows.divisor;
+  const int of_head = params.slot_rows.quotient(i);
+  row = i - of_head * slot_rows;
+  const int index = params.team_size.quotient(of_head);
+  const int lane = params.team_size.remainder(of_head);
   const int4* words = reinterpret_cast<const int4*>(params.list + kCutTilesAt) + index * 2ll;
   const int4 a = words[0], b = words[1];
-  CutTile tile = {a.x, max(0, a.y), a.z, 0, 0, 0, 0, 0};
-  const int slot_rows = params.slot_rows.divisor;
+  CutTile tile = {a.x, max(0, a.y), a.z + lane, 0, 0, 0, 0, 0};
+  const int last_row = params.num_partial_rows - slot_rows;
   tile.num_rows = min(a.w, slot_rows);
-  tile.partial_row = max(0, min(b.x, params.num_partial_rows - slot_rows));
+  tile.partial_row = max(0, min(max(0, min(b.x, last_row)) + lane * slot_rows, last_row));
   tile.piece_stride = max(1, b.z);
-  const int most = (params.num_partial_rows - slot_rows - tile.partial_row) / tile.piece_stride + 1;
-  tile.num_pieces = params.num_partial_rows < slot_rows ? 0 : min(b.y, most);
+  const int most = (last_row - tile.partial_row) / tile.piece_stride + 1;
+  tile.num_pieces = last_row < 0 ? 0 : min(b.y, most);
   return tile;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kCombineThreads, 2)
     batch_combine(const __grid_constant__ BatchCombineParams params) {
-  __shared__ float4 warp_values[kCombineWarps][64];
+  __shared__ RowSums of_warps[kCombineWarps][32];
   const int warp = threadIdx.x / 32;
-  const int slot_rows = params.slot_rows.divisor;
   pdl_wait();
 
   // A list of another configuration: no number that could be taken for a result.
@@ -177,21 +214,22 @@ __global__ void __launch_bounds__(kCombineThreads, 2)
     }
   }
 
-  const int num_tiles = max(0, min(reinterpret_cast<const ListHeader*>(params.list)->num_cut_tiles,
-                                   params.max_cut_tiles));
-  const int rounds_of_tile = (slot_rows + kCombineWarps - 1) / kCombineWarps;
-  const int64 num_rounds = int64(num_tiles) * rounds_of_tile;
-  for (int64 round = blockIdx.x; round < num_rounds; round += gridDim.x) {
-    const CutTile tile = checked_tile(params, int(round / rounds_of_tile));
-    if (tile.num_pieces < 1) continue;
-    const int first_row = int(round % rounds_of_tile) * kCombineWarps;
-    if (tile.num_pieces <= kPiecesOfAWarp) {
-      const int row = first_row + warp;
-      if (row < tile.num_rows) combine_row<T>(params, tile, row, false, warp_values);
-    } else {
-      for (int row = first_row; row < min(first_row + kCombineWarps, tile.num_rows); ++row) {
-        combine_row<T>(params, tile, row, true, warp_values);
-      }
+  const ListHeader& header = *reinterpret_cast<const ListHeader*>(params.list);
+  const int num_tiles = max(0, min(header.num_cut_tiles, params.max_cut_tiles));
+  const int num_rows = num_tiles * int(params.team_size.divisor) * int(params.slot_rows.divisor);
+  for (int i = warp_idx; i < num_rows; i += num_warps) {
+    int row;
+    const CutTile tile = checked_tile(params, i, row);
+    if (row < tile.num_rows && tile.num_pieces > 0 && tile.num_pieces <= kPiecesOfAWarp) {
+      combine_row<T>(params, tile, row, false, of_warps);
+    }
+  }
+  if (header.most_pieces <= kPiecesOfAWarp) return;
+  for (int i = blockIdx.x; i < num_rows; i += gridDim.x) {
+    int row;
+    const CutTile tile = checked_tile(params, i, row);
+    if (row < tile.num_rows && tile.num_pieces > kPiecesOfAWarp) {
+      combine_row<T>(params, tile, row, true, of_warps);
     }
   }
 }

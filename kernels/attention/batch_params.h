@@ -2,7 +2,13 @@
 // kernels that make it, run it and combine its parts.
 //
 // A work list is an int32 tensor whose length follows from shapes alone:
-//   header | first record of each CTA | cut tiles | records | scratch of the scheduler
+//   header | shares of the teams | cut tiles | records | scratch of the scheduler
+//
+// Teams of CTAs work on neighbouring KV heads side by side: a record stands for one tile in each of
+// them, and CTA i of a team takes the i-th of these heads. A list is of one of two kinds. Shared
+// out: every team of team_size CTAs has a range of records, and the ranges cost the same. By tile:
+// every team is of num_kv_heads CTAs and has one record, the dearest first, and the GPU starts the
+// next where one is done.
 #pragma once
 
 #include "attention/params.h"
@@ -23,24 +29,35 @@ constexpr bool is_paged(KvForm form) {
   return form == KvForm::kPagedByLastPage || form == KvForm::kPagedByLength;
 }
 
-// One query tile of one KV head against a range of keys.
+// One query tile against a range of keys, for each head of a team.
 struct alignas(16) WorkRecord {
   int segment_height;  // segment * 256 + index of the tile height in the kernel's list of heights
   int request;
-  int kv_head;
+  int kv_head;      // of the team's first CTA
   int q_row_begin;  // first packed row, from the request's first on
   int q_begin;      // the request's first token in q
   int qo_len;
   int kv_origin;  // where its keys begin: entry of kv_indices, token, or row of the batch
   int kv_len;
   int kv_begin, kv_end;  // keys to visit
-  int partial_row;       // where the partial result goes, or -1: the result is final
+  int partial_row;       // where the first CTA's partial result goes, or -1: results are final
   int unused;
 };
 inline constexpr int kRecordWords = 12;
 static_assert(sizeof(WorkRecord) == kRecordWords * 4, "whole words");
 
-// A tile whose keys were cut into parts, which lie piece_stride rows apart, in order.
+// A team's share of a list: records from begin to end, the first of them here too, so that a CTA
+// needs one trip to memory to start.
+struct alignas(16) TeamShare {
+  WorkRecord first;
+  int begin, end;
+  int unused[2];
+};
+inline constexpr int kShareWords = 16;
+static_assert(sizeof(TeamShare) == kShareWords * 4, "whole words");
+
+// A tile whose keys were cut into parts, which lie piece_stride rows apart, in order; of the team's
+// first head, with the others' parts a slot further each.
 struct alignas(16) CutTile {
   int q_begin;      // the request's first token in q
   int q_row_begin;  // first packed row
@@ -56,16 +73,18 @@ static_assert(sizeof(CutTile) == kCutTileWords * 4, "whole words");
 
 struct ListHeader {
   int tag;  // of the configuration that the list was made for
-  int num_ctas;
+  int by_tile;
   int num_records;
   int num_cut_tiles;
-  int num_tokens;  // of all requests: rows of the output from here on are padding
+  int num_tokens;   // of all requests: rows of the output from here on are padding
+  int most_pieces;  // no tile was cut into more
 };
 
 inline constexpr int kMaxBatchCtas = 1024;
-inline constexpr int kFirstRecordsAt = 16;  // words; kMaxBatchCtas + 1 of them
-inline constexpr int kCutTilesAt = kFirstRecordsAt + kMaxBatchCtas + 16;
-inline constexpr int kMinTallTile = 64;  // rows of the smallest tile for more than 16 rows
+inline constexpr int kSharesAt = 16;  // words; kMaxBatchCtas shares
+inline constexpr int kCutTilesAt = kSharesAt + kMaxBatchCtas * kShareWords;
+inline constexpr int kMaxTilesByTile = 1 << 16;  // a list by tile has fewer
+inline constexpr int kMinTallTile = 64;          // rows of the smallest tile for more than 16 rows
 // batch_invariant: a decoding request's keys are cut by its own length, into at most so many parts
 // of at least so many KV tiles.
 inline constexpr int kInvariantPieces = 8;
@@ -128,12 +147,14 @@ struct ScheduleParams {
   int page_size;
   int causal;
   int window_left;
-  int num_ctas;
-  Divider cta_count;  // num_ctas
-  int num_heights;    // 1 or 2; with two, requests of up to tile_q rows of the first take it
+  int num_teams;
+  Divider team_count;   // num_teams
+  int team_size;        // CTAs, a divisor of num_kv_heads
+  Divider num_bundles;  // num_kv_heads / team_size
+  int max_tiles;        // that the grid has CTAs for, where a list may be by tile; or 0
+  int num_heights;      // 1 or 2; with two, requests of up to tile_q rows of the first take it
   TileHeight heights[2];
   Divider group_size;
-  Divider num_kv_heads;
   int invariant;
   int slot_rows;  // rows of a partial result
   int tag;
@@ -159,6 +180,9 @@ struct BatchAttentionParams {
   KvForm form;
   Divider page_size;
   int max_records;
+  int num_ctas;  // of all teams of a list that is shared out
+  Divider team_size;
+  int slot_rows;
   int num_tokens;        // rows of q
   int last_partial_row;  // from which a whole tile fits the workspace
   int tag;
@@ -180,6 +204,7 @@ struct BatchCombineParams {
   int num_qo_heads;
   int head_dim_vo;
   Divider group_size;
+  Divider team_size;
   Divider slot_rows;
   float exponent_scale;
   int tag;

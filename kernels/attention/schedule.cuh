@@ -2,12 +2,20 @@
 // they share the writing of the records.
 //
 // Items are query tiles (batch_invariant: and parts of them), numbered by request; each stands for
-// as many units as there are KV heads, all of one cost. The costs of all units, end to end, are cut
-// into num_ctas equal ranges, one a CTA. A cut within a unit falls between two KV tiles, or moves
-// to the unit's nearer end when less than min_kv_tiles would come off. Then
-//   record r of CTA c is unit(cut c) + r, from cut c's key in the first to cut c + 1's in the last,
+// as many units as there are teams' worths of KV heads, all of one cost.
+//
+// Shared out: the costs of all units, end to end, are cut into num_teams equal ranges. A cut within
+// a unit falls between two KV tiles, or moves to the unit's nearer end when less than min_kv_tiles
+// would come off. Then
+//   record r of team c is unit(cut c) + r, from cut c's key in the first to cut c + 1's in the
+//   last,
 // so the place of every record follows from the number of cuts before it, and all are written at
 // once. Parts of one unit have consecutive slots of partial results, in the order of their keys.
+//
+// By tile, where no tile is as dear as a third of a CTA's share: whole items in four classes of
+// cost, dearest first, each twice as dear as the next. Nothing is cut, and what SMs differ in speed
+// evens out.
+//
 // All lengths are clamped, so that bad contents give wrong work but none out of bounds. All SMs.
 //
 // Each step of the way has one place in the kernel, and what it found is kept, in shared memory for
@@ -16,142 +24,10 @@
 #pragma once
 
 #include "attention/batch_params.h"
-#include "attention/work_item.cuh"
+#include "attention/schedule_items.cuh"
 #include "common/pdl.cuh"
 
 namespace ridgeline {
-
-inline constexpr int kMaxLength = 1 << 30;
-inline constexpr int kKeptInSmem = 512;
-
-struct alignas(16) ScheduledRequest {
-  int q_begin;
-  int kv_origin;
-  Request lengths;
-};
-static_assert(sizeof(ScheduledRequest) == kRequestWords * 4, "whole words");
-
-// A query tile, or a part of one, and its own keys.
-struct alignas(16) ScheduledItem {
-  int request;
-  int q_row_begin;
-  int first_kv_tile;
-  int end_key;
-};
-static_assert(sizeof(ScheduledItem) == kItemWords * 4, "whole words");
-
-__device__ __forceinline__ int clamped(int value, int low, int high) {
-  return max(low, min(value, high));
-}
-
-__device__ __forceinline__ ScheduledRequest scheduled_request(const ScheduleParams& params,
-                                                              int request) {
-  // All loads before anything waits for one.
-  const bool ragged_queries = params.qo_indptr != nullptr;
-  const int q_begin = ragged_queries ? params.qo_indptr[request] : request;
-  const int q_end = ragged_queries ? params.qo_indptr[request + 1] : request + 1;
-  const int kv_begin = params.kv_indptr != nullptr ? params.kv_indptr[request] : request;
-  const int kv_end = params.kv_indptr != nullptr ? params.kv_indptr[request + 1] : 0;
-  const int given = params.kv_lens != nullptr ? params.kv_lens[request] : 0;
-
-  ScheduledRequest result;
-  result.q_begin = clamped(q_begin, 0, params.num_tokens);
-  const int qo_len = clamped(q_end, result.q_begin, params.num_tokens) - result.q_begin;
-  result.lengths.qo_len = min(qo_len, params.max_q_len);
-  result.kv_origin = clamped(kv_begin, 0, kMaxLength);
-  const int64 count = int64(kv_end) - result.kv_origin;
-  int64 kv_len = given;
-  if (params.form == KvForm::kRagged) kv_len = count;
-  if (params.form == KvForm::kPagedByLastPage) {
-    kv_len = count > 0 ? (count - 1) * params.page_size + clamped(given, 0, params.page_size) : 0;
-  }
-  result.lengths.kv_len = kv_len < 0 ? 0 : kv_len > kMaxLength ? kMaxLength : int(kv_len);
-  return result;
-}
-
-__device__ __forceinline__ int num_rows_of(const ScheduleParams& params, const Request& request) {
-  return request.qo_len * int(params.group_size.divisor);
-}
-
-__device__ __forceinline__ int height_of(const ScheduleParams& params, int num_rows) {
-  return params.num_heights == 1 || num_rows <= int(params.heights[0].tile_q.divisor) ? 0 : 1;
-}
-
-__device__ __forceinline__ int kv_tiles_up_to(const TileHeight& height, int key) {
-  return int(height.kv_tile.quotient(key + height.kv_tile.divisor - 1));
-}
-
-// KV tiles of an item.
-__device__ __forceinline__ int num_kv_tiles(const TileHeight& height, const ScheduledItem& item) {
-  return max(0, kv_tiles_up_to(height, item.end_key) - item.first_kv_tile);
-}
-
-// Of one KV head.
-__device__ __forceinline__ int64 cost_of(const TileHeight& height, int num_tiles) {
-  return int64(num_tiles) * height.step_cost + height.tile_cost;
-}
-
-// A query tile of a request with all its keys.
-__device__ __forceinline__ ScheduledItem whole_tile(const ScheduleParams& params,
-                                                    const ScheduledRequest& of,
-                                                    const TileHeight& height, int request,
-                                                    int q_tile) {
-  const int row_begin = q_tile * int(height.tile_q.divisor);
-  const int last_row =
-      min(row_begin + int(height.tile_q.divisor), num_rows_of(params, of.lengths)) - 1;
-  const int first_query = params.group_size.quotient(row_begin);
-  const int last_query = params.group_size.quotient(last_row);
-  const bool causal = params.causal != 0;
-  const int begin = masked_keys(of.lengths, first_query, causal, params.window_left).begin;
-  const int end = masked_keys(of.lengths, last_query, causal, params.window_left).end;
-  return {request, row_begin, int(height.kv_tile.quotient(begin)), max(end, 0)};
-}
-
-// Parts that batch_invariant cuts a request of one query tile into.
-__device__ __forceinline__ int invariant_pieces(const TileHeight& height, int num_tiles) {
-  return height.tile_q.divisor != 16 ? 1
-                                     : clamped(num_tiles / kInvariantTiles, 1, kInvariantPieces);
-}
-
-// Sums over the block of what the threads before this one hold; `total` gets the sum of all.
-__device__ __forceinline__ int64 exclusive_sum(int64 value, int64* warp_sums, int64& total) {
-  constexpr int kWarps = kScheduleThreads / 32;
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  int64 sum = value;
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int64 other = __shfl_up_sync(0xffffffffu, sum, distance);
-    if (lane >= distance) sum += other;
-  }
-  __syncthreads();
-  if (lane == 31) warp_sums[warp] = sum;
-  __syncthreads();
-  int64 of_warps = lane < kWarps ? warp_sums[lane] : 0;
-#pragma unroll
-  for (int distance = 1; distance < kWarps; distance *= 2) {
-    const int64 other = __shfl_up_sync(0xffffffffu, of_warps, distance);
-    if (lane >= distance) of_warps += other;
-  }
-  total = __shfl_sync(0xffffffffu, of_warps, kWarps - 1);
-  const int64 before = __shfl_sync(0xffffffffu, of_warps, max(warp - 1, 0));
-  return sum - value + (warp == 0 ? 0 : before);
-}
-
-// The last i in [0, count) with starts[i] <= value, given starts[0] <= value.
-template <typename T>
-__device__ __forceinline__ int last_at_most(const T* starts, int count, T value) {
-  int low = 0, high = count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (starts[middle] <= value) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
 
 // A place in the line of units: KV tile kv_tile of a unit.
 struct Cut {
@@ -164,40 +40,111 @@ struct Found {
   ScheduledRequest* requests;  // [batch_size]
   int* item_starts;            // [batch_size + 1]
   ScheduledItem* items;        // [num_items]
-  int64* costs;                // [num_items + 1], of all KV heads, summed over the items before
+  int64* costs;                // [num_items + 1], of all bundles, summed over the items before
 };
 
 // Where the line of costs is cut for the c-th time.
+template <bool kTall>
 __device__ __forceinline__ Cut find_cut(const ScheduleParams& params, const Found& found,
                                         int num_items, int c) {
-  const int num_heads = params.num_kv_heads.divisor;
+  const int num_bundles = params.num_bundles.divisor;
   const int64 total = found.costs[num_items];
   // Why shifted: total * c must fit 31 bits, and a cut may be off by a millionth of the work.
   const int shift = max(0, 43 - __clzll(total));
-  const int64 place = int64(params.cta_count.quotient(uint32(total >> shift) * c)) << shift;
-  const int index = last_at_most(found.costs, num_items, place);
+  const int64 place = int64(params.team_count.quotient(uint32(total >> shift) * c)) << shift;
+  const int index = last_at_most(0, num_items, place, [&](int i) { return found.costs[i]; });
   const int64 rest = place - found.costs[index];
   const ScheduledItem item = found.items[index];
   const int num_rows = num_rows_of(params, found.requests[item.request].lengths);
-  const TileHeight& height = params.heights[height_of(params, num_rows)];
+  const TileHeight& height = params.heights[height_of<kTall>(params, num_rows)];
   const int num_tiles = num_kv_tiles(height, item);
   const int64 cost = cost_of(height, num_tiles);
   // Why two: a division of 64 bits takes ten times as long.
-  const int head = total < kMaxLength ? int(uint32(rest) / uint32(cost)) : int(rest / cost);
-  const int64 within = rest - head * cost;
-  const Cut begin = {index * num_heads + head, 0};
+  const int bundle = total < kMaxLength ? int(uint32(rest) / uint32(cost)) : int(rest / cost);
+  const int64 within = rest - bundle * cost;
+  const Cut begin = {index * num_bundles + bundle, 0};
   const Cut end = {begin.unit + 1, 0};
   if (params.invariant) return 2 * within < cost ? begin : end;
   const int keys_cost = int(min(max(within - height.tile_cost, 0ll), int64(kMaxLength)));
   const int before = min(int(height.steps_of_cost.quotient(keys_cost)), num_tiles);
   const int after = num_tiles - before;
-  const float share = float(total) / float(params.num_ctas * 32 * height.step_cost);
+  const float share = __fdividef(float(total), float(params.num_teams * 32 * height.step_cost));
   const int least = max(height.min_kv_tiles, int(fminf(share, 1e9f)));
   if (before == 0 || (before < least && before <= after)) return begin;
   if (after < least) return end;
   return {begin.unit, before};
 }
 
+// The fields that every record of an item has.
+template <bool kTall>
+__device__ __forceinline__ WorkRecord record_of(const ScheduleParams& params, const Found& found,
+                                                int index) {
+  const ScheduledItem item = found.items[index];
+  const ScheduledRequest of = found.requests[item.request];
+  const int height_idx = height_of<kTall>(params, num_rows_of(params, of.lengths));
+  WorkRecord record = {};
+  record.segment_height = height_idx;
+  record.request = item.request;
+  record.q_row_begin = item.q_row_begin;
+  record.q_begin = of.q_begin;
+  record.qo_len = of.lengths.qo_len;
+  record.kv_origin = of.kv_origin;
+  record.kv_len = of.lengths.kv_len;
+  record.kv_begin = item.first_kv_tile * int(params.heights[height_idx].kv_tile.divisor);
+  record.kv_end = max(item.end_key, record.kv_begin);
+  record.partial_row = -1;
+  return record;
+}
+
+// Whether whole items, dearest first, fill the GPU evenly.
+__device__ __forceinline__ bool goes_by_tile(const ScheduleParams& params, int num_items,
+                                             int64 total_cost, int64 most_cost) {
+  return num_items <= params.max_tiles &&
+         3 * most_cost * params.num_teams <= total_cost * params.num_bundles.divisor;
+}
+
+// Items by class of cost, the dearest class first, and the last items of a class first: the last
+// query tiles of a causal request are the dearest.
+template <bool kTall>
+__device__ __forceinline__ void write_by_tile(const ScheduleParams& params, const Found& found,
+                                              int num_items, int64 most_cost, int64* warp_sums) {
+  constexpr int kClasses = 4;
+  // Counts of all classes, 16 bits each.
+  const auto one_of_class = [&](int index) -> int64 {
+    if (index >= num_items) return 0;
+    const int64 cost = found.costs[index + 1] - found.costs[index];
+    int place = 0;
+    while (place < kClasses - 1 && (cost << (place + 1)) <= most_cost) ++place;
+    return 1ll << (16 * place);
+  };
+  int64 of_classes = 0;
+#pragma unroll 1
+  for (int base = 0; base < num_items; base += kScheduleThreads) {
+    int64 sum;
+    exclusive_sum(one_of_class(base + threadIdx.x), warp_sums, sum);
+    of_classes += sum;
+  }
+  WorkRecord* records = reinterpret_cast<WorkRecord*>(params.list + params.records_at);
+  int64 before = 0;
+#pragma unroll 1
+  for (int base = 0; base < num_items; base += kScheduleThreads) {
+    const int index = base + threadIdx.x;
+    const int64 one = one_of_class(index);
+    int64 sum;
+    const int64 rank = before + exclusive_sum(one, warp_sums, sum);
+    before += sum;
+    if (one == 0 || base / kScheduleThreads % gridDim.x != blockIdx.x) continue;
+    int end = 0;
+    int shift = -16;
+    do {
+      shift += 16;
+      end += int(of_classes >> shift) & 0xffff;
+    } while (one >> shift != 1);
+    records[end - 1 - (int(rank >> shift) & 0xffff)] = record_of<kTall>(params, found, index);
+  }
+}
+
+template <bool kTall>
 __global__ void __launch_bounds__(kScheduleThreads, 1)
     schedule(const __grid_constant__ ScheduleParams params) {
   __shared__ int64 warp_sums[kScheduleThreads / 32];
@@ -205,6 +152,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   __shared__ int few_starts[kKeptInSmem + 1];
   __shared__ ScheduledItem few_items[kKeptInSmem];
   __shared__ int64 few_costs[kKeptInSmem + 1];
+  __shared__ int64 warp_mosts[kScheduleThreads / 32];
   __shared__ Cut cuts[kMaxBatchCtas + 1];
   __shared__ int first_records[kMaxBatchCtas + 1];
   __shared__ int cut_tiles_before[kMaxBatchCtas + 1];  // units that cuts up to this one go through
@@ -218,11 +166,12 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
     found.costs = reinterpret_cast<int64*>(params.list + params.costs_at);
   }
   const int thread = threadIdx.x;
-  const int num_heads = params.num_kv_heads.divisor;
+  const int num_bundles = params.num_bundles.divisor;
   pdl_wait();
   pdl_launch_dependents();
 
   // The requests, and where each one's items begin.
+  ScheduledRequest own_request;
   int64 items_before = 0;
   bool one_each = params.batch_size <= kScheduleThreads;
 #pragma unroll 1
@@ -230,13 +179,13 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
     const int request = base + thread;
     int64 count = request < params.batch_size ? 0 : 1;
     if (request < params.batch_size) {
-      const ScheduledRequest of = scheduled_request(params, request);
-      found.requests[request] = of;
-      const int num_rows = num_rows_of(params, of.lengths);
-      const TileHeight& height = params.heights[height_of(params, num_rows)];
+      own_request = scheduled_request(params, request);
+      found.requests[request] = own_request;
+      const int num_rows = num_rows_of(params, own_request.lengths);
+      const TileHeight& height = params.heights[height_of<kTall>(params, num_rows)];
       count = height.tile_q.quotient(num_rows + height.tile_q.divisor - 1);
       if (params.invariant && count == 1) {
-        const ScheduledItem tile = whole_tile(params, of, height, request, 0);
+        const ScheduledItem tile = whole_tile(params, own_request, height, request, 0);
         count = invariant_pieces(height, num_kv_tiles(height, tile));
       }
     }
@@ -257,23 +206,27 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   }
   const int num_items = int(items_before);
   if (thread == 0) found.item_starts[params.batch_size] = num_items;
-  __syncthreads();
+  if (!one_each) __syncthreads();
 
   // The items and their costs.
   int64 cost_before = 0;
+  int64 most_cost = 0;
 #pragma unroll 1
   for (int base = 0; base < num_items; base += kScheduleThreads) {
     const int index = base + thread;
     int64 cost = 0;
     if (index < num_items) {
-      const int request =
-          one_each ? index : last_at_most(found.item_starts, params.batch_size, index);
-      const ScheduledRequest of = found.requests[request];
-      const int num_rows = num_rows_of(params, of.lengths);
-      const TileHeight& height = params.heights[height_of(params, num_rows)];
-      const int place = index - found.item_starts[request];
+      int request = index, place = 0;
+      if (!one_each) {
+        request =
+            last_at_most(0, params.batch_size, index, [&](int i) { return found.item_starts[i]; });
+        own_request = found.requests[request];
+        place = index - found.item_starts[request];
+      }
+      const int num_rows = num_rows_of(params, own_request.lengths);
+      const TileHeight& height = params.heights[height_of<kTall>(params, num_rows)];
       const bool one_tile = num_rows <= int(height.tile_q.divisor);
-      ScheduledItem item = whole_tile(params, of, height, request, one_tile ? 0 : place);
+      ScheduledItem item = whole_tile(params, own_request, height, request, one_tile ? 0 : place);
       int num_tiles = num_kv_tiles(height, item);
       if (params.invariant && one_tile) {
         const int num_pieces = invariant_pieces(height, num_tiles);
@@ -285,7 +238,8 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
         num_tiles = end - begin;
       }
       found.items[index] = item;
-      cost = cost_of(height, num_tiles) * num_heads;
+      cost = cost_of(height, num_tiles) * num_bundles;
+      most_cost = max(most_cost, cost);
     }
     int64 sum;
     const int64 before = cost_before + exclusive_sum(cost, warp_sums, sum);
@@ -293,125 +247,137 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
     cost_before += sum;
   }
   if (thread == 0) found.costs[num_items] = cost_before;
-  __syncthreads();
-
-  // Cuts, and how many there are before each: inner ones, and in the upper half the units they cut.
-  for (int c = thread; c <= params.num_ctas; c += kScheduleThreads) {
-    const bool inside = c < params.num_ctas && num_items > 0;
-    cuts[c] = inside ? find_cut(params, found, num_items, c) : Cut{num_items * num_heads, 0};
+  if (kTall) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      most_cost = max(most_cost, __shfl_xor_sync(0xffffffffu, most_cost, distance));
+    }
+    if (thread % 32 == 0) warp_mosts[thread / 32] = most_cost;
   }
   __syncthreads();
-  int64 cuts_before = 0;
+
+  ListHeader header = {};
+  header.tag = params.tag;
+  header.num_tokens = params.qo_indptr == nullptr
+                          ? params.batch_size
+                          : clamped(params.qo_indptr[params.batch_size], 0, params.num_tokens);
+  if (kTall) {
+#pragma unroll
+    for (const int64 of_warp : warp_mosts) most_cost = max(most_cost, of_warp);
+    if (goes_by_tile(params, num_items, cost_before, most_cost)) {
+      header.by_tile = 1;
+      header.num_records = num_items;
+      if (thread == 0 && blockIdx.x == 0) *reinterpret_cast<ListHeader*>(params.list) = header;
+      write_by_tile<kTall>(params, found, num_items, most_cost, warp_sums);
+      return;
+    }
+  }
+
+  // Cuts, and how many there are before each: inner ones, and in the upper half the units they cut.
+  for (int c = thread; c <= params.num_teams; c += kScheduleThreads) {
+    const bool inside = c < params.num_teams && num_items > 0;
+    cuts[c] =
+        inside ? find_cut<kTall>(params, found, num_items, c) : Cut{num_items * num_bundles, 0};
+  }
+  __syncthreads();
+  int cuts_before = 0;
 #pragma unroll 1
-  for (int base = 0; base < params.num_ctas; base += kScheduleThreads) {
+  for (int base = 0; base < params.num_teams; base += kScheduleThreads) {
     const int c = base + thread;
-    int64 count = 0;
-    if (c < params.num_ctas && cuts[c].kv_tile > 0) {
+    int count = 0;
+    if (c < params.num_teams && cuts[c].kv_tile > 0) {
       const Cut last = c > 0 ? cuts[c - 1] : Cut{-1, 0};
       const bool is_inner = last.unit != cuts[c].unit || last.kv_tile != cuts[c].kv_tile;
       const bool is_first = last.unit != cuts[c].unit || last.kv_tile == 0;
       count = is_inner + (is_first ? 65536 : 0);
     }
-    int64 sum;
-    const int before = int(cuts_before + exclusive_sum(count, warp_sums, sum) + count);
-    if (c < params.num_ctas) {
+    int sum;
+    const int before = cuts_before + exclusive_sum(count, warp_sums, sum) + count;
+    if (c < params.num_teams) {
       first_records[c] = cuts[c].unit + before % 65536;
       cut_tiles_before[c] = before / 65536;
-      if (blockIdx.x == 0) params.list[kFirstRecordsAt + c] = first_records[c];
     }
     cuts_before += sum;
   }
-  const int num_cut_tiles = int(cuts_before) / 65536;
-  const int num_records = num_items * num_heads + int(cuts_before) % 65536;
+  const int num_cut_tiles = cuts_before / 65536;
+  header.num_records = num_items * num_bundles + cuts_before % 65536;
+  header.num_cut_tiles = params.invariant ? params.batch_size * num_bundles : num_cut_tiles;
+  header.most_pieces =
+      params.invariant ? kInvariantPieces : cuts_before % 65536 - num_cut_tiles + 2;
   if (thread == 0) {
-    first_records[params.num_ctas] = num_records;
-    cut_tiles_before[params.num_ctas] = num_cut_tiles;
-  }
-  if (thread == 0 && blockIdx.x == 0) {
-    params.list[kFirstRecordsAt + params.num_ctas] = num_records;
-    ListHeader header = {};
-    header.tag = params.tag;
-    header.num_ctas = params.num_ctas;
-    header.num_records = num_records;
-    header.num_cut_tiles = params.invariant ? params.batch_size * num_heads : num_cut_tiles;
-    header.num_tokens = params.qo_indptr == nullptr
-                            ? params.batch_size
-                            : clamped(params.qo_indptr[params.batch_size], 0, params.num_tokens);
-    *reinterpret_cast<ListHeader*>(params.list) = header;
+    first_records[params.num_teams] = header.num_records;
+    cut_tiles_before[params.num_teams] = num_cut_tiles;
+    if (blockIdx.x == 0) *reinterpret_cast<ListHeader*>(params.list) = header;
   }
   __syncthreads();
 
   // The records, and with its first part each tile that was cut.
+  const int slot_rows = params.slot_rows * params.team_size;
+  TeamShare* shares = reinterpret_cast<TeamShare*>(params.list + kSharesAt);
   WorkRecord* records = reinterpret_cast<WorkRecord*>(params.list + params.records_at);
   CutTile* cut_tiles = reinterpret_cast<CutTile*>(params.list + kCutTilesAt);
+  for (int c = blockIdx.x * kScheduleThreads + thread; c < params.num_teams;
+       c += gridDim.x * kScheduleThreads) {
+    shares[c].begin = first_records[c];
+    shares[c].end = first_records[c + 1];
+  }
 #pragma unroll 1
-  for (int r = blockIdx.x * kScheduleThreads + thread; r < num_records;
+  for (int r = blockIdx.x * kScheduleThreads + thread; r < header.num_records;
        r += gridDim.x * kScheduleThreads) {
-    const int c = last_at_most(first_records, params.num_ctas, r);
+    const int c = last_at_most(0, params.num_teams, r, [&](int i) { return first_records[i]; });
     const Cut from = cuts[c], to = cuts[c + 1];
     const int unit = from.unit + r - first_records[c];
-    const int index = params.num_kv_heads.quotient(unit);
+    const int index = params.num_bundles.quotient(unit);
     const ScheduledItem item = found.items[index];
-    const ScheduledRequest of = found.requests[item.request];
-    const int num_rows = num_rows_of(params, of.lengths);
-    const int height_idx = height_of(params, num_rows);
-    const TileHeight& height = params.heights[height_idx];
+    WorkRecord record = record_of<kTall>(params, found, index);
+    const TileHeight& height = params.heights[record.segment_height];
+    const int num_rows = record.qo_len * int(params.group_size.divisor);
     const int kv_tile = height.kv_tile.divisor;
     const int begin = r == first_records[c] ? from.kv_tile : 0;
     const bool ends_inside = unit == to.unit;
-    WorkRecord record = {};
-    record.segment_height = height_idx;
-    record.request = item.request;
-    record.kv_head = unit - index * num_heads;
-    record.q_row_begin = item.q_row_begin;
-    record.q_begin = of.q_begin;
-    record.qo_len = of.lengths.qo_len;
-    record.kv_origin = of.kv_origin;
-    record.kv_len = of.lengths.kv_len;
-    record.kv_begin = (item.first_kv_tile + begin) * kv_tile;
-    record.kv_end =
-        ends_inside ? min(item.end_key, (item.first_kv_tile + to.kv_tile) * kv_tile) : item.end_key;
+    record.kv_head = (unit - index * num_bundles) * params.team_size;
+    record.kv_begin += begin * kv_tile;
+    if (ends_inside) {
+      record.kv_end = min(item.end_key, (item.first_kv_tile + to.kv_tile) * kv_tile);
+    }
     record.kv_end = max(record.kv_end, record.kv_begin);
-    record.partial_row = -1;
     if (params.invariant) {
       const int first = found.item_starts[item.request];
       const int num_pieces = found.item_starts[item.request + 1] - first;
       const bool in_pieces = num_rows <= int(height.tile_q.divisor) && num_pieces > 1;
-      if (in_pieces) record.partial_row = unit * params.slot_rows;
+      if (in_pieces) record.partial_row = unit * slot_rows;
       if (index == first) {
-        cut_tiles[item.request * num_heads + record.kv_head] = {of.q_begin,
-                                                                0,
-                                                                record.kv_head,
-                                                                num_rows,
-                                                                unit * params.slot_rows,
-                                                                in_pieces ? num_pieces : 0,
-                                                                num_heads * params.slot_rows,
-                                                                0};
+        cut_tiles[item.request * num_bundles + unit - index * num_bundles] = {
+            record.q_begin,          0,
+            record.kv_head,          num_rows,
+            unit * slot_rows,        in_pieces ? num_pieces : 0,
+            num_bundles * slot_rows, 0};
       }
     } else if (begin > 0) {
       const int inner_cuts = first_records[c] - from.unit;
-      record.partial_row = (inner_cuts + cut_tiles_before[c] - 1) * params.slot_rows;
+      record.partial_row = (inner_cuts + cut_tiles_before[c] - 1) * slot_rows;
     } else if (ends_inside) {
       const int inner_cuts = first_records[c + 1] - to.unit;
       const int tile = cut_tiles_before[c + 1] - 1;
-      int last = c + 1;
-      while (last + 1 < params.num_ctas && cuts[last + 1].unit == unit) ++last;
-      record.partial_row = (inner_cuts + tile - 1) * params.slot_rows;
+      const int last =
+          last_at_most(c + 1, params.num_teams, unit, [&](int i) { return cuts[i].unit; });
+      record.partial_row = (inner_cuts + tile - 1) * slot_rows;
       cut_tiles[tile] = {
-          of.q_begin,         item.q_row_begin,
+          record.q_begin,     record.q_row_begin,
           record.kv_head,     min(int(height.tile_q.divisor), num_rows - item.q_row_begin),
           record.partial_row, first_records[last] - unit - inner_cuts + 2,
-          params.slot_rows,   0};
+          slot_rows,          0};
     }
     records[r] = record;
+    if (r == first_records[c]) shares[c].first = record;
   }
 
   // Requests that have no item, so that no record could say that they have no parts.
   if (params.invariant) {
 #pragma unroll 1
-    for (int i = blockIdx.x * kScheduleThreads + thread; i < params.batch_size * num_heads;
+    for (int i = blockIdx.x * kScheduleThreads + thread; i < params.batch_size * num_bundles;
          i += gridDim.x * kScheduleThreads) {
-      const int request = params.num_kv_heads.quotient(i);
+      const int request = params.num_bundles.quotient(i);
       if (found.item_starts[request + 1] == found.item_starts[request]) cut_tiles[i] = {};
     }
   }

@@ -39,11 +39,12 @@ __device__ __forceinline__ int tile_rows(const AttentionParams& params, const Re
 
 // `get_work(index)` is the work item. Why not the item itself: it is made again after the loop, so
 // that what only the output needs holds no register that the accumulators want. `make_kv(work)` is
-// its addressing, `keep(range)` the place of a range that every step asks for.
-template <typename Traits, typename GetWork, typename MakeKv, typename Keep>
+// its addressing, `keep(range)` the place of a range that every step asks for; what `fetch_more()`
+// starts to copy arrives before the first step.
+template <typename Traits, typename GetWork, typename MakeKv, typename Keep, typename FetchMore>
 __device__ __forceinline__ void attend_tile(const AttentionParams& params, const Request& request,
                                             int index, GetWork get_work, MakeKv make_kv, Keep keep,
-                                            unsigned char* smem) {
+                                            FetchMore fetch_more, unsigned char* smem) {
   using Variant = typename Traits::Variant;
   constexpr int kStages = Traits::kStages;
   constexpr int kPending = 2 * (kStages - 1);  // groups younger than the one a step waits for
@@ -74,11 +75,10 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     cp_async_commit();
   };
   // What the addresses of a step need from memory, ahead of its keys; its values use it too.
-  const auto prefetch = [&](int step) {
-    if (step < num_steps) {
-      kv.template prefetch<Traits::kKeys, Traits::kLoaders>(first_key + step * Traits::kKvTile,
-                                                            work.kv_end);
-    }
+  const auto look_up = [&](int step) -> uint32 {
+    if (step >= num_steps) return 0;
+    return kv.template look_up<Traits::kKeys, Traits::kLoaders>(first_key + step * Traits::kKvTile,
+                                                                work.kv_end);
   };
   const auto start_values = [&](int step, int stage) {
     if (step < num_steps) {
@@ -88,14 +88,18 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     cp_async_commit();
   };
 
-  prefetch(0);
+  uint32 answers[kStages];
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) answers[stage] = look_up(stage);
   load_query<Traits>(params, work, num_rows, query_address);
+  fetch_more();
   cp_async_commit();
+  kv.turn_to(answers[0]);
   start_keys(0, 0);
 #pragma unroll
   for (int stage = 1; stage < kStages; ++stage) {
     start_values(stage - 1, stage - 1);
-    prefetch(stage);
+    kv.turn_to(answers[stage]);
     start_keys(stage, stage);
   }
 
@@ -127,7 +131,7 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     cp_async_wait<kPending>();
     pipeline_barrier<Traits>();
     start_values(step + kStages - 1, previous_stage);
-    prefetch(step + kStages);
+    kv.turn_to(look_up(step + kStages));
     if constexpr (Variant::kTransformsKey) {
       Variant::template key<typename Traits::Element, Traits::kQk>(
           params, scratch, key_tiles + stage * Traits::kKeyBytes, Traits::kKeys, loader,

@@ -32,7 +32,7 @@ struct BatchItem {
   Request request;
   KeyRange seen_by_all;  // keys that every row of the tile sees
   int kv_origin;  // where the request's keys begin: entry of kv_indices, token, or row of the batch
-  int index;      // of the record in the list
+  int height_idx;  // in the kernel's list of tile heights
 };
 
 // The keys that a query sees. Query i stands at key i + kv_len - qo_len; causal queries see no key

@@ -186,13 +186,16 @@ BatchGpu gpu_of(const Device& gpu) {
 
 void launch_schedule(const Lengths& of, const BatchProblem& problem, const BatchPlan& plan,
                      const Device& gpu, const Tensor& list) {
-  static Kernel& schedule = kernel(schedule_name());
+  static Kernel& of_low = kernel(schedule_name(false));
+  static Kernel& of_tall = kernel(schedule_name(true));
   const ListLayout layout = list_layout(problem.batch_size, problem.num_tokens, of.group_size(),
                                         problem.num_kv_heads, problem.invariant);
   if (layout.max_records > kMaxCount) {
     fail(of.op, "q", "fewer than 2^30 tiles of work", std::to_string(layout.max_records),
          "Split the call");
   }
+  const int num_teams = plan.num_ctas / plan.team_size;
+  const int64_t num_bundles = of.num_kv_heads / plan.team_size;
   const ScheduleParams params = {.qo_indptr = ints(of.qo_indptr),
                                  .kv_indptr = ints(of.kv_indptr),
                                  .kv_lens = ints(of.kv_lens),
@@ -210,18 +213,20 @@ void launch_schedule(const Lengths& of, const BatchProblem& problem, const Batch
                                  .page_size = static_cast<int>(of.page_size),
                                  .causal = (of.flags & kCausal) != 0,
                                  .window_left = window_of(of.window_left),
-                                 .num_ctas = plan.num_ctas,
-                                 .cta_count = make_divider(static_cast<uint32>(plan.num_ctas)),
+                                 .num_teams = num_teams,
+                                 .team_count = make_divider(static_cast<uint32>(num_teams)),
+                                 .team_size = plan.team_size,
+                                 .num_bundles = make_divider(static_cast<uint32>(num_bundles)),
+                                 .max_tiles = plan.max_tiles,
                                  .num_heights = plan.low == plan.high ? 1 : 2,
                                  .heights = {tile_height(plan.dims, plan.low, gpu.sm),
                                              tile_height(plan.dims, plan.high, gpu.sm)},
                                  .group_size = make_divider(static_cast<uint32>(of.group_size())),
-                                 .num_kv_heads = make_divider(static_cast<uint32>(of.num_kv_heads)),
                                  .invariant = problem.invariant,
                                  .slot_rows = plan.slot_rows,
                                  .tag = tag_of(of, problem, plan)};
-  const int64_t ctas = (layout.max_items * of.num_kv_heads + plan.num_ctas) / kScheduleThreads + 1;
-  launch(schedule, gpu,
+  const int64_t ctas = (layout.max_items * num_bundles + num_teams) / kScheduleThreads + 1;
+  launch(plan.high > 16 ? of_tall : of_low, gpu,
          {.grid_x = static_cast<unsigned>(std::min<int64_t>(ctas, kMaxScheduleCtas)),
           .block = kScheduleThreads},
          &params);
@@ -433,6 +438,9 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
     params.v_origin_stride = v.strides[0];
   }
   params.max_records = static_cast<int>(layout.max_records);
+  params.num_ctas = plan.num_ctas;
+  params.team_size = make_divider(static_cast<uint32>(plan.team_size));
+  params.slot_rows = plan.slot_rows;
   params.num_tokens = static_cast<int>(of.num_tokens);
   params.last_partial_row = static_cast<int>(plan.num_partial_rows) - plan.high;
   return params;
@@ -527,7 +535,8 @@ void run(const Inputs& in, const Lengths& of, const BatchOptions& options, const
   // Why no programmatic launch: CTAs that come while another kernel holds an SM crowd onto the
   // others, and each has an equal share of the work.
   launch(attention_kernel(plan, problem.paged, problem.bf16, batch_variant(problem)), gpu,
-         {.grid_x = static_cast<unsigned>(plan.num_ctas),
+         {.grid_x = static_cast<unsigned>(
+              std::max<int64_t>(plan.num_ctas, plan.max_tiles * of.num_kv_heads)),
           .block = static_cast<unsigned>(plan.block),
           .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
          &params);
@@ -551,6 +560,7 @@ void run(const Inputs& in, const Lengths& of, const BatchOptions& options, const
       .num_qo_heads = params.attention.num_qo_heads,
       .head_dim_vo = params.attention.head_dim_vo,
       .group_size = params.attention.group_size,
+      .team_size = params.team_size,
       .slot_rows = make_divider(static_cast<uint32>(plan.slot_rows)),
       .exponent_scale = exponent_scale(params.attention.sm_scale, params.attention.logits_soft_cap),
       .tag = params.tag};

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 
 #include "runtime/names.h"
 
@@ -81,7 +82,7 @@ int dims_of(int head_dim_qk, int head_dim_vo) {
 }
 
 Choice choose_batch(const std::string& op, const Config& config, int sm) {
-  if (op == "attention_schedule") return {{schedule_name()}, {}};
+  if (op == "attention_schedule") return {{schedule_name(false), schedule_name(true)}, {}};
   BatchProblem problem;
   const std::string dtype = config.get("dtype", "float16");
   if (dtype != "float16" && dtype != "bfloat16") {
@@ -115,9 +116,9 @@ Choice choose_batch(const std::string& op, const Config& config, int sm) {
   }
   problem.rotates = mode == "ROPE_LLAMA";
   const int dims = dims_of(problem.head_dim_qk, problem.head_dim_vo);
-  return {{schedule_name(),
-           batch_name(dims, kernel_of(problem, dims, sm), problem.paged, problem.bf16,
-                      batch_variant(problem)),
+  const int kernel = kernel_of(problem, dims, sm);
+  return {{schedule_name(kKernels[kernel].high > 16),
+           batch_name(dims, kernel, problem.paged, problem.bf16, batch_variant(problem)),
            batch_combine_name(problem.bf16)},
           {}};
 }
@@ -144,10 +145,13 @@ void add_rows(std::vector<Row>& rows, const char* op, int dims, int kernel, int 
 
 std::vector<Row> batch_rows() {
   std::vector<Row> rows;
-  rows.push_back({.op = "attention_schedule",
-                  .kernel = schedule_name(),
-                  .block = kScheduleThreads,
-                  .why = "lengths to a balanced work list"});
+  for (const bool tall : {false, true}) {
+    rows.push_back({.op = "attention_schedule",
+                    .kernel = schedule_name(tall),
+                    .block = kScheduleThreads,
+                    .why = tall ? "lengths to a balanced work list, tiles of any height"
+                                : "the same for tiles of 16 rows"});
+  }
   for (const char* op : {"attention", "attention_full"}) {
     for (int dims = 0; dims < kNumBatchDims; ++dims) {
       for (int kernel = 0; kernel < kNumBatchKernels; ++kernel) {
@@ -175,8 +179,8 @@ const RegisterFamily family({{"attention", "attention_full", "attention_schedule
 
 }  // namespace
 
-const char* schedule_name() {
-  return "attention/schedule.cuh:schedule";
+std::string schedule_name(bool tall) {
+  return kernel_name("attention/schedule.cuh:schedule", tall ? "true" : "false");
 }
 
 std::string batch_name(int dims, int kernel, bool paged, bool bf16, int variant) {
@@ -192,18 +196,22 @@ std::string batch_combine_name(bool bf16) {
                      bf16 ? "__nv_bfloat16" : "__half");
 }
 
-// Costs in quarters of the time that an SM takes for 64 keys of a decoding tile (H200: 120 requests
-// of 4,096 keys decode in 505 us, 8 of 1,024 prefill in 289).
+// Costs in quarters of the time that a CTA takes for 64 keys of a decoding tile. On an H200 with
+// both kinds in one launch that is 1.4 us, 64 keys of a 128-row tile take 3.9, and a tile of 128
+// rows 5.3 us beside its keys; with 7 in place of 11 the decodes of a mixed batch waited for its
+// prefills (828 us, 669).
 TileHeight tile_height(int dims, int tile_q, int sm) {
   const int kv_tile = tile_of(dims, tile_q, sm).kv_tile;
-  const int per_64_keys = tile_q == 16 ? 4 : tile_q == 64 ? 5 : 7;
+  const int per_64_keys = tile_q == 16 ? 4 : tile_q == 64 ? 8 : 11;
   const bool tall = tile_q > 16;
   const int step_cost = std::max(1, per_64_keys * kv_tile / 64);
   return {.tile_q = make_divider(static_cast<uint32>(tile_q)),
           .kv_tile = make_divider(static_cast<uint32>(kv_tile)),
           .step_cost = step_cost,
           .steps_of_cost = make_divider(static_cast<uint32>(step_cost)),
-          .tile_cost = tall ? 10 : 2,
+          .tile_cost = tile_q == 16   ? 4
+                       : tile_q == 64 ? 14
+                                      : 19,
           .min_kv_tiles = tall ? std::max(1, 512 / kv_tile) : 1};
 }
 
@@ -220,6 +228,8 @@ BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu) {
                                         problem.num_kv_heads, problem.invariant);
   const int64 slots =
       problem.invariant ? layout.max_items * problem.num_kv_heads : int64{2} * num_ctas;
+  const int64 max_tiles = problem.batch_size + problem.num_tokens * group_size / heights.high;
+  const bool by_tile = heights.high > 16 && !problem.invariant && max_tiles < kMaxTilesByTile;
   return {.dims = dims,
           .kernel = kernel,
           .low = heights.low,
@@ -227,6 +237,8 @@ BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu) {
           .block = tile_of(dims, heights.high, gpu.sm).num_warps * 32,
           .dynamic_smem = smem_of(dims, kernel, gpu.sm, problem.rotates),
           .num_ctas = num_ctas,
+          .team_size = std::gcd(num_ctas, static_cast<int>(problem.num_kv_heads)),
+          .max_tiles = by_tile ? static_cast<int>(max_tiles) : 0,
           .slot_rows = slot_rows,
           .num_partial_rows = slots * slot_rows + heights.high};
 }

@@ -34,7 +34,9 @@ struct BatchPlan {
   int low, high;  // tile heights, equal where there is one
   int block;
   int dynamic_smem;  // bytes
-  int num_ctas;
+  int num_ctas;      // that a list is shared out to
+  int team_size;     // CTAs that work on neighbouring KV heads side by side
+  int max_tiles;     // of a list by tile; 0: there is none
   int slot_rows;
   int64 num_partial_rows;
 };
@@ -46,7 +48,7 @@ inline constexpr int kNumBatchVariants = 4;
 BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu);
 std::string batch_name(int dims, int kernel, bool paged, bool bf16, int variant);
 std::string batch_combine_name(bool bf16);
-const char* schedule_name();
+std::string schedule_name(bool tall);
 TileHeight tile_height(int dims, int tile_q, int sm);
 
 constexpr int batch_variant(const BatchProblem& problem) {

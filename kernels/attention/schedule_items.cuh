@@ -1,0 +1,148 @@
+// What the scheduler knows of requests and of their query tiles, and the sums and searches that it
+// works with.
+#pragma once
+
+#include "attention/batch_params.h"
+#include "attention/work_item.cuh"
+
+namespace ridgeline {
+
+inline constexpr int kMaxLength = 1 << 30;
+inline constexpr int kKeptInSmem = 512;
+
+struct alignas(16) ScheduledRequest {
+  int q_begin;
+  int kv_origin;
+  Request lengths;
+};
+static_assert(sizeof(ScheduledRequest) == kRequestWords * 4, "whole words");
+
+// A query tile, or a part of one, and its own keys.
+struct alignas(16) ScheduledItem {
+  int request;
+  int q_row_begin;
+  int first_kv_tile;
+  int end_key;
+};
+static_assert(sizeof(ScheduledItem) == kItemWords * 4, "whole words");
+
+__device__ __forceinline__ int clamped(int value, int low, int high) {
+  return max(low, min(value, high));
+}
+
+__device__ __forceinline__ ScheduledRequest scheduled_request(const ScheduleParams& params,
+                                                              int request) {
+  // All loads before anything waits for one.
+  const bool ragged_queries = params.qo_indptr != nullptr;
+  const int q_begin = ragged_queries ? params.qo_indptr[request] : request;
+  const int q_end = ragged_queries ? params.qo_indptr[request + 1] : request + 1;
+  const int kv_begin = params.kv_indptr != nullptr ? params.kv_indptr[request] : request;
+  const int kv_end = params.kv_indptr != nullptr ? params.kv_indptr[request + 1] : 0;
+  const int given = params.kv_lens != nullptr ? params.kv_lens[request] : 0;
+
+  ScheduledRequest result;
+  result.q_begin = clamped(q_begin, 0, params.num_tokens);
+  const int qo_len = clamped(q_end, result.q_begin, params.num_tokens) - result.q_begin;
+  result.lengths.qo_len = min(qo_len, params.max_q_len);
+  result.kv_origin = clamped(kv_begin, 0, kMaxLength);
+  const int64 count = int64(kv_end) - result.kv_origin;
+  int64 kv_len = given;
+  if (params.form == KvForm::kRagged) kv_len = count;
+  if (params.form == KvForm::kPagedByLastPage) {
+    kv_len = count > 0 ? (count - 1) * params.page_size + clamped(given, 0, params.page_size) : 0;
+  }
+  result.lengths.kv_len = kv_len < 0 ? 0 : kv_len > kMaxLength ? kMaxLength : int(kv_len);
+  return result;
+}
+
+__device__ __forceinline__ int num_rows_of(const ScheduleParams& params, const Request& request) {
+  return request.qo_len * int(params.group_size.divisor);
+}
+
+// Index of a request's tile height; lists that are not tall have one height only.
+template <bool kTall>
+__device__ __forceinline__ int height_of(const ScheduleParams& params, int num_rows) {
+  return !kTall || params.num_heights == 1 || num_rows <= int(params.heights[0].tile_q.divisor) ? 0
+                                                                                                : 1;
+}
+
+__device__ __forceinline__ int kv_tiles_up_to(const TileHeight& height, int key) {
+  return int(height.kv_tile.quotient(key + height.kv_tile.divisor - 1));
+}
+
+// KV tiles of an item.
+__device__ __forceinline__ int num_kv_tiles(const TileHeight& height, const ScheduledItem& item) {
+  return max(0, kv_tiles_up_to(height, item.end_key) - item.first_kv_tile);
+}
+
+// Of one KV head.
+__device__ __forceinline__ int64 cost_of(const TileHeight& height, int num_tiles) {
+  return int64(num_tiles) * height.step_cost + height.tile_cost;
+}
+
+// A query tile of a request with all its keys.
+__device__ __forceinline__ ScheduledItem whole_tile(const ScheduleParams& params,
+                                                    const ScheduledRequest& of,
+                                                    const TileHeight& height, int request,
+                                                    int q_tile) {
+  const int row_begin = q_tile * int(height.tile_q.divisor);
+  const int last_row =
+      min(row_begin + int(height.tile_q.divisor), num_rows_of(params, of.lengths)) - 1;
+  const int first_query = params.group_size.quotient(row_begin);
+  const int last_query = params.group_size.quotient(last_row);
+  const bool causal = params.causal != 0;
+  const int begin = masked_keys(of.lengths, first_query, causal, params.window_left).begin;
+  const int end = masked_keys(of.lengths, last_query, causal, params.window_left).end;
+  return {request, row_begin, int(height.kv_tile.quotient(begin)), max(end, 0)};
+}
+
+// Parts that batch_invariant cuts a request of one query tile into.
+__device__ __forceinline__ int invariant_pieces(const TileHeight& height, int num_tiles) {
+  return height.tile_q.divisor != 16 ? 1
+                                     : clamped(num_tiles / kInvariantTiles, 1, kInvariantPieces);
+}
+
+// Sums over the block of what the threads before this one hold; `total` gets the sum of all. Why
+// not inlined: the code comes from memory too.
+template <typename T>
+__device__ __noinline__ T exclusive_sum(T value, int64* shared, T& total) {
+  constexpr int kWarps = kScheduleThreads / 32;
+  T* warp_sums = reinterpret_cast<T*>(shared);
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  T sum = value;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const T other = __shfl_up_sync(0xffffffffu, sum, distance);
+    if (lane >= distance) sum += other;
+  }
+  __syncthreads();
+  if (lane == 31) warp_sums[warp] = sum;
+  __syncthreads();
+  T of_warps = lane < kWarps ? warp_sums[lane] : 0;
+#pragma unroll
+  for (int distance = 1; distance < kWarps; distance *= 2) {
+    const T other = __shfl_up_sync(0xffffffffu, of_warps, distance);
+    if (lane >= distance) of_warps += other;
+  }
+  total = __shfl_sync(0xffffffffu, of_warps, kWarps - 1);
+  const T before = __shfl_sync(0xffffffffu, of_warps, max(warp - 1, 0));
+  return sum - value + (warp == 0 ? 0 : before);
+}
+
+// The last i in [first, count) with start(i) <= value, given start(first) <= value.
+template <typename T, typename Start>
+__device__ __forceinline__ int last_at_most(int first, int count, T value, Start start) {
+  int low = first, high = count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (start(middle) <= value) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+}  // namespace ridgeline
