@@ -159,7 +159,10 @@ struct ScheduleParams {
   int slot_rows;  // rows of a partial result
   int tag;
 };
-inline constexpr int kScheduleThreads = 512;
+// Threads of the scheduler. Decodes are few items, and warps with nothing to do cost time.
+constexpr int schedule_threads(bool tall) {
+  return tall ? 512 : 256;
+}
 inline constexpr int kMaxScheduleCtas = 16;
 
 // A pool of pages, or dense keys, of which a request has the part from its origin on. Offsets into

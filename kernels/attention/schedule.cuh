@@ -1,5 +1,5 @@
-// The work list of a batch, made on the GPU by a few CTAs of 512 threads. Each finds all cuts; then
-// they share the writing of the records.
+// The work list of a batch, made on the GPU by a few CTAs. Each finds all cuts; then they share the
+// writing of the records.
 //
 // Items are query tiles (batch_invariant: and parts of them), numbered by request; each stands for
 // as many units as there are teams' worths of KV heads, all of one cost.
@@ -20,7 +20,6 @@
 //
 // Each step of the way has one place in the kernel, and what it found is kept, in shared memory for
 // up to kKeptInSmem requests and items; beyond that in the list, where all CTAs write the same.
-// Why 512 threads: 32 warps took 9 us, mostly for instructions of warps that had nothing to do.
 #pragma once
 
 #include "attention/batch_params.h"
@@ -108,6 +107,7 @@ __device__ __forceinline__ bool goes_by_tile(const ScheduleParams& params, int n
 template <bool kTall>
 __device__ __forceinline__ void write_by_tile(const ScheduleParams& params, const Found& found,
                                               int num_items, int64 most_cost, int64* warp_sums) {
+  constexpr int kThreads = schedule_threads(kTall);
   constexpr int kClasses = 4;
   // Counts of all classes, 16 bits each.
   const auto one_of_class = [&](int index) -> int64 {
@@ -119,21 +119,21 @@ __device__ __forceinline__ void write_by_tile(const ScheduleParams& params, cons
   };
   int64 of_classes = 0;
 #pragma unroll 1
-  for (int base = 0; base < num_items; base += kScheduleThreads) {
+  for (int base = 0; base < num_items; base += kThreads) {
     int64 sum;
-    exclusive_sum(one_of_class(base + threadIdx.x), warp_sums, sum);
+    exclusive_sum<kThreads>(one_of_class(base + threadIdx.x), warp_sums, sum);
     of_classes += sum;
   }
   WorkRecord* records = reinterpret_cast<WorkRecord*>(params.list + params.records_at);
   int64 before = 0;
 #pragma unroll 1
-  for (int base = 0; base < num_items; base += kScheduleThreads) {
+  for (int base = 0; base < num_items; base += kThreads) {
     const int index = base + threadIdx.x;
     const int64 one = one_of_class(index);
     int64 sum;
-    const int64 rank = before + exclusive_sum(one, warp_sums, sum);
+    const int64 rank = before + exclusive_sum<kThreads>(one, warp_sums, sum);
     before += sum;
-    if (one == 0 || base / kScheduleThreads % gridDim.x != blockIdx.x) continue;
+    if (one == 0 || base / kThreads % gridDim.x != blockIdx.x) continue;
     int end = 0;
     int shift = -16;
     do {
@@ -145,14 +145,15 @@ __device__ __forceinline__ void write_by_tile(const ScheduleParams& params, cons
 }
 
 template <bool kTall>
-__global__ void __launch_bounds__(kScheduleThreads, 1)
+__global__ void __launch_bounds__(schedule_threads(kTall), 1)
     schedule(const __grid_constant__ ScheduleParams params) {
-  __shared__ int64 warp_sums[kScheduleThreads / 32];
+  constexpr int kThreads = schedule_threads(kTall);
+  __shared__ int64 warp_sums[kThreads / 32];
   __shared__ ScheduledRequest few_requests[kKeptInSmem];
   __shared__ int few_starts[kKeptInSmem + 1];
   __shared__ ScheduledItem few_items[kKeptInSmem];
   __shared__ int64 few_costs[kKeptInSmem + 1];
-  __shared__ int64 warp_mosts[kScheduleThreads / 32];
+  __shared__ int64 warp_mosts[kThreads / 32];
   __shared__ Cut cuts[kMaxBatchCtas + 1];
   __shared__ int first_records[kMaxBatchCtas + 1];
   __shared__ int cut_tiles_before[kMaxBatchCtas + 1];  // units that cuts up to this one go through
@@ -173,9 +174,9 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   // The requests, and where each one's items begin.
   ScheduledRequest own_request;
   int64 items_before = 0;
-  bool one_each = params.batch_size <= kScheduleThreads;
+  bool one_each = params.batch_size <= kThreads;
 #pragma unroll 1
-  for (int base = 0; base < params.batch_size; base += kScheduleThreads) {
+  for (int base = 0; base < params.batch_size; base += kThreads) {
     const int request = base + thread;
     int64 count = request < params.batch_size ? 0 : 1;
     if (request < params.batch_size) {
@@ -198,7 +199,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
     }
     if (request >= params.batch_size) count = 0;
     int64 sum;
-    const int64 before = items_before + exclusive_sum(count, warp_sums, sum);
+    const int64 before = items_before + exclusive_sum<kThreads>(count, warp_sums, sum);
     if (request < params.batch_size) {
       found.item_starts[request] = int(min(before, int64(params.max_items)));
     }
@@ -212,7 +213,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   int64 cost_before = 0;
   int64 most_cost = 0;
 #pragma unroll 1
-  for (int base = 0; base < num_items; base += kScheduleThreads) {
+  for (int base = 0; base < num_items; base += kThreads) {
     const int index = base + thread;
     int64 cost = 0;
     if (index < num_items) {
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
       most_cost = max(most_cost, cost);
     }
     int64 sum;
-    const int64 before = cost_before + exclusive_sum(cost, warp_sums, sum);
+    const int64 before = cost_before + exclusive_sum<kThreads>(cost, warp_sums, sum);
     if (index < num_items) found.costs[index] = before;
     cost_before += sum;
   }
@@ -274,7 +275,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   }
 
   // Cuts, and how many there are before each: inner ones, and in the upper half the units they cut.
-  for (int c = thread; c <= params.num_teams; c += kScheduleThreads) {
+  for (int c = thread; c <= params.num_teams; c += kThreads) {
     const bool inside = c < params.num_teams && num_items > 0;
     cuts[c] =
         inside ? find_cut<kTall>(params, found, num_items, c) : Cut{num_items * num_bundles, 0};
@@ -282,7 +283,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   __syncthreads();
   int cuts_before = 0;
 #pragma unroll 1
-  for (int base = 0; base < params.num_teams; base += kScheduleThreads) {
+  for (int base = 0; base < params.num_teams; base += kThreads) {
     const int c = base + thread;
     int count = 0;
     if (c < params.num_teams && cuts[c].kv_tile > 0) {
@@ -292,7 +293,7 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
       count = is_inner + (is_first ? 65536 : 0);
     }
     int sum;
-    const int before = cuts_before + exclusive_sum(count, warp_sums, sum) + count;
+    const int before = cuts_before + exclusive_sum<kThreads>(count, warp_sums, sum) + count;
     if (c < params.num_teams) {
       first_records[c] = cuts[c].unit + before % 65536;
       cut_tiles_before[c] = before / 65536;
@@ -316,14 +317,12 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   TeamShare* shares = reinterpret_cast<TeamShare*>(params.list + kSharesAt);
   WorkRecord* records = reinterpret_cast<WorkRecord*>(params.list + params.records_at);
   CutTile* cut_tiles = reinterpret_cast<CutTile*>(params.list + kCutTilesAt);
-  for (int c = blockIdx.x * kScheduleThreads + thread; c < params.num_teams;
-       c += gridDim.x * kScheduleThreads) {
+  for (int c = blockIdx.x * kThreads + thread; c < params.num_teams; c += gridDim.x * kThreads) {
     shares[c].begin = first_records[c];
     shares[c].end = first_records[c + 1];
   }
 #pragma unroll 1
-  for (int r = blockIdx.x * kScheduleThreads + thread; r < header.num_records;
-       r += gridDim.x * kScheduleThreads) {
+  for (int r = blockIdx.x * kThreads + thread; r < header.num_records; r += gridDim.x * kThreads) {
     const int c = last_at_most(0, params.num_teams, r, [&](int i) { return first_records[i]; });
     const Cut from = cuts[c], to = cuts[c + 1];
     const int unit = from.unit + r - first_records[c];
@@ -375,8 +374,8 @@ __global__ void __launch_bounds__(kScheduleThreads, 1)
   // Requests that have no item, so that no record could say that they have no parts.
   if (params.invariant) {
 #pragma unroll 1
-    for (int i = blockIdx.x * kScheduleThreads + thread; i < params.batch_size * num_bundles;
-         i += gridDim.x * kScheduleThreads) {
+    for (int i = blockIdx.x * kThreads + thread; i < params.batch_size * num_bundles;
+         i += gridDim.x * kThreads) {
       const int request = params.num_bundles.quotient(i);
       if (found.item_starts[request + 1] == found.item_starts[request]) cut_tiles[i] = {};
     }

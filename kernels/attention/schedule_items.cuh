@@ -104,9 +104,9 @@ __device__ __forceinline__ int invariant_pieces(const TileHeight& height, int nu
 
 // Sums over the block of what the threads before this one hold; `total` gets the sum of all. Why
 // not inlined: the code comes from memory too.
-template <typename T>
+template <int kThreads, typename T>
 __device__ __noinline__ T exclusive_sum(T value, int64* shared, T& total) {
-  constexpr int kWarps = kScheduleThreads / 32;
+  constexpr int kWarps = kThreads / 32;
   T* warp_sums = reinterpret_cast<T*>(shared);
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;

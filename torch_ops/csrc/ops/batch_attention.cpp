@@ -225,10 +225,12 @@ void launch_schedule(const Lengths& of, const BatchProblem& problem, const Batch
                                  .invariant = problem.invariant,
                                  .slot_rows = plan.slot_rows,
                                  .tag = tag_of(of, problem, plan)};
-  const int64_t ctas = (layout.max_items * num_bundles + num_teams) / kScheduleThreads + 1;
-  launch(plan.high > 16 ? of_tall : of_low, gpu,
+  const bool tall = plan.high > 16;
+  const int threads = schedule_threads(tall);
+  const int64_t ctas = (layout.max_items * num_bundles + num_teams) / threads + 1;
+  launch(tall ? of_tall : of_low, gpu,
          {.grid_x = static_cast<unsigned>(std::min<int64_t>(ctas, kMaxScheduleCtas)),
-          .block = kScheduleThreads},
+          .block = static_cast<unsigned>(threads)},
          &params);
 }
 

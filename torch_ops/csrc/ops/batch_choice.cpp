@@ -148,7 +148,7 @@ std::vector<Row> batch_rows() {
   for (const bool tall : {false, true}) {
     rows.push_back({.op = "attention_schedule",
                     .kernel = schedule_name(tall),
-                    .block = kScheduleThreads,
+                    .block = schedule_threads(tall),
                     .why = tall ? "lengths to a balanced work list, tiles of any height"
                                 : "the same for tiles of 16 rows"});
   }
