@@ -224,16 +224,18 @@ def note_error(row: Row, batch: Batch, out: Tensor) -> None:
         row.notes.append(f"WRONG: {row.op} {row.case} differs from float32 by {error:.1e}")
 
 
-def warm(session: Session, pattern: str) -> None:
-    """Compile the kernels of `attention` whose names match, on all cores."""
-    if session.dry_run:
-        return
-    library = compiler.library()
-    arch = library.driver_report()["devices"][session.device.index or 0]["arch"]
+def kernel_names(arch: str, pattern: str) -> list[str]:
+    """The kernels of `attention` whose names match, and those that all of its calls launch."""
     names = {
         row.kernel
-        for row in library.core_table
+        for row in compiler.library().core_table
         if row.op in ("attention", "attention_full", "attention_schedule") and row.serves(arch)
     }
-    chosen = [name for name in names if "HeadDims" not in name or re.search(pattern, name)]
-    ridgeline.warmup(sorted(chosen), progress=False)
+    return sorted(name for name in names if "HeadDims" not in name or re.search(pattern, name))
+
+
+def warm(device: torch.device, pattern: str) -> None:
+    """Compile `kernel_names` on all cores."""
+    if device.type == "cuda":
+        arch = compiler.library().driver_report()["devices"][device.index or 0]["arch"]
+        ridgeline.warmup(kernel_names(arch, pattern), progress=False)

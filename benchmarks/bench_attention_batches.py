@@ -37,7 +37,7 @@ class Rates:
 
 
 def run(session: Session) -> list[Row]:
-    warm(session, r"bfloat16.*HeadDims<128, 128>.*PagedKv<__nv_bfloat16>, StandardVariant")
+    warm(session.device, r"bfloat16.*HeadDims<128, 128>.*PagedKv<__nv_bfloat16>, StandardVariant")
     rows = even(session)
     prefill, decode = rows
     rates = Rates(prefill.us / prefill.num_flops, decode.us / decode.num_bytes)

@@ -36,7 +36,7 @@ def run(session: Session) -> list[Row]:
     ]
     if not cells:
         return []
-    warm(session, r"bfloat16.*HeadDims<128, 128>.*bfloat16>, StandardVariant")
+    warm(session.device, r"bfloat16.*HeadDims<128, 128>.*bfloat16>, StandardVariant")
     sizes = {length: max(1, num_tokens // length) for length in lengths}
     memory = Memory(session, max(sizes[n] * whole_pages(n) * h[1] * 128 for h, _, n in cells))
     rows = []

@@ -36,7 +36,7 @@ def run(session: Session) -> list[Row]:
     chosen = {name: case for name, case in VARIANTS.items() if session.wants(name)}
     if not chosen:
         return []
-    warm(session, r"(bfloat16|half).*Heights<16, (64|128)>, RaggedKv.*StandardVariant")
+    warm(session.device, r"(bfloat16|half).*Heights<16, (64|128)>, RaggedKv.*StandardVariant")
     rows, rates = [], {}
     for length in sorted({length for length, _ in chosen.values()}):
         row = measure(session, "plain", length, PLAIN)

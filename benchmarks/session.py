@@ -26,10 +26,11 @@ class Session:
     dry_run: bool = False
     ceilings: Ceilings = NOTHING_MEASURED
     only: re.Pattern[str] | None = None
+    roofline: bool = True
 
     def __post_init__(self) -> None:
         self.timer = Timer(self.device, budget_ms=20.0 if self.quick else 60.0)
-        if not self.dry_run:
+        if self.roofline and not self.dry_run:
             self.ceilings = measure(self.timer)
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
