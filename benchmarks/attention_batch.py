@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 from ridgeline import compiler
 from torch import Tensor
 
+from . import formulas
 from .session import MAX_DIFFERENCE, Session
 from .table import Row
+from .timer import Call
 
 PAGE_SIZES = {"page 16": 16, "page 1": 1}
 MAX_CHECKED_QUERIES = 64
@@ -150,6 +152,35 @@ class Batch:
         q = self.q.view(len(self.requests), qo_len, *self.q.shape[1:])
         k, v = (t.view(len(self.requests), kv_len, *t.shape[-2:]) for t in self.kv)
         return q, k, v
+
+    def peers(self, *, dense: bool) -> dict[str, Callable[[], Call]]:
+        """What else runs here: torch's kernels where `dense`, FlashAttention-3 if it is there."""
+        found: dict[str, Callable[[], Call]] = {}
+        if dense:
+            for name in formulas.BACKENDS:
+                found[name] = formulas.sdpa_batch(name, *self.dense(), causal=self.shape.causal)
+        if formulas.flash_attention_3() is not None:
+            found["FlashAttention-3"] = self._flash_attention_3
+        return found
+
+    def _flash_attention_3(self) -> Call:
+        """On the same cache, for requests of equal lengths."""
+        op = formulas.flash_attention_3()
+        assert op is not None
+        qo_len, kv_len = self.requests[0]
+        options: dict[str, Any] = {"is_causal": self.shape.causal}
+        q, (k, v) = self.q, self.kv
+        if self.shape.place == "ragged":
+            starts = self.index["kv_indptr"] // kv_len
+            options |= {"cu_seqlens_q": starts * qo_len, "cu_seqlens_k": self.index["kv_indptr"]}
+            options |= {"max_seqlen_q": qo_len, "max_seqlen_k": kv_len}
+        else:
+            q = q.view(len(self.requests), qo_len, *q.shape[1:])
+        if self.shape.page_size:
+            lens = [kv for _, kv in self.requests]
+            options["page_table"] = self.index["kv_indices"].view(len(lens), -1)
+            options["seqused_k"] = torch.tensor(lens, dtype=torch.int32, device=q.device)
+        return lambda: op(q, k, v, **options)[0].flatten(0, -3)
 
     @property
     def num_flops(self) -> float:

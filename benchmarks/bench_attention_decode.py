@@ -64,18 +64,13 @@ def measure(
             "decode",
             f"{name}, {place}",
             lambda b=batch, w=work: b.attention(w),
-            peers={
-                peer: formulas.sdpa_batch(peer, *batch.dense(), causal=False)
-                for peer in formulas.BACKENDS
-            }
-            if first
-            else {},
+            peers=batch.peers(dense=first),
             num_read=batch.num_bytes,
             predicted_us=batch.num_bytes / 4400e3 + 12,
             net=False,
         )
         if first:
-            running = row.peers
+            running = {n: us for n, us in row.peers.items() if n in formulas.BACKENDS}
         note_error(row, batch, batch.attention(work))
         add_peers(row, heads, place, size, kv_len, running)
         rows.append(row)
@@ -91,8 +86,9 @@ def add_peers(
     running: dict[str, float],
 ) -> None:
     """Portable peers, which count; the others beside them; the goal from bytes or from all."""
-    row.peers = {name: us for name, us in running.items() if name == "flash"}
-    row.beside = {name: us for name, us in running.items() if name != "flash"}
+    measured = running | row.peers
+    row.peers = {name: us for name, us in measured.items() if name == "flash"}
+    row.beside = {name: us for name, us in measured.items() if name != "flash"}
     best = peers.decode_us(heads, place, size, kv_len, running)
     if best is not None and best[0] != "cudnn":
         portable = best[0] in peers.PORTABLE

@@ -68,18 +68,13 @@ def measure(
             "prefill",
             f"{name}, {place}",
             lambda b=batch, w=work: b.attention(w),
-            peers={
-                peer: formulas.sdpa_batch(peer, *batch.dense(), causal=causal)
-                for peer in formulas.BACKENDS
-            }
-            if first
-            else {},
+            peers=batch.peers(dense=first),
             num_flops=batch.num_flops,
             predicted_us=batch.num_flops / 340e6 + 15,
             net=False,
         )
         if first:
-            running = row.peers
+            running = {n: us for n, us in row.peers.items() if n in formulas.BACKENDS}
         note_error(row, batch, batch.attention(work))
         add_peers(row, heads, causal, length, running)
         rows.append(row)
@@ -95,11 +90,12 @@ def add_peers(
     cell = (heads, causal, length, running)
     fa2 = peers.prefill_us(f"FlashInfer fa2 {place if ragged else 'page 16'}", *cell)
     fa3 = peers.prefill_us(f"FlashAttention-3 {'varlen' if ragged else place}", *cell)
-    row.peers = {name: us for name, us in running.items() if name == "flash"}
-    row.beside = {name: us for name, us in running.items() if name != "flash"}
+    measured = running | row.peers
+    row.peers = {name: us for name, us in measured.items() if name == "flash"}
+    row.beside = {name: us for name, us in measured.items() if name != "flash"}
     if fa2 is not None:
         row.peers["FlashInfer fa2 (scaled)"] = fa2
-    if fa3 is not None:
+    if fa3 is not None and "FlashAttention-3" not in row.beside:
         row.beside["FlashAttention-3 (scaled)"] = fa3
     if row.peers:
         row.goal_us = min(row.peers.values())

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from . import formulas
 from .attention_batch import Batch, Shape, note_error, warm
 from .session import Session
 from .table import Row
@@ -61,12 +60,7 @@ def measure(session: Session, name: str, length: int, shape: Shape) -> Row:
         name,
         f"{size} x {length}",
         lambda: batch.attention(work),
-        peers={
-            peer: formulas.sdpa_batch(peer, *batch.dense(), causal=shape.causal)
-            for peer in formulas.BACKENDS
-        }
-        if plain
-        else {},
+        peers=batch.peers(dense=True) if plain else {},
         num_flops=batch.num_flops,
         net=False,
     )
