@@ -140,11 +140,13 @@ class Batch:
 
     def attention(self, schedule: Tensor | None = None) -> Tensor:
         shape = self.shape
-        return ridgeline.attention(
-            self.q, self.kv, **self.index, causal=shape.causal, window_left=shape.window_left,
+        options: dict[str, Any] = {**self.index, **shape.options}
+        out: Tensor = ridgeline.attention(
+            self.q, self.kv, causal=shape.causal, window_left=shape.window_left,
             max_q_len=self.max_q_len, batch_invariant=shape.invariant, schedule=schedule,
-            **shape.options,
+            **options,
         )  # fmt: skip
+        return out
 
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v as [batch_size, length, heads, head_dim], for requests of equal lengths."""
@@ -244,7 +246,8 @@ class Batch:
         if shape.window_left >= 0:
             hidden |= key < diagonal - shape.window_left
         out = logits.masked_fill_(hidden, -torch.inf).softmax(-1) @ v.float().transpose(0, 1)
-        return out.view(shape.heads[1], group, num, -1).permute(2, 0, 1, 3).flatten(1, 2)
+        rows: Tensor = out.view(shape.heads[1], group, num, -1).permute(2, 0, 1, 3).flatten(1, 2)
+        return rows
 
 
 def note_error(row: Row, batch: Batch, out: Tensor) -> None:

@@ -7,6 +7,8 @@ goals follow from what the same kernels reach in the first two cases.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import ridgeline
 import torch
@@ -62,7 +64,7 @@ def timed(session: Session, name: str, requests: Requests, shape: Shape = SHAPE)
     row = session.case(
         name,
         "",
-        lambda: batch.attention(work),
+        partial(batch.attention, work),
         peers={},
         num_read=batch.num_bytes if decodes else 0.0,
         num_flops=0.0 if decodes else batch.num_flops,
@@ -162,11 +164,13 @@ class Cascade:
         size = len(self.flat.requests)
         starts = torch.arange(size + 1, dtype=torch.int32, device=self.flat.q.device)
         wrapper = ridgeline.MultiLevelCascadeAttentionWrapper(2, device=self.flat.q.device)
+        tables = [
+            [level.index[name] for level in levels]
+            for name in ("kv_indptr", "kv_indices", "kv_last_page_len")
+        ]
         wrapper.plan(
-            [starts[[0, size]], starts],
-            *([level.index[name] for level in levels]
-              for name in ("kv_indptr", "kv_indices", "kv_last_page_len")),
-            *SHAPE.heads, SHAPE.head_dims[0], SHAPE.page_size, causal=True,
+            [starts[[0, size]], starts], tables[0], tables[1], tables[2], SHAPE.heads[0],
+            SHAPE.heads[1], SHAPE.head_dims[0], SHAPE.page_size, causal=True,
             q_data_type=self.flat.q.dtype,
         )  # fmt: skip
         works = wrapper.schedule(size)
@@ -174,11 +178,12 @@ class Cascade:
 
 
 def with_lse(batch: Batch, work: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = ridgeline.attention(
-        batch.q, batch.kv, **batch.index, causal=batch.shape.causal, max_q_len=batch.max_q_len,
-        schedule=work, return_lse=True,
+    index: dict[str, Any] = dict(batch.index)
+    both: tuple[Tensor, Tensor] = ridgeline.attention(
+        batch.q, batch.kv, causal=batch.shape.causal, max_q_len=batch.max_q_len, schedule=work,
+        return_lse=True, **index,
     )  # fmt: skip
-    return out, lse
+    return both
 
 
 def cascade(session: Session, rates: Rates) -> list[Row]:
@@ -205,10 +210,14 @@ def cascade(session: Session, rates: Rates) -> list[Row]:
         ("its prefix", case.shared, works[1]),
         ("its rest", case.own, works[2]),
     ):
-        call = (lambda p, w: lambda: with_lse(p, w))(part, work)
+        call = partial(with_lse, part, work)
         flops = part.num_flops
         rows.append(session.case(text, "", call, peers={}, num_flops=flops, net=False))
     return rows
+
+
+def with_schedule(batch: Batch) -> Tensor:
+    return batch.attention(batch.schedule())
 
 
 def schedules(session: Session) -> list[Row]:
@@ -226,8 +235,8 @@ def schedules(session: Session) -> list[Row]:
             continue
         batch = Batch.of(session, SHAPE, small(session, requests))
         work = batch.schedule()
-        alone = session.timer.time(lambda b=batch, w=work: b.attention(w))
-        both = session.timer.time(lambda b=batch: b.attention(b.schedule()))
+        alone = session.timer.time(partial(batch.attention, work))
+        both = session.timer.time(partial(with_schedule, batch))
         row = Row("schedule", name, us=both - alone, goal_us=SCHEDULE_GOAL_US)
         row.beside = {"without": alone, "with": both}
         rows.append(row)

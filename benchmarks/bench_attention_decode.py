@@ -7,6 +7,8 @@ need over 50 us, bytes / 4,500 GB/s + 8 us; elsewhere at least 95% of the best p
 
 from __future__ import annotations
 
+from functools import partial
+
 from . import formulas, peers
 from .attention_batch import Batch, Memory, Shape, note_error, warm, whole_pages
 from .bench_attention_prefill import page_lines, portable_lines
@@ -63,7 +65,7 @@ def measure(
         row = session.case(
             "decode",
             f"{name}, {place}",
-            lambda b=batch, w=work: b.attention(w),
+            partial(batch.attention, work),
             peers=batch.peers(dense=first),
             num_read=batch.num_bytes,
             predicted_us=batch.num_bytes / 4400e3 + 12,

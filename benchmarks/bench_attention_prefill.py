@@ -7,6 +7,7 @@ The goal is to be ahead of both portable peers.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 from . import formulas, peers
@@ -67,7 +68,7 @@ def measure(
         row = session.case(
             "prefill",
             f"{name}, {place}",
-            lambda b=batch, w=work: b.attention(w),
+            partial(batch.attention, work),
             peers=batch.peers(dense=first),
             num_flops=batch.num_flops,
             predicted_us=batch.num_flops / 340e6 + 15,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -59,7 +60,7 @@ def measure(session: Session, name: str, length: int, shape: Shape) -> Row:
     row = session.case(
         name,
         f"{size} x {length}",
-        lambda: batch.attention(work),
+        partial(batch.attention, work),
         peers=batch.peers(dense=True) if plain else {},
         num_flops=batch.num_flops,
         net=False,

@@ -110,7 +110,8 @@ class Timer:
             graph.replay()
             end.record()
         torch.cuda.synchronize(self.device)
-        return statistics.median(start.elapsed_time(end) * 1000 for start, end in pairs)
+        times = [float(start.elapsed_time(end)) * 1000 for start, end in pairs]
+        return statistics.median(times)
 
     def _wall(self, call: Call) -> float:
         start = time.perf_counter()

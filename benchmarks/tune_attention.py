@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def measure(candidate: Candidate, folder: Path) -> Result:
             batch = Batch.of(session, shape, requests)
             work = batch.schedule()
             result["cases"][name] = {
-                "us": session.timer.time(lambda b=batch, w=work: b.attention(w)),
+                "us": session.timer.time(partial(batch.attention, work)),
                 "error": batch.error(batch.attention(work)),
                 "bytes": batch.num_bytes,
                 "flops": batch.num_flops,
