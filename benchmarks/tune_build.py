@@ -15,6 +15,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -59,11 +60,16 @@ def patched(candidate: Candidate) -> dict[str, str]:
 
 def build(folder: Path, candidates: Iterable[Candidate]) -> dict[Candidate, str]:
     """Make every candidate's folder; returns those that failed, and why."""
-    objects, dependencies = _base(folder / "objects")
     failed: dict[Candidate, str] = {}
     for candidate in candidates:
         try:
-            _build_one(folder_of(folder, candidate), candidate, objects, dependencies)
+            texts = patched(candidate)
+            target = folder_of(folder, candidate)
+            digest = hashlib.sha256(repr((_digest(), texts)).encode()).hexdigest()
+            stamp = target / "stamp"
+            if not stamp.exists() or stamp.read_text() != digest:
+                _build_one(target, texts, *_base(folder / "objects"))
+                stamp.write_text(digest)
         except (PatchError, subprocess.CalledProcessError) as error:
             output = getattr(error, "stderr", None) or str(error)
             failed[candidate] = str(output).strip()[-300:]
@@ -71,13 +77,8 @@ def build(folder: Path, candidates: Iterable[Candidate]) -> dict[Candidate, str]
 
 
 def _build_one(
-    target: Path, candidate: Candidate, objects: dict[Path, Path], uses: dict[Path, set[str]]
+    target: Path, texts: dict[str, str], objects: dict[Path, Path], uses: dict[Path, set[str]]
 ) -> None:
-    texts = patched(candidate)
-    stamp = target / "stamp"
-    digest = hashlib.sha256(repr((_digest(), texts)).encode()).hexdigest()
-    if stamp.exists() and stamp.read_text() == digest:
-        return
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(ROOT / "kernels", target / "kernels")
     for name, text in texts.items():
@@ -101,9 +102,9 @@ def _build_one(
     _link(own.values(), site / "libridgeline.so")
     for path in target.glob("*.o"):
         path.unlink()
-    stamp.write_text(digest)
 
 
+@cache
 def _base(folder: Path) -> tuple[dict[Path, Path], dict[Path, set[str]]]:
     """Objects of all sources of this checkout, and the files of it that each is made from."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +122,7 @@ def _base(folder: Path) -> tuple[dict[Path, Path], dict[Path, set[str]]]:
     return objects, uses
 
 
+@cache
 def _digest() -> str:
     """Of all that a library is made from."""
     hashed = hashlib.sha256((ROOT / "setup.py").read_bytes())
