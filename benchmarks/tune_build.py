@@ -70,7 +70,7 @@ def build(folder: Path, candidates: Iterable[Candidate]) -> dict[Candidate, str]
             if not stamp.exists() or stamp.read_text() != digest:
                 _build_one(target, texts, *_base(folder / "objects"))
                 stamp.write_text(digest)
-        except (PatchError, subprocess.CalledProcessError) as error:
+        except (PatchError, subprocess.CalledProcessError, OSError) as error:
             output = getattr(error, "stderr", None) or str(error)
             failed[candidate] = str(output).strip()[-300:]
     return failed
