@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .tune_build import ROOT, build, folder_of
+from .tune_build import ROOT, build, folder_of, missing
 from .tune_candidates import CANDIDATES, CASES, GROUPS, Candidate
 
 BASE = "as it is"
@@ -42,6 +42,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--only", type=re.compile, metavar="REGEX", help="of 'group: candidate'")
     parser.add_argument("--build-only", action="store_true")
+    parser.add_argument(
+        "--prebuilt", action="store_true", help="take the folder as it is, whatever the sources are"
+    )
     parser.add_argument("--arch", help="with --build-only, such as sm_90a")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -61,7 +64,7 @@ def main() -> int:
     ]
     groups = {candidate.group for candidate in chosen if candidate.name != BASE}
     chosen = [candidate for candidate in chosen if candidate.group in groups]
-    failed = build(folder, chosen)
+    failed = missing(folder, chosen) if arguments.prebuilt else build(folder, chosen)
     for candidate, reason in failed.items():
         print(f">> not built: {candidate.group}: {candidate.name}: {reason}", file=sys.stderr)
     built = [candidate for candidate in chosen if candidate not in failed]

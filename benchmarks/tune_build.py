@@ -76,6 +76,14 @@ def build(folder: Path, candidates: Iterable[Candidate]) -> dict[Candidate, str]
     return failed
 
 
+def missing(folder: Path, candidates: Iterable[Candidate]) -> dict[Candidate, str]:
+    """Those that `build` has not made in this folder."""
+    places = {candidate: folder_of(folder, candidate) for candidate in candidates}
+    return {
+        c: f"{path} is not there" for c, path in places.items() if not (path / "stamp").exists()
+    }
+
+
 def _build_one(
     target: Path, texts: dict[str, str], objects: dict[Path, Path], uses: dict[Path, set[str]]
 ) -> None:

@@ -225,7 +225,10 @@ class Inputs:
 
 
 def compile_kernels(rotating: bool = False) -> None:
-    """On a GPU: what batches of any shape launch, compiled by all cores at once."""
+    """On a GPU: what batches of any shape launch, compiled by all cores at once.
+
+    Not loaded: the driver assembles an older architecture's kernels one by one.
+    """
     if not torch.cuda.is_available():
         return
     sm = sm_under_test(torch.device("cuda", 0))
@@ -242,7 +245,8 @@ def compile_kernels(rotating: bool = False) -> None:
             )
         )
     }
-    ridgeline.warmup(list(names), progress=False)
+    arch = compiler.library().driver_report()["devices"][0]["arch"]
+    ridgeline.warmup(list(names), arch=arch, progress=False)
 
 
 def check(batch: Batch, device: torch.device, rng: torch.Generator) -> None:
