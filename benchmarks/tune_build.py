@@ -32,7 +32,8 @@ class PatchError(ValueError):
 
 
 def folder_of(folder: Path, candidate: Candidate) -> Path:
-    digest = hashlib.sha256(repr(candidate).encode()).hexdigest()[:12]
+    change = repr((candidate.tiles, candidate.patches))
+    digest = hashlib.sha256(change.encode()).hexdigest()[:12]
     return folder / f"{candidate.group.replace(' ', '_')}_{digest}"
 
 

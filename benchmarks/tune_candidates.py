@@ -64,7 +64,8 @@ GROUPS = {
 
 def _tile(group: str, why: str, rows: int, tile: Tile, *more: tuple[int, Tile]) -> Candidate:
     warps, _, keys, stages, ctas, in_registers = tile
-    name = f"{rows} rows, {warps} warps, {keys} keys, {stages} stages, {ctas} CTAs"
+    name = f"{rows} rows, {warps} warps, {keys} keys, {stages} stage{'s' * (stages > 1)}"
+    name += f", {ctas} CTA{'s' * (ctas > 1)}"
     name += ", Q in registers" if in_registers else ""
     dims = GROUPS[group].head_dims
     tiles = tuple(((*dims, height), each) for height, each in ((rows, tile), *more))
@@ -82,6 +83,11 @@ CANDIDATES = (
     _tile("decode 128", "more CTAs of a shorter pipeline", 16, (4, 4, 64, 1, 4, True)),
     _tile("decode 128", "three CTAs", 16, (4, 4, 64, 2, 3, True)),
     _tile("decode 128", "longer steps", 16, (4, 4, 128, 1, 2, True)),
+    _tile("decode 128", "longer steps, three CTAs", 16, (4, 4, 128, 1, 3, True)),
+    _tile("decode 128", "longer steps, Q from shared memory", 16, (4, 4, 128, 1, 2, False)),
+    _tile("decode 128", "longer steps, two stages, one CTA", 16, (4, 4, 128, 2, 1, True)),
+    _tile("decode 128", "longer steps, half the warps", 16, (2, 2, 64, 1, 4, True)),
+    _tile("decode 128", "longer steps, two stages, half the warps", 16, (2, 2, 64, 2, 3, True)),
     _tile("decode 128", "more warps of less work", 16, (8, 8, 128, 1, 2, True)),
     _tile("decode 128", "fewer warps, more CTAs", 16, (2, 2, 32, 2, 4, True)),
     _tile("decode 128", "registers for the pipeline", 16, (4, 4, 64, 2, 2, False)),
