@@ -2,6 +2,7 @@
 
 Prints every table as it is measured; `--out FOLDER` also writes <date>_<device>_<commit>.json and
 .md there. `--dry-run` goes through every benchmark on the CPU with tiny sizes and keeps nothing.
+A first word stands for all names that begin with it, unless it is a name itself: `attention`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -34,9 +36,11 @@ NAMES = (
     "merge",
     "page",
     "sampling",
-    "attention_decode",
+    "single_attention",
     "attention_prefill",
-    "batch_attention",
+    "attention_decode",
+    "attention_batches",
+    "attention_variants",
     "host",
     "first_call",
 )
@@ -109,6 +113,8 @@ def run_one(name: str, session: Session) -> tuple[list[Row], str]:
     means = summary(rows)
     if means:
         text += f"\nGeometric means: {means}.\n"
+    if hasattr(module, "verdict"):
+        text += f"\n{module.verdict(rows)}\n"
     print(f">> {name}: {len(rows)} cases in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return rows, text
 
@@ -123,14 +129,25 @@ def save(folder: Path, facts: dict[str, Any], text: str, rows: dict[str, list[Ro
     print(f">> written: {stem}.md and .json", file=sys.stderr)
 
 
+def named(names: list[str]) -> list[str]:
+    """The benchmarks that these names stand for, in order."""
+    if not names:
+        return list(NAMES)
+    families = set(names) - set(NAMES)
+    return [name for name in NAMES if name in names or name.split("_")[0] in families]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--quick", action="store_true", help="a few sizes only, under 90 s")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument(
+        "--cells", type=re.compile, metavar="REGEX", help="attention: only cases that match"
+    )
     parser.add_argument("--out", type=Path, help="folder for the .json and .md")
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - set(NAMES)
+    unknown = set(arguments.names) - set(NAMES) - {name.split("_")[0] for name in NAMES}
     if unknown:
         parser.error(
             f"no such benchmark: {', '.join(sorted(unknown))}; expected {', '.join(NAMES)}"
@@ -148,12 +165,14 @@ def main() -> int:
     if arguments.dry_run:
         torch.compiler.set_stance("force_eager")
     device = torch.device("cpu" if arguments.dry_run else "cuda")
-    session = Session(device, quick=arguments.quick, dry_run=arguments.dry_run)
+    session = Session(
+        device, quick=arguments.quick, dry_run=arguments.dry_run, only=arguments.cells
+    )
     facts = circumstances(session)
     texts = [heading(facts)]
     print(texts[0], flush=True)
     rows: dict[str, list[Row]] = {}
-    for name in arguments.names or NAMES:
+    for name in named(arguments.names):
         rows[name], text = run_one(name, session)
         texts.append(text)
         print(f"\n{text}", flush=True)
@@ -161,7 +180,8 @@ def main() -> int:
         if arguments.out and not arguments.dry_run:
             save(arguments.out, facts, "\n\n".join(part.rstrip() for part in texts) + "\n", rows)
     wrong = any("WRONG" in note for r in rows.values() for row in r for note in row.notes)
-    return 1 if wrong or not all(rows.values()) else 0
+    failed = any("\nFAILED\n" in text for text in texts)
+    return 1 if wrong or failed or not (arguments.cells or all(rows.values())) else 0
 
 
 if __name__ == "__main__":

@@ -1,43 +1,124 @@
-"""single_decode_with_kv_cache beside torch's flash and cuDNN kernels on the same memory."""
+"""PERF's nine decode tables: `attention` beside torch's FlashAttention-2 and cuDNN.
+
+Every cell is measured with padded dense keys and with pages of 16 tokens and of one. The best peer
+of a table comes from peers.json, scaled by cuDNN's time here. The goal of a cell: where the bytes
+need over 50 us, bytes / 4,500 GB/s + 8 us; elsewhere at least 95% of the best peer.
+"""
 
 from __future__ import annotations
 
-import ridgeline
+from functools import partial
 
-from . import formulas
+from . import formulas, peers
+from .attention_batch import Batch, Memory, Shape, note_error, warm, whole_pages
+from .bench_attention_prefill import page_lines, portable_lines
 from .session import Session
-from .table import Row
+from .table import Row, geometric_mean
 
-TITLE = "Decode, one request, bf16, head_dim 128, NHD"
-PREDICTION = "bytes / 4,400 GB/s + 18 us: keys and values read once, partial results merged"
-HEADS = ((32, 8), (32, 32), (64, 8))
-HEAD_DIM = 128
-
-
-def predicted_us(num_bytes: float) -> float:
-    return num_bytes / 4400 / 1e3 + 18
+TITLE = "Decode, bf16, head_dim 128"
+PREDICTION = "bytes / 4,400 GB/s + 12 us, pages as padded"
+PLACES = ("padded", "page 16", "page 1")
 
 
 def run(session: Session) -> list[Row]:
+    cells = []
+    for heads in peers.decode_heads():
+        every = peers.decode_cells(heads)
+        if session.quick:
+            every = [(1, 4096), (64, 4096)]
+        if session.dry_run:
+            every = [(2, 37)]
+        cells += [(heads, *cell) for cell in every if wanted(session, heads, *cell)]
+    if not cells:
+        return []
+    warm(session.device, r"bfloat16.*HeadDims<128, 128>, Heights<16>.*bfloat16>, StandardVariant")
+    memory = Memory(session, max(size * whole_pages(n) * h[1] * 128 for h, size, n in cells))
     rows = []
-    lengths = session.sizes([1024, 4096, 16384, 32768, 65536, 131072], [4096, 65536], [37])
-    for num_qo_heads, num_kv_heads in HEADS:
-        for kv_len in lengths:
-            q = session.randn(num_qo_heads, HEAD_DIM)
-            k, v = (session.randn(kv_len, num_kv_heads, HEAD_DIM) for _ in range(2))
-            num_bytes = 2 * k.numel() * k.element_size()
-            q_row = q.unsqueeze(0)
-            rows.append(
-                session.case(
-                    "decode",
-                    f"{num_qo_heads}/{num_kv_heads} heads, kv {kv_len}, {num_bytes / 1e6:.0f} MB",
-                    lambda q=q, k=k, v=v: ridgeline.single_decode_with_kv_cache(q, k, v),
-                    peers={
-                        f"sdpa {name}": formulas.sdpa(name, q_row, k, v, causal=False)
-                        for name in formulas.BACKENDS
-                    },
-                    num_read=num_bytes,
-                    predicted_us=predicted_us(num_bytes),
-                )
-            )
+    for heads, size, kv_len in cells:
+        rows += measure(session, memory, heads, size, kv_len)
     return rows
+
+
+def name_of(heads: tuple[int, int], size: int, kv_len: int) -> str:
+    return f"{heads[0]}/{heads[1]} heads, {size} x {kv_len}"
+
+
+def wanted(session: Session, heads: tuple[int, int], size: int, kv_len: int) -> bool:
+    name = name_of(heads, size, kv_len)
+    return any(session.wants(f"decode {name}, {place}") for place in PLACES)
+
+
+def measure(
+    session: Session, memory: Memory, heads: tuple[int, int], size: int, kv_len: int
+) -> list[Row]:
+    """A cell in each form of cache; torch's kernels run once."""
+    rows: list[Row] = []
+    name = name_of(heads, size, kv_len)
+    running: dict[str, float] = {}
+    for place in PLACES:
+        first = place == PLACES[0]
+        if not first and not session.wants(f"decode {name}, {place}"):
+            continue
+        shape = Shape(heads=heads, causal=False, place=place)
+        batch = Batch.of(session, shape, [(1, kv_len)] * size, memory)
+        work = batch.schedule()
+        row = session.case(
+            "decode",
+            f"{name}, {place}",
+            partial(batch.attention, work),
+            peers=batch.peers(dense=first),
+            num_read=batch.num_bytes,
+            predicted_us=batch.num_bytes / 4400e3 + 12,
+            net=False,
+        )
+        if first:
+            running = {n: us for n, us in row.peers.items() if n in formulas.BACKENDS}
+        note_error(row, batch, batch.attention(work))
+        add_peers(row, heads, place, size, kv_len, running)
+        rows.append(row)
+    return rows
+
+
+def add_peers(
+    row: Row,
+    heads: tuple[int, int],
+    place: str,
+    size: int,
+    kv_len: int,
+    running: dict[str, float],
+) -> None:
+    """Portable peers, which count; the others beside them; the goal from bytes or from all."""
+    measured = running | row.peers
+    row.peers = {name: us for name, us in measured.items() if name == "flash"}
+    row.beside = {name: us for name, us in measured.items() if name != "flash"}
+    best = peers.decode_us(heads, place, size, kv_len, running)
+    if best is not None and best[0] != "cudnn":
+        portable = best[0] in peers.PORTABLE
+        (row.peers if portable else row.beside)[f"{best[0]} (scaled)"] = best[1]
+    traffic_us = row.num_bytes / 4500e3
+    if traffic_us > 50:
+        row.goal_us = traffic_us + 8
+    elif best is not None:
+        row.goal_us = best[1] / 0.95
+
+
+def met(rows: list[Row]) -> str:
+    return f"{sum(not row.misses_goal for row in rows)} of {len(rows)}"
+
+
+def verdict(rows: list[Row]) -> str:
+    """What the issues ask, table by table."""
+    lines = portable_lines(rows)
+    for place in PLACES:
+        here = [row for row in rows if row.case.endswith(place)]
+        large = [row for row in here if row.num_bytes > 50 * 4500e3]
+        rest = [row for row in here if row not in large]
+        ratios = [min((row.peers | row.beside).values()) / row.us for row in here if row.beside]
+        mean = geometric_mean(ratios)
+        if mean is not None:
+            lines.append(
+                f"- {place}: best peer of all / ours {mean:.3f} in the mean over {len(ratios)} "
+                f"cells; bytes / 4,500 GB/s + 8 us met in {met(large)} large cells, 95% of the "
+                f"table's peer in {met(rest)} others"
+            )
+    return "\n".join(["", *lines, *page_lines(rows, PLACES)])

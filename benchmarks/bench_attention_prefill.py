@@ -1,57 +1,141 @@
-"""single_prefill_with_kv_cache beside torch's flash and cuDNN kernels on the same memory."""
+"""PERF's four prefill tables: `attention` over batches beside torch's FlashAttention-2 and cuDNN.
+
+Every cell is measured with ragged keys and with pages of 16 tokens and of one. `attention` gets its
+work list, as all but one layer of a step do. FlashInfer's times come from peers.json, scaled.
+The goal is to be ahead of both portable peers.
+"""
 
 from __future__ import annotations
 
-import ridgeline
+from functools import partial
+from itertools import pairwise
 
-from . import formulas
+from . import formulas, peers
+from .attention_batch import Batch, Memory, Shape, note_error, warm, whole_pages
 from .session import Session
-from .table import Row
+from .table import Row, geometric_mean
 
-TITLE = "Prefill, one request, bf16, head_dim 128, NHD"
-PREDICTION = (
-    "operations / 340 TFLOP/s + 12 us: warp-level mma (no wgmma) reaches about half of the matmul "
-    "rate; a causal mask halves the operations"
-)
-HEADS = ((32, 8), (32, 32))
-HEAD_DIM = 128
+TITLE = "Prefill, batches of 16,384 tokens, bf16, head_dim 128"
+PREDICTION = "operations / 340 TFLOP/s + 15 us, pages as ragged"
+PLACES = ("ragged", "page 16", "page 1")
+NUM_TOKENS = 16384
+FLOOR = 0.7  # of the best portable peer: no cell may be slower
 
 
-def predicted_us(num_flops: float) -> float:
-    return num_flops / 340 / 1e6 + 12
-
-
-def num_flops(length: int, num_heads: int, causal: bool) -> float:
-    """Multiplications and additions of the two products that the mask lets through."""
-    pairs = length * (length + 1) / 2 if causal else float(length) ** 2
-    return 4 * pairs * num_heads * HEAD_DIM
+def name_of(heads: tuple[int, int], causal: bool, length: int) -> str:
+    return f"{heads[0]}/{heads[1]} heads, {'causal' if causal else 'full'}, {length}"
 
 
 def run(session: Session) -> list[Row]:
+    lengths = session.sizes(peers.lengths(), [1024, 8192], [5])
+    num_tokens = 10 if session.dry_run else NUM_TOKENS
+    cells = [
+        (*table, length)
+        for table in peers.prefill_tables()
+        for length in lengths
+        if any(session.wants(f"prefill {name_of(*table, length)}, {p}") for p in PLACES)
+    ]
+    if not cells:
+        return []
+    warm(session.device, r"bfloat16.*HeadDims<128, 128>.*bfloat16>, StandardVariant")
+    sizes = {length: max(1, num_tokens // length) for length in lengths}
+    memory = Memory(session, max(sizes[n] * whole_pages(n) * h[1] * 128 for h, _, n in cells))
     rows = []
-    lengths = session.sizes([512, 1024, 2048, 4096, 8192, 16384, 32768], [1024, 8192], [29])
-    for num_qo_heads, num_kv_heads in HEADS:
-        for causal in (True, False):
-            for length in lengths:
-                q = session.randn(length, num_qo_heads, HEAD_DIM)
-                k, v = (session.randn(length, num_kv_heads, HEAD_DIM) for _ in range(2))
-                flops = num_flops(length, num_qo_heads, causal)
-                rows.append(
-                    session.case(
-                        "prefill",
-                        f"{num_qo_heads}/{num_kv_heads} heads, {length}"
-                        + (", causal" if causal else ""),
-                        lambda q=q, k=k, v=v, c=causal: ridgeline.single_prefill_with_kv_cache(
-                            q, k, v, causal=c
-                        ),
-                        peers={
-                            f"sdpa {name}": formulas.sdpa(name, q, k, v, causal=causal)
-                            for name in formulas.BACKENDS
-                        },
-                        num_read=(q.numel() + 2 * k.numel()) * q.element_size(),
-                        num_written=q.numel() * q.element_size(),
-                        num_flops=flops,
-                        predicted_us=predicted_us(flops),
-                    )
-                )
+    for heads, causal, length in cells:
+        rows += measure(session, memory, heads, causal, length, sizes[length])
     return rows
+
+
+def measure(
+    session: Session,
+    memory: Memory,
+    heads: tuple[int, int],
+    causal: bool,
+    length: int,
+    size: int,
+) -> list[Row]:
+    """A cell in each form of cache; torch's kernels run once."""
+    rows: list[Row] = []
+    name = name_of(heads, causal, length)
+    running: dict[str, float] = {}
+    for place in PLACES:
+        first = place == "ragged"
+        if not first and not session.wants(f"prefill {name}, {place}"):
+            continue
+        shape = Shape(heads=heads, causal=causal, place=place)
+        batch = Batch.of(session, shape, [(length, length)] * size, memory)
+        work = batch.schedule()
+        row = session.case(
+            "prefill",
+            f"{name}, {place}",
+            partial(batch.attention, work),
+            peers=batch.peers(dense=first),
+            num_flops=batch.num_flops,
+            predicted_us=batch.num_flops / 340e6 + 15,
+            net=False,
+        )
+        if first:
+            running = {n: us for n, us in row.peers.items() if n in formulas.BACKENDS}
+        note_error(row, batch, batch.attention(work))
+        add_peers(row, heads, causal, length, running)
+        rows.append(row)
+    return rows
+
+
+def add_peers(
+    row: Row, heads: tuple[int, int], causal: bool, length: int, running: dict[str, float]
+) -> None:
+    """Portable peers, which count; the others beside them."""
+    place = row.case.rsplit(", ", 1)[1]
+    ragged = place == "ragged"
+    cell = (heads, causal, length, running)
+    fa2 = peers.prefill_us(f"FlashInfer fa2 {place if ragged else 'page 16'}", *cell)
+    fa3 = peers.prefill_us(f"FlashAttention-3 {'varlen' if ragged else place}", *cell)
+    measured = running | row.peers
+    row.peers = {name: us for name, us in measured.items() if name == "flash"}
+    row.beside = {name: us for name, us in measured.items() if name != "flash"}
+    if fa2 is not None:
+        row.peers["FlashInfer fa2 (scaled)"] = fa2
+    if fa3 is not None and "FlashAttention-3" not in row.beside:
+        row.beside["FlashAttention-3 (scaled)"] = fa3
+    if row.peers:
+        row.goal_us = min(row.peers.values())
+
+
+def verdict(rows: list[Row]) -> str:
+    """What the issues ask: the worst cell beside portable peers, and what pages cost."""
+    return "\n".join(["", *portable_lines(rows), *page_lines(rows, PLACES)])
+
+
+def portable_lines(rows: list[Row]) -> list[str]:
+    known = [row for row in rows if row.ratio is not None]
+    if not known:
+        return []
+    worst = min(known, key=lambda row: row.ratio or 0.0)
+    below = [row for row in known if (row.ratio or 0.0) < FLOOR]
+    ahead = sum((row.ratio or 0.0) >= 1.0 for row in known)
+    return [
+        f"- ahead of the best portable peer in {ahead} of {len(known)} cells; the worst is at "
+        f"{100 * (worst.ratio or 0.0):.0f}%: {worst.op} {worst.case}",
+        f"- under {100 * FLOOR:.0f}% of it: {', '.join(row.case for row in below) or 'none'}",
+    ]
+
+
+def page_lines(rows: list[Row], places: tuple[str, ...]) -> list[str]:
+    """How much longer each form of cache takes than the one before it."""
+    times = {(row.case.rsplit(", ", 1)[0], row.case.rsplit(", ", 1)[1]): row.us for row in rows}
+    lines = []
+    for before, after in pairwise(places):
+        ratios = {
+            cell: times[cell, after] / us
+            for (cell, place), us in times.items()
+            if place == before and (cell, after) in times
+        }
+        if ratios:
+            worst = max(ratios, key=lambda cell: ratios[cell])
+            mean = geometric_mean(list(ratios.values()))
+            lines.append(
+                f"- {after} over {before}: {mean:.3f} in the mean, {ratios[worst]:.3f} at most "
+                f"({worst})"
+            )
+    return lines

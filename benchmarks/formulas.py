@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .timer import Call
 
+# Names a file: the op library of FlashAttention-3, as the xformers wheel has it.
+FLASH_ATTENTION_3 = "FLASH_ATTENTION_3"
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -173,3 +178,14 @@ def sdpa_batch(
         return call
 
     return prepare
+
+
+@cache
+def flash_attention_3() -> Callable[..., Any] | None:
+    """Its forward op, when the environment names the library."""
+    path = os.environ.get(FLASH_ATTENTION_3)
+    if not path:
+        return None
+    torch.ops.load_library(path)
+    op: Callable[..., Any] = torch.ops.flash_attn_3.fwd
+    return op

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -24,10 +25,12 @@ class Session:
     quick: bool = False
     dry_run: bool = False
     ceilings: Ceilings = NOTHING_MEASURED
+    only: re.Pattern[str] | None = None
+    roofline: bool = True
 
     def __post_init__(self) -> None:
         self.timer = Timer(self.device, budget_ms=20.0 if self.quick else 60.0)
-        if not self.dry_run:
+        if self.roofline and not self.dry_run:
             self.ceilings = measure(self.timer)
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -35,6 +38,10 @@ class Session:
 
     def sizes(self, full: list[int], quick: list[int], dry: list[int]) -> list[int]:
         return dry if self.dry_run else quick if self.quick else full
+
+    def wants(self, case: str) -> bool:
+        """Whether `--cells` lets a case through; the attention benchmarks ask."""
+        return self.only is None or self.only.search(case) is not None
 
     def case(
         self,
@@ -47,11 +54,12 @@ class Session:
         num_written: float = 0.0,
         num_flops: float = 0.0,
         predicted_us: float | None = None,
+        net: bool = True,
     ) -> Row:
         """Measure ours, then every peer that runs here; compare what they return.
 
         A peer is given as a function that prepares it and returns its call. One that raises is left
-        out, and a note says why.
+        out, and a note says why. Without `net` the time inside a longer graph is not measured.
         """
         limit = self.ceilings.memory_us(num_read, num_written)
         if num_flops:
@@ -61,7 +69,7 @@ class Session:
             op=op,
             case=case,
             us=us,
-            net_us=self.timer.net(call) if us < MAX_NET_US else None,
+            net_us=self.timer.net(call) if net and us < MAX_NET_US else None,
             num_bytes=num_read + num_written,
             num_flops=num_flops,
             limit_us=None if self.dry_run else limit,

@@ -13,6 +13,7 @@ class Row:
 
     `limit_us` is the roofline's time: bytes over the measured bandwidth or operations over the
     measured rate of the matrix units, whichever is longer. `predicted_us` was fixed before the run.
+    `goal_us` is what the case has to reach. Peers in `beside` are shown, and not counted.
     """
 
     op: str
@@ -23,7 +24,9 @@ class Row:
     num_flops: float = 0.0
     limit_us: float | None = None
     predicted_us: float | None = None
+    goal_us: float | None = None
     peers: dict[str, float] = field(default_factory=dict)
+    beside: dict[str, float] = field(default_factory=dict)
     difference: float | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -31,6 +34,10 @@ class Row:
     def ratio(self) -> float | None:
         """Time of the best peer over ours: above 1, ours is faster."""
         return min(self.peers.values()) / self.us if self.peers else None
+
+    @property
+    def misses_goal(self) -> bool:
+        return self.goal_us is not None and self.us > self.goal_us
 
     def rate(self) -> str:
         if self.num_flops:
@@ -48,8 +55,10 @@ HEADER = (
     "rate",
     "% of roofline",
     "predicted us",
+    "goal us",
     "peers us",
     "best peer / ours",
+    "beside us",
 )
 
 
@@ -58,7 +67,10 @@ def cells(row: Row) -> list[str]:
         return "" if value is None else format(value, form)
 
     share = None if row.limit_us is None else 100 * row.limit_us / row.us
-    peers = ", ".join(f"{name} {us:.1f}" for name, us in row.peers.items())
+
+    def listed(peers: dict[str, float]) -> str:
+        return ", ".join(f"{name} {us:.1f}" for name, us in peers.items())
+
     return [
         f"{row.op} {row.case}",
         number(row.us),
@@ -66,15 +78,22 @@ def cells(row: Row) -> list[str]:
         row.rate(),
         number(share, ".0f"),
         number(row.predicted_us),
-        peers,
+        number(row.goal_us) + (" MISSED" if row.misses_goal else ""),
+        listed(row.peers),
         number(row.ratio, ".2f"),
+        listed(row.beside),
     ]
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table, columns padded so that it reads in a terminal too, then the notes."""
-    lines = [list(HEADER), *(cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    """The table, columns padded so that it reads in a terminal too, then the notes.
+
+    A column that has nothing in any row is left out.
+    """
+    every = [list(HEADER), *(cells(row) for row in rows)]
+    used = [i for i in range(len(HEADER)) if any(line[i] for line in every[1:])]
+    lines = [[line[i] for i in used] for line in every]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(used))]
 
     def text(line: list[str]) -> str:
         padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))

@@ -12,6 +12,7 @@ On the CPU (dry runs) a wall clock is read around the call, and the figures mean
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -34,9 +35,11 @@ class Timer:
         self.device = device
         self.budget_ms = budget_ms
         if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)
             size = max(2 * l2_bytes(device), 64 << 20)
             self.flush_buffer = torch.empty(size, dtype=torch.uint8, device=device)
-            self.flush_us = self._replay_median(self._capture(self.flush, 1), 50, flush=False)
+            self._begin_pool()
+            self.flush_us = self._replay_median(self.pool_keeper, 50, flush=False)
             scalar = torch.zeros(1, device=device)
             self.empty_us = self.time(scalar.zero_)
 
@@ -69,17 +72,29 @@ class Timer:
     def _repetitions(self, us: float) -> int:
         return max(5, min(200, int(self.budget_ms * 1000 / max(us, 1.0))))
 
+    def _begin_pool(self) -> None:
+        """The memory of all graphs, used again by each; it lives as long as one of them."""
+        self.pool = torch.cuda.graph_pool_handle()
+        self.pool_keeper = self._capture(self.flush, 1)
+
     def _capture(self, call: Call, copies: int) -> torch.cuda.CUDAGraph:
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream):
             for _ in range(WARMUP_CALLS):
                 call()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(copies):
-                call()
+            self.stream.synchronize()
+            # Why not torch.cuda.graph: it empties the caches of memory, which costs milliseconds.
+            graph.capture_begin(pool=self.pool)
+            try:
+                for _ in range(copies):
+                    call()
+                graph.capture_end()
+            except Exception:
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                self._begin_pool()
+                raise
         return graph
 
     def _replay_median(self, graph: torch.cuda.CUDAGraph, count: int, *, flush: bool) -> float:
@@ -95,7 +110,8 @@ class Timer:
             graph.replay()
             end.record()
         torch.cuda.synchronize(self.device)
-        return statistics.median(start.elapsed_time(end) * 1000 for start, end in pairs)
+        times = [float(start.elapsed_time(end)) * 1000 for start, end in pairs]
+        return statistics.median(times)
 
     def _wall(self, call: Call) -> float:
         start = time.perf_counter()

@@ -10,7 +10,14 @@ import oracle
 import pytest
 import ridgeline
 import torch
-from support import normal, poisoned_call, supports_bf16_attention
+from ridgeline import compiler
+from support import (
+    normal,
+    poisoned_call,
+    sm_under_test,
+    strided,
+    supports_bf16_attention,
+)
 from torch import Tensor
 
 FORMS = ("paged", "paged-lens", "ragged", "padded")
@@ -36,6 +43,8 @@ class Batch:
     decode: bool = False  # no qo_indptr
     stacked: bool = False  # one 5-D pool
     padding: int = 0  # rows of q that belong to no request
+    strided: bool = False  # q and the cache are views that step over garbage
+    spare: int = 0  # with form "paged-lens": entries of each request's table past its pages
     name: str = ""
     note: str = field(default="", compare=False)
 
@@ -55,6 +64,8 @@ class Batch:
         parts += ["decode"] if self.decode else []
         parts += ["stacked"] if self.stacked else []
         parts += [f"padding{self.padding}"] if self.padding else []
+        parts += ["strided"] if self.strided else []
+        parts += [f"spare{self.spare}"] if self.spare else []
         return "-".join(parts)
 
     def with_(self, **changes: Any) -> Batch:
@@ -136,6 +147,9 @@ class Inputs:
             index["kv_lens"] = torch.tensor(lengths, dtype=torch.int32, device=device)
         else:
             cache = _paged(batch, keys, values, index, device, rng)
+        if batch.strided:
+            q = strided(q, 0)
+            cache = strided(cache, 0) if batch.stacked else _gaps(*cache)
         return Inputs(batch, q, cache, index, keys, values)
 
     def call(self, call: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -210,6 +224,31 @@ class Inputs:
             assert torch.equal(listed[0], out), "out: differs with a given work list"
 
 
+def compile_kernels(rotating: bool = False) -> None:
+    """On a GPU: what batches of any shape launch, compiled by all cores at once.
+
+    Not loaded: the driver assembles an older architecture's kernels one by one.
+    """
+    if not torch.cuda.is_available():
+        return
+    sm = sm_under_test(torch.device("cuda", 0))
+    names = {
+        row.kernel: None
+        for row in compiler.library().core_table
+        if row.min_sm <= sm <= row.max_sm
+        and (
+            row.op in ("attention", "attention_schedule")
+            or (
+                rotating
+                and row.op == "attention_full"
+                and row.kernel.endswith("__half>, RopeLlamaVariant>")
+            )
+        )
+    }
+    arch = compiler.library().driver_report()["devices"][0]["arch"]
+    ridgeline.warmup(list(names), arch=arch, progress=False)
+
+
 def check(batch: Batch, device: torch.device, rng: torch.Generator) -> None:
     inputs = batch.inputs(device, rng)
     if batch.dtype == torch.bfloat16 and not supports_bf16_attention(device):
@@ -228,6 +267,11 @@ def _joined(batch: Batch, parts: list[Tensor], dim: int, device: torch.device) -
     garbage = torch.full((5, batch.heads[1], dim), torch.nan, dtype=batch.dtype, device=device)
     joined = torch.cat([*parts, garbage])
     return joined.transpose(0, 1).contiguous() if batch.kv_layout == "HND" else joined
+
+
+def _gaps(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys with gaps between tokens or heads, values with gaps between their outermost rows."""
+    return strided(k, k.dim() - 2), strided(v, 0, 3)
 
 
 def _padded(batch: Batch, parts: list[Tensor], dim: int, device: torch.device) -> Tensor:
@@ -266,8 +310,10 @@ def _paged(
             pool[1][page, : len(v[rows])] = v[rows]
         begin += count
     garbage = torch.tensor([-1, 2**31 - 1, num_pages])
-    index["kv_indices"] = torch.cat([pages, garbage]).to(torch.int32).to(device)
-    index["kv_indptr"] = _indptr(counts, device)
+    spare = garbage.repeat(batch.spare)[: batch.spare]
+    table = [part for own in pages.split(counts) for part in (own, spare)] if counts else []
+    index["kv_indices"] = torch.cat([*table, garbage]).to(torch.int32).to(device)
+    index["kv_indptr"] = _indptr([count + batch.spare for count in counts], device)
     if batch.form == "paged-lens":
         lengths = [len(k) for k in keys]
         index["kv_lens"] = torch.tensor(lengths, dtype=torch.int32, device=device)

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import ridgeline
 import torch
-from batch_problem import FORMS, Batch, Inputs, check
-from ridgeline import compiler
-from support import poisoned_call, sm_under_test, supports_bf16_attention
+from batch_problem import FORMS, Batch, Inputs, check, compile_kernels
+from support import poisoned_call, supports_bf16_attention
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -27,21 +26,7 @@ DIMS = [(d, d) for d in (8, 40, 64, 80, 128, 192, 256)] + [(192, 128), (64, 128)
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_kernels() -> None:
-    """On a GPU: what the tests launch, compiled by all cores at once."""
-    if not torch.cuda.is_available():
-        return
-    sm = sm_under_test(torch.device("cuda", 0))
-    rows = compiler.library().core_table
-    names = {
-        row.kernel: None
-        for row in rows
-        if row.min_sm <= sm <= row.max_sm
-        and (
-            row.op in ("attention", "attention_schedule")
-            or (row.op == "attention_full" and row.kernel.endswith("__half>, RopeLlamaVariant>"))
-        )
-    }
-    ridgeline.warmup(list(names), progress=False)
+    compile_kernels(rotating=True)
 
 
 def ids(batch: object) -> str:
@@ -336,29 +321,6 @@ def test_no_synchronisation(rng: torch.Generator) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
-
-
-@pytest.mark.gpu
-@pytest.mark.large
-def test_pool_beyond_32_bits(rng: torch.Generator) -> None:
-    """Pages whose first element lies beyond 2^32 elements."""
-    device = torch.device("cuda", 0)
-    batch = Batch(lengths=((1, 300), (20, 90)), heads=(4, 2), head_dims=(128, 128), causal=True)
-    inputs = batch.inputs(device, rng)
-    elements = inputs.cache[0][0].numel()
-    num_pages = (2**32 + 2**28) // elements
-    cache = []
-    table = inputs.index["kv_indices"].long().clamp(0, len(inputs.cache[0]) - 1)
-    for part in inputs.cache:
-        pool = torch.empty((num_pages, *part.shape[1:]), dtype=part.dtype, device=device)
-        pool[-len(part) :] = part
-        cache.append(pool)
-    expected = inputs.call()
-    inputs.cache = tuple(cache)
-    inputs.index["kv_indices"] = (table + num_pages - len(part)).int()
-    out, lse = inputs.call()
-    assert torch.equal(out, expected[0])
-    assert torch.equal(lse, expected[1])
 
 
 def test_compiles_once_for_all_lengths(device: torch.device, rng: torch.Generator) -> None:
