@@ -98,12 +98,19 @@ constexpr RopePlan rope_plan(uint32 num_heads, uint32 num_pairs, int vec_size) {
 }
 
 constexpr int kRopeAppendMaxHeadDim = 256;
-constexpr uint32 kRopeAppendFewTokens = 512;  // up to here each thread takes one head
-constexpr uint32 kRopeAppendSliceThreads = 128;
+constexpr uint32 kRopeAppendMaxPairs = kRopeAppendMaxHeadDim / 2;
+constexpr uint32 kRopeAppendWarps = 4;       // of a block
+constexpr uint32 kRopeAppendFewTokens = 512;  // up to here a thread takes one head at a time
 
 // Units that a lane owns of a head: kRopeAppendMaxHeadDim elements over 32 lanes of two vectors.
 constexpr int rope_append_units(int vec_size) {
   return vec_size == 1 ? kRopeAppendMaxHeadDim / 64 : 1;
+}
+
+// Heads whose loads a thread has in flight at once. Single elements come in several units: fewer
+// heads, for as many loads.
+constexpr uint32 rope_append_heads(int vec_size) {
+  return vec_size == 1 ? 2 : 4;
 }
 
 // How a head's vectors are paired into units: first those that turn, then the rest, two by two.
@@ -122,18 +129,17 @@ constexpr HeadUnits head_units(uint32 head_dim, uint32 rotary_dim, uint32 vec_si
 }
 
 struct RopeAppendShape {
-  uint32 nnz;  // tokens, below 2^31
+  uint32 nnz;  // tokens; nnz * num_slices is below 2^31
   uint32 num_q_heads;
-  uint32 num_qk_heads;  // of q and k together
-  uint32 num_heads;     // of q, k and v together
-  uint32 num_pairs;     // rotary_dim / 2
+  uint32 num_kv_heads;
+  uint32 num_pairs;  // rotary_dim / 2
   HeadUnits qk_units;
   HeadUnits v_units;
-  uint32 heads_per_slice;  // heads of a token that a block takes
-  uint32 head_step;        // a thread's heads are head_step apart
-  uint32 team_size;        // threads of a head: a power of two, at most 32
-  uint32 tokens_per_block;
-  Divider threads_per_token;  // of a slice
+  uint32 team_size;           // threads of a head: a power of two, at most 32
+  uint32 q_heads_per_slice;   // from rope_append_plan()
+  uint32 kv_heads_per_slice;  // from rope_append_plan()
+  uint32 num_q_slices;        // of a token
+  Divider num_slices;         // of a token: of q, then of k and v
   Divider turning_units;      // qk_units.num_turning
 };
 
@@ -162,35 +168,26 @@ struct RopeAppendParams {
 
 struct RopeAppendPlan {
   uint32 team_size;
-  uint32 head_step;
-  uint32 heads_per_slice;
-  uint32 threads_per_token;
-  uint32 tokens_per_block;
-  uint32 num_slices;
-  uint32 block;  // threads, whole warps
+  uint32 q_heads_per_slice;
+  uint32 kv_heads_per_slice;
+  uint32 num_q_slices;
+  uint32 num_slices;  // of q, and of k and v together
 };
 
-// Few tokens: slices of heads, one head a thread, so that the blocks of q do not wait for the page
-// table and all SMs have work. Many: a block takes whole tokens and computes their angles once.
-constexpr RopeAppendPlan rope_append_plan(uint32 num_heads, uint32 num_units, uint32 num_pairs,
-                                          uint32 num_tokens) {
+// A warp takes a slice of a token: some heads of q, or half as many of k and the same of v. Few
+// tokens: one head a thread (of k and v each), so that all SMs have work and no thread goes through
+// one head after the other. Many: as many as a thread has registers for.
+constexpr RopeAppendPlan rope_append_plan(uint32 num_q_heads, uint32 num_kv_heads, uint32 num_units,
+                                          uint32 num_tokens, int vec_size) {
   uint32 team = 1;
   while (team < num_units && team < 32) team *= 2;
+  const uint32 heads_at_once = 32 / team;
   const bool few = num_tokens <= kRopeAppendFewTokens;
-  const uint32 wanted =
-      few ? num_heads : (num_heads + kRopeHeadsPerThread - 1) / kRopeHeadsPerThread;
-  const uint32 most = (few ? kRopeAppendSliceThreads : kRopeMaxThreads) / team;
-  const uint32 head_step = wanted < most ? wanted : most;
-  const uint32 heads_per_slice = few ? head_step : num_heads;
-  const uint32 threads = team * head_step;
-  const uint32 tokens = rope_tokens_per_block(threads, num_pairs);
-  return {team,
-          head_step,
-          heads_per_slice,
-          threads,
-          tokens,
-          (num_heads + heads_per_slice - 1) / heads_per_slice,
-          (tokens * threads + 31) / 32 * 32};
+  const uint32 kv_heads = few ? heads_at_once : heads_at_once * rope_append_heads(vec_size) / 2;
+  const uint32 q_heads = few ? heads_at_once : heads_at_once * rope_append_heads(vec_size);
+  const uint32 num_q_slices = (num_q_heads + q_heads - 1) / q_heads;
+  return {team, q_heads, kv_heads, num_q_slices,
+          num_q_slices + (num_kv_heads + kv_heads - 1) / kv_heads};
 }
 
 }  // namespace ridgeline

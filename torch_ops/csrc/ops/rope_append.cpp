@@ -73,7 +73,7 @@ std::vector<Row> append_rows() {
       const auto add = [&](int vec_size, const char* why) {
         rows.push_back({.op = kOp,
                         .kernel = append_name(types, vec_size, interleave),
-                        .block = static_cast<int>(kRopeMaxThreads),
+                        .block = static_cast<int>(kRopeAppendWarps * 32),
                         .why = why});
       };
       add(wide_elements(types.from), "16-byte accesses");
@@ -233,16 +233,20 @@ void run(const Arg& q, const std::array<Side, 2>& sides, const Tensor& batch_ind
   params.v = cache_side(v, 1, conversion.has_value());
   const auto num_q_heads = static_cast<uint32>(q.sizes[1]);
   const auto num_kv_heads = static_cast<uint32>(k.cache.num_heads);
-  const uint32 num_heads = num_q_heads + 2 * num_kv_heads;
-  if (nnz == 0 || num_heads == 0) return;
+  if (nnz == 0 || num_q_heads + num_kv_heads == 0) return;
 
   const bool wide = is_wide(sides, q, q_out, rotary_dim);
   const auto vec_size = static_cast<uint32>(wide ? wide_elements(q.dtype) : 1);
   const HeadUnits qk_units = head_units(static_cast<uint32>(q.sizes[2]), rotary_dim, vec_size);
   const HeadUnits v_units = head_units(static_cast<uint32>(v.cache.head_dim), 0, vec_size);
-  const RopeAppendPlan plan =
-      rope_append_plan(num_heads, std::max(qk_units.count(), v_units.count()), rotary_dim / 2,
-                       static_cast<uint32>(nnz));
+  const RopeAppendPlan plan = rope_append_plan(
+      num_q_heads, num_kv_heads, std::max(qk_units.count(), v_units.count()),
+      static_cast<uint32>(nnz), static_cast<int>(vec_size));
+  const int64_t num_warps = nnz * plan.num_slices;
+  if (num_warps > kMaxCount) {
+    fail(kOp, q.name, "fewer than 2^31 slices of heads", std::to_string(num_warps),
+         "Split the call");
+  }
   params.q = {.input = q.tensor.const_data_ptr(),
               .output = q_out.tensor.mutable_data_ptr(),
               .input_token_stride = q.strides[0],
@@ -251,22 +255,20 @@ void run(const Arg& q, const std::array<Side, 2>& sides, const Tensor& batch_ind
               .output_head_stride = q_out.strides[1]};
   params.shape = {.nnz = static_cast<uint32>(nnz),
                   .num_q_heads = num_q_heads,
-                  .num_qk_heads = num_q_heads + num_kv_heads,
-                  .num_heads = num_heads,
+                  .num_kv_heads = num_kv_heads,
                   .num_pairs = rotary_dim / 2,
                   .qk_units = qk_units,
                   .v_units = v_units,
-                  .heads_per_slice = plan.heads_per_slice,
-                  .head_step = plan.head_step,
                   .team_size = plan.team_size,
-                  .tokens_per_block = plan.tokens_per_block,
-                  .threads_per_token = make_divider(plan.threads_per_token),
+                  .q_heads_per_slice = plan.q_heads_per_slice,
+                  .kv_heads_per_slice = plan.kv_heads_per_slice,
+                  .num_q_slices = plan.num_q_slices,
+                  .num_slices = make_divider(plan.num_slices),
                   .turning_units = make_divider(qk_units.num_turning)};
-  const auto blocks =
-      static_cast<unsigned>((nnz + plan.tokens_per_block - 1) / plan.tokens_per_block);
+  const auto blocks = static_cast<unsigned>((num_warps + kRopeAppendWarps - 1) / kRopeAppendWarps);
   launch(append_kernel(q.dtype, conversion, wide, interleave),
          device(k.target.tensor.get_device_index()),
-         {.grid_x = blocks, .grid_y = plan.num_slices, .block = plan.block}, &params);
+         {.grid_x = blocks, .block = kRopeAppendWarps * 32}, &params);
 }
 
 void rope_append_full(const Tensor& q, const Tensor& k, const Tensor& v,
