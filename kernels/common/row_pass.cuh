@@ -13,7 +13,7 @@
 //     reload(vec_idx): the same vector again;
 // - Columns(params, vec_idx): what is the same for all rows, such as weights; kHeld: loaded with
 // the
-//   row, else where it is used;
+//   row, else where it is used, after prefetch(params, vec_idx);
 // - kMoments: what the transformation needs to know of the whole row;
 // - transform(params, moments, columns, values): what is stored, but for its scale;
 // - output_offset(params, row_idx): where to, in elements;
@@ -101,7 +101,13 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
     const uint32 vec_idx = team.rank + j * team.size;
-    if (kHoldsColumns && vec_idx < num_vecs) columns[j] = Columns(params, vec_idx);
+    if (vec_idx >= num_vecs) continue;
+    if constexpr (kHoldsColumns) {
+      columns[j] = Columns(params, vec_idx);
+    } else if (gridDim.x <= kRowFewBlocks) {
+      // Later blocks find them in L1.
+      Columns::prefetch(params, vec_idx);
+    }
   }
   float factor[kRows];
   bool computes = false;
@@ -116,6 +122,13 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
       }
       if (Pass::kScaling == Scaling::kDivide) factor[i] = reciprocal(factor[i]);
     }
+  }
+  // While the loads are on their way.
+  Element* outputs[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const uint32 row_idx = team.first_row + i * team.row_step;
+    outputs[i] = static_cast<Element*>(params.output) + Pass::output_offset(params, row_idx);
   }
   pdl_launch_dependents();
 
@@ -201,12 +214,6 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
     }
   }
 
-  Element* outputs[kRows];
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const uint32 row_idx = team.first_row + i * team.row_step;
-    outputs[i] = static_cast<Element*>(params.output) + Pass::output_offset(params, row_idx);
-  }
   // Why not streaming stores: the next operator reads the output, from L2 when it fits.
   const auto put = [&](int i, uint32 vec_idx, const Columns& column, float (&v)[kVec]) {
     Pass::transform(params, moments[i], column, v);

@@ -8,6 +8,7 @@
 // off by 2e-7 radians, at 1,000,000 by 1e-10.
 #pragma once
 
+#include "common/reduce.cuh"
 #include "common/types.h"
 #include "rope/params.h"
 
@@ -29,6 +30,17 @@ __device__ __forceinline__ float2 cos_sin(const CosSinCache& from, int64 positio
   const int64 row = position < 0 ? 0 : position < last ? position : last;
   const float* values = from.values + row * from.stride + pair;
   return make_float2(values[0], values[from.num_pairs]);
+}
+
+// Fills the [kVec][num_units] cosines and sines of a warp's token, in the order that Lanes owns
+// them.
+template <class Lanes, class CosSin>
+__device__ __forceinline__ void fill_angles(float2* table, uint32 num_pairs,
+                                            const Divider& num_units, const CosSin& cos_sin_of) {
+  for (uint32 i = threadIdx.x % kWarpSize; i < num_pairs; i += kWarpSize) {
+    const uint32 slot = num_units.quotient(i);
+    table[i] = cos_sin_of(Lanes::pair(i - slot * num_units.divisor, slot, num_pairs));
+  }
 }
 
 }  // namespace ridgeline

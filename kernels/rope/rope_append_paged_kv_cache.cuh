@@ -6,21 +6,21 @@
 // one of 1; q's output may be its input. A pool in either layout. kVec elements move at once: 16
 // bytes of T, or 1 element where a pointer, a stride or a size does not allow that. A warp owns a
 // slice of a token, of heads of q or of heads of k and v (rope_append_plan); a team of team_size
-// lanes owns a head, lane i of it units i, i + team_size, ... of two vectors each (HeadUnits). Warps
-// never wait for each other: each makes its token's angles itself, in shared memory, while its heads
-// are on their way. Tokens without a place in the pool are not appended; their q is written.
-// Launch: kRopeAppendWarps warps a block, a warp for each slice. All SMs; head dims up to
+// lanes owns a head, lane i of it units i, i + team_size, ... of two vectors each (HeadUnits).
+// Warps never wait for each other: each makes its token's angles itself, in shared memory, while
+// its heads are on their way. Tokens without a place in the pool are not appended; their q is
+// written. Launch: kRopeAppendWarps warps a block, a warp for each slice. All SMs; head dims up to
 // kRopeAppendMaxHeadDim.
 #pragma once
 
 #include "common/paging.cuh"
 #include "common/pdl.cuh"
 #include "common/reduce.cuh"
+#include "common/vec.cuh"
 #include "page/cast.cuh"
 #include "rope/angle.cuh"
 #include "rope/pairing.cuh"
 #include "rope/params.h"
-#include "rope/rotate.cuh"
 
 namespace ridgeline {
 
@@ -136,8 +136,8 @@ struct Turn {
     const RopeAppendShape& shape = params.shape;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      units[u] = unit_of<Lanes, kVec>(shape.qk_units, shape.num_pairs,
-                                      lane_in_team + u * shape.team_size);
+      units[u] =
+          unit_of<Lanes, kVec>(shape.qk_units, shape.num_pairs, lane_in_team + u * shape.team_size);
     }
   }
 
@@ -156,7 +156,7 @@ struct Turn {
                                                    : to_float(static_cast<const T*>(weight)[i]);
       }
     }
-    fill_angles<Lanes>(table, shape.num_pairs, shape.turning_units, lane, kWarpSize, angle);
+    fill_angles<Lanes>(table, shape.num_pairs, shape.turning_units, angle);
     __syncwarp();
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
@@ -186,8 +186,7 @@ struct Turn {
   }
 
   template <bool kScales, class To>
-  __device__ __forceinline__ void store(const Part& part, float norm, float scale,
-                                        To* head) const {
+  __device__ __forceinline__ void store(const Part& part, float norm, float scale, To* head) const {
     part.store_changed(head, units, [&](int u, float (&x)[kVec], float (&y)[kVec]) {
       if (weight != nullptr) {
         scale_by_weights(x, norm, units[u].count > 0 ? units[u].first : 0);
@@ -267,16 +266,13 @@ __global__ void __launch_bounds__(kRopeAppendWarps * 32, 5)
   Unit v_units[kUnits];
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-    v_units[u] =
-        unit_of<typename Pairing::template Lanes<kVec>, kVec>(shape.v_units, 0,
-                                                              lane + u * shape.team_size);
+    v_units[u] = unit_of<typename Pairing::template Lanes<kVec>, kVec>(shape.v_units, 0,
+                                                                       lane + u * shape.team_size);
   }
   const uint32 begin = (slice - shape.num_q_slices) * shape.kv_heads_per_slice;
   const uint32 end = min(begin + shape.kv_heads_per_slice, shape.num_kv_heads);
-  const T* k_source =
-      static_cast<const T*>(params.k.source) + token * params.k.source_token_stride;
-  const T* v_source =
-      static_cast<const T*>(params.v.source) + token * params.v.source_token_stride;
+  const T* k_source = static_cast<const T*>(params.k.source) + token * params.k.source_token_stride;
+  const T* v_source = static_cast<const T*>(params.v.source) + token * params.v.source_token_stride;
   Part v_parts[kPairs];
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
@@ -292,10 +288,10 @@ __global__ void __launch_bounds__(kRopeAppendWarps * 32, 5)
   float k_norms[kPairs];
   turn.norms_of(k_norms, parts);
   if (!place.exists) return;
-  KV* k_target = static_cast<KV*>(params.k.target) +
-                 params.k.target_strides.offset(place.page, place.slot, 0);
-  KV* v_target = static_cast<KV*>(params.v.target) +
-                 params.v.target_strides.offset(place.page, place.slot, 0);
+  KV* k_target =
+      static_cast<KV*>(params.k.target) + params.k.target_strides.offset(place.page, place.slot, 0);
+  KV* v_target =
+      static_cast<KV*>(params.v.target) + params.v.target_strides.offset(place.page, place.slot, 0);
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
     const uint32 head = begin + row + i * heads_at_once;

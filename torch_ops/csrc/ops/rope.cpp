@@ -68,7 +68,7 @@ using ByCache = Source<PosIds, CosSinCache>;
 template <class Of>
 void add_rope_rows(std::vector<Row>& rows, const char* op) {
   for (const bool interleave : {false, true}) {
-    add_access_rows(rows, op, rope_name<Of>(interleave), kRopeMaxThreads);
+    add_access_rows(rows, op, rope_name<Of>(interleave), kRopeWarps * 32);
   }
 }
 
@@ -173,7 +173,13 @@ void rotate(const Rotation& rotation, const Tensor& q_out, const Tensor& k_out,
       access_width({&q.arg.tensor, &k.arg.tensor, &q_out, &k_out}, {rotary_dim / 2, q.head_dim});
   const int64_t num_copied = in_place ? 0 : q.head_dim - rotary_dim;
   const auto num_pairs = static_cast<uint32>(rotary_dim / 2);
-  const RopePlan plan = rope_plan(static_cast<uint32>(num_heads), num_pairs, vec_size);
+  const RopePlan plan =
+      rope_plan(static_cast<uint32>(num_heads), num_pairs, static_cast<uint32>(nnz), vec_size);
+  const int64_t num_warps = nnz * plan.num_slices;
+  if (num_warps > kMaxCount) {
+    fail(q.arg.op, q.arg.name, "fewer than 2^31 slices of heads", std::to_string(num_warps),
+         "Split the call");
+  }
   const auto tensor = [&](const Heads& heads, const Tensor& output) -> RopeTensor {
     return {.input = heads.arg.tensor.const_data_ptr(),
             .output = output.mutable_data_ptr(),
@@ -191,16 +197,16 @@ void rotate(const Rotation& rotation, const Tensor& q_out, const Tensor& k_out,
                   .num_heads = static_cast<uint32>(num_heads),
                   .num_pairs = num_pairs,
                   .num_copied_vecs = static_cast<uint32>(num_copied / vec_size),
-                  .tokens_per_block = plan.tokens_per_block,
-                  .head_step = plan.head_step,
-                  .lanes_per_head = make_divider(plan.lanes_per_head),
-                  .threads_per_token = make_divider(plan.threads_per_token)};
+                  .team_size = plan.team_size,
+                  .heads_per_slice = plan.heads_per_slice,
+                  .num_slices = make_divider(plan.num_slices),
+                  .num_units = make_divider(num_pairs / static_cast<uint32>(vec_size))};
   params.positions = positions;
   set_angles(params.angles);
-  const auto blocks =
-      static_cast<unsigned>((nnz + plan.tokens_per_block - 1) / plan.tokens_per_block);
+  const auto blocks = static_cast<unsigned>((num_warps + kRopeWarps - 1) / kRopeWarps);
   launch(rope_kernel<Source<Positions, Angles>>(q.arg.dtype, vec_size, interleave),
-         device(q.arg.tensor.get_device_index()), {.grid_x = blocks, .block = plan.block}, &params);
+         device(q.arg.tensor.get_device_index()), {.grid_x = blocks, .block = kRopeWarps * 32},
+         &params);
 }
 
 void check_in_place(const Rotation& rotation) {
