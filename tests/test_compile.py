@@ -168,6 +168,8 @@ def page_cases(device: torch.device) -> dict[str, list[Arguments]]:
         "rope_append_paged_kv_cache": [
             (rotary, {}),
             ((*rotary, *norm), {}),
+        ],
+        "rope_append_paged_kv_cache_full": [
             ((*rotary, *norm, tokens[0], *angles, None, 1.0, 1.0, None, None), {}),
         ],
         "get_batch_indices_positions": [((numbers(0, 1, 3), numbers(4, 2), 5), {})],

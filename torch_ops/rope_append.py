@@ -13,7 +13,8 @@ from ._rope_cpu import DTYPES, Angles, check_cache, check_rotary_dim, looked_up,
 
 __all__ = ["rope_append_paged_kv_cache"]
 
-_APPEND = find_op("rope_append_paged_kv_cache")
+_NARROW = find_op("rope_append_paged_kv_cache")
+_FULL = find_op("rope_append_paged_kv_cache_full")
 
 _HND, _INTERLEAVE = 1, 2  # bits of `flags`, as csrc/ops/rope_append.cpp has them
 _MAX_HEAD_DIM = 256  # kRopeAppendMaxHeadDim of kernels/rope/params.h
@@ -136,9 +137,9 @@ def rope_append_paged_kv_cache(
         and v_scale is None
     ):
         if q_weight is None and k_weight is None:
-            _APPEND(*required)
+            _NARROW(*required)
         else:
-            _APPEND(*required, q_weight, k_weight, norm_eps)
+            _NARROW(*required, q_weight, k_weight, norm_eps)
         return q_out
     k_value, k_scales = split_scale(k_scale)
     v_value, v_scales = split_scale(v_scale)
@@ -147,7 +148,7 @@ def rope_append_paged_kv_cache(
     if old_context_len is not None and not old_context_len > 0:
         way_out = "Leave it out for plain frequencies."
         _check.fail(_OP, "old_context_len", "a finite number > 0", old_context_len, way_out)
-    _APPEND(
+    _FULL(
         *required, q_weight, k_weight, norm_eps, pos_ids, 0 if rotary_dim is None else rotary_dim,
         rope_scale, low_freq_factor, high_freq_factor,
         0.0 if old_context_len is None else old_context_len, cos_sin_cache, k_value, v_value,
@@ -156,7 +157,9 @@ def rope_append_paged_kv_cache(
     return q_out
 
 
+# The narrow op's arguments are the first of these.
 @cpu_impl("rope_append_paged_kv_cache")
+@cpu_impl("rope_append_paged_kv_cache_full")
 def _cpu(
     q: Tensor,
     k: Tensor,
@@ -217,6 +220,7 @@ def _cpu(
 
 
 @fake_impl("rope_append_paged_kv_cache")
+@fake_impl("rope_append_paged_kv_cache_full")
 def _fake(*_: object) -> None:
     return None
 

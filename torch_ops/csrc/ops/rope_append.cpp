@@ -1,4 +1,5 @@
-// rope_append_paged_kv_cache: schema, checks, choice of kernel, launch.
+// rope_append_paged_kv_cache and rope_append_paged_kv_cache_full: schemas, checks, choice of
+// kernel, launch. The first has the arguments of the common cases, the second all of them.
 
 #include <algorithm>
 #include <array>
@@ -95,9 +96,9 @@ Choice append_choose(const std::string&, const Config& config, int) {
            ": expected the same, or float16, bfloat16 or float32 into a lower precision"}};
 }
 
-const RegisterFamily family({{kOp}, append_rows, append_choose});
+const RegisterFamily family({{kOp, "rope_append_paged_kv_cache_full"}, append_rows, append_choose});
 
-// What has a default.
+// What some calls leave out.
 struct Options {
   const MaybeTensor& pos_ids;
   const MaybeTensor& q_weight;
@@ -264,15 +265,15 @@ void run(const Arg& q, const std::array<Side, 2>& sides, const Tensor& batch_ind
          {.grid_x = blocks, .block = kRopeAppendWarps * 32}, &params);
 }
 
-void rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& batch_indices,
-                 const Tensor& positions, const Tensor& k_cache, const Tensor& v_cache,
-                 const Tensor& kv_indices, const Tensor& kv_indptr, const Tensor& q_out,
-                 int64_t flags, double rope_theta, const MaybeTensor& q_weight,
-                 const MaybeTensor& k_weight, double norm_eps, const MaybeTensor& pos_ids,
-                 int64_t rotary_dim, double rope_scale, double low_freq_factor,
-                 double high_freq_factor, double old_context_len, const MaybeTensor& cos_sin_cache,
-                 double k_scale, double v_scale, const MaybeTensor& k_scales,
-                 const MaybeTensor& v_scales) {
+void rope_append_full(const Tensor& q, const Tensor& k, const Tensor& v,
+                      const Tensor& batch_indices, const Tensor& positions, const Tensor& k_cache,
+                      const Tensor& v_cache, const Tensor& kv_indices, const Tensor& kv_indptr,
+                      const Tensor& q_out, int64_t flags, double rope_theta,
+                      const MaybeTensor& q_weight, const MaybeTensor& k_weight, double norm_eps,
+                      const MaybeTensor& pos_ids, int64_t rotary_dim, double rope_scale,
+                      double low_freq_factor, double high_freq_factor, double old_context_len,
+                      const MaybeTensor& cos_sin_cache, double k_scale, double v_scale,
+                      const MaybeTensor& k_scales, const MaybeTensor& v_scales) {
   const Arg k_target{kOp, "k_cache", k_cache}, v_target{kOp, "v_cache", v_cache};
   AngleOptions angles{rope_scale, rope_theta};
   if (old_context_len != 0) {
@@ -293,22 +294,37 @@ void rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
       {pos_ids, q_weight, k_weight, norm_eps, cos_sin_cache, rotary_dim, angles});
 }
 
+void rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& batch_indices,
+                 const Tensor& positions, const Tensor& k_cache, const Tensor& v_cache,
+                 const Tensor& kv_indices, const Tensor& kv_indptr, const Tensor& q_out,
+                 int64_t flags, double rope_theta, const MaybeTensor& q_weight,
+                 const MaybeTensor& k_weight, double norm_eps) {
+  const MaybeTensor none;
+  rope_append_full(q, k, v, batch_indices, positions, k_cache, v_cache, kv_indices, kv_indptr,
+                   q_out, flags, rope_theta, q_weight, k_weight, norm_eps, none, 0, 1.0, 0.0, 0.0,
+                   0.0, none, 1.0, 1.0, none, none);
+}
+
 }  // namespace
 
-// The arguments of the common cases come first: those that are left out cost next to nothing.
+// Without a norm its arguments are left out: those with a default cost next to nothing then.
 static void schemas(Library& m) {
-  m.def(
-      "rope_append_paged_kv_cache(Tensor q, Tensor k, Tensor v, Tensor batch_indices, "
-      "Tensor positions, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor kv_indices, "
-      "Tensor kv_indptr, Tensor(c!) q_out, int flags=0, float rope_theta=10000., "
-      "Tensor? q_weight=None, Tensor? k_weight=None, float norm_eps=1e-6, Tensor? pos_ids=None, "
-      "SymInt rotary_dim=0, float rope_scale=1., float low_freq_factor=1., "
-      "float high_freq_factor=4., float old_context_len=0., Tensor? cos_sin_cache=None, "
-      "float k_scale=1., float v_scale=1., Tensor? k_scales=None, Tensor? v_scales=None) -> ()");
+  const std::string required =
+      "(Tensor q, Tensor k, Tensor v, Tensor batch_indices, Tensor positions, Tensor(a!) k_cache, "
+      "Tensor(b!) v_cache, Tensor kv_indices, Tensor kv_indptr, Tensor(c!) q_out, int flags, "
+      "float rope_theta, Tensor? q_weight=None, Tensor? k_weight=None, float norm_eps=1e-6";
+  m.def(("rope_append_paged_kv_cache" + required + ") -> ()").c_str());
+  m.def(("rope_append_paged_kv_cache_full" + required +
+         ", Tensor? pos_ids=None, SymInt rotary_dim=0, float rope_scale=1., "
+         "float low_freq_factor=1., float high_freq_factor=4., float old_context_len=0., "
+         "Tensor? cos_sin_cache=None, float k_scale=1., float v_scale=1., Tensor? k_scales=None, "
+         "Tensor? v_scales=None) -> ()")
+            .c_str());
 }
 
 static void kernels(Library& m) {
   m.impl("rope_append_paged_kv_cache", TORCH_BOX(&rope_append));
+  m.impl("rope_append_paged_kv_cache_full", TORCH_BOX(&rope_append_full));
 }
 
 static const RegisterOps registered(schemas, kernels);
