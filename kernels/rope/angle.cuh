@@ -14,9 +14,21 @@
 
 namespace ridgeline {
 
+// Frequencies come as a kernel's parameters, where lanes that read different addresses wait for
+// each other: so a block copies them to shared memory once, before it needs them.
+template <int kMaxPairs>
+struct Turns {
+  uint64 values[kMaxPairs];
+
+  // By all threads of the block, which then synchronise.
+  __device__ __forceinline__ void fill(const Frequencies& from, uint32 num_pairs) {
+    for (uint32 i = threadIdx.x; i < num_pairs; i += blockDim.x) values[i] = from.turns[i];
+  }
+};
+
 // x: cosine, y: sine of position * turns / 2^64 turns.
-__device__ __forceinline__ float2 cos_sin(const Frequencies& from, int64 position, uint32 pair) {
-  const uint64 turns = static_cast<uint64>(position) * from.turns[pair];
+__device__ __forceinline__ float2 cos_sin(uint64 turns_per_position, int64 position) {
+  const uint64 turns = static_cast<uint64>(position) * turns_per_position;
   // The upper half as a signed number: half turns, from -1 to 1.
   const float half_turns = static_cast<float>(static_cast<int32>(turns >> 32)) * 0x1p-31f;
   float2 result;

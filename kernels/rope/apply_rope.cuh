@@ -6,9 +6,9 @@
 // pointer, a stride or num_pairs does not allow that. Pairing is HalfSplit or Interleaved,
 // Positions PosIds or RequestOffsets, Angles Frequencies or CosSinCache. A warp owns a slice of a
 // token's heads, q's first, then k's (rope_plan); a team of team_size lanes owns a head, lane i of
-// it units i, i + team_size, ... of kVec pairs. Warps never wait for each other: each makes its
-// token's angles itself, in shared memory, while its heads are on their way.
-// Launch: kRopeWarps warps a block, a warp for each slice. All SMs.
+// it units i, i + team_size, ... of kVec pairs. Warps do not wait for each other's loads: each
+// makes its token's angles itself, in shared memory, while its heads are on their way. Launch:
+// kRopeWarps warps a block, a warp for each slice. All SMs.
 #pragma once
 
 #include "common/pdl.cuh"
@@ -47,15 +47,17 @@ template <class T, int kVec, class Pairing, class Positions, class Angles>
 __global__ void __launch_bounds__(kRopeWarps * 32, 6)
     apply_rope(const __grid_constant__ RopeParams<Positions, Angles> params) {
   using Lanes = typename Pairing::template Lanes<kVec>;
+  constexpr bool kHasTable = sizeof(Angles) == sizeof(CosSinCache);
   __shared__ float2 tables[kRopeWarps][kRopeMaxPairs];  // [kVec][num_units]
+  __shared__ Turns<kHasTable ? 1 : kRopeMaxPairs> turns;
   const RopeShape& shape = params.shape;
   const uint32 warp = blockIdx.x * kRopeWarps + threadIdx.x / kWarpSize;
   const uint32 token = shape.num_slices.quotient(warp);
-  if (token >= shape.nnz) return;
+  const bool has_token = token < shape.nnz;
   const uint32 lane = threadIdx.x % kWarpSize & (shape.team_size - 1);
   const uint32 heads_at_once = kWarpSize / shape.team_size;
   const uint32 begin = (warp - token * shape.num_slices.divisor) * shape.heads_per_slice;
-  const uint32 end = min(begin + shape.heads_per_slice, shape.num_heads);
+  const uint32 end = has_token ? min(begin + shape.heads_per_slice, shape.num_heads) : 0;
   const uint32 first_head = begin + threadIdx.x % kWarpSize / shape.team_size;
   const uint32 num_units = shape.num_units.divisor;
   const RopeToken<T> heads{params.q, params.k, shape.num_q_heads, token};
@@ -73,13 +75,23 @@ __global__ void __launch_bounds__(kRopeWarps * 32, 6)
   };
   pdl_wait();
   PositionOf<Positions> position_of;
-  position_of.load(params.positions, token);
+  if (has_token) position_of.load(params.positions, token);
   load_unit(lane);
+  if constexpr (!kHasTable) {
+    turns.fill(params.angles, shape.num_pairs);
+    __syncthreads();
+  }
+  if (!has_token) return;
 
   float2* table = tables[threadIdx.x / kWarpSize];
   const int64 position = position_of.get(params.positions, token);
-  fill_angles<Lanes>(table, shape.num_pairs, shape.num_units,
-                     [&](uint32 pair) { return cos_sin(params.angles, position, pair); });
+  fill_angles<Lanes>(table, shape.num_pairs, shape.num_units, [&](uint32 pair) {
+    if constexpr (kHasTable) {
+      return cos_sin(params.angles, position, pair);
+    } else {
+      return cos_sin(turns.values[pair], position);
+    }
+  });
   pdl_launch_dependents();
   __syncwarp();
 

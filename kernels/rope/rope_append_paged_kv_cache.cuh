@@ -73,45 +73,89 @@ struct HeadPart {
     return sum;
   }
 
-  // Calls use(u, x, y) with the numbers of each unit, to change, then stores them.
+  // Calls use(u, x, y) with the numbers of each unit, to change, and rounds them.
   template <class To, class Use>
-  __device__ __forceinline__ void store_changed(To* head, const Unit (&units)[kUnits],
-                                                const Use& use) const {
+  __device__ __forceinline__ HeadPart<To, kVec> changed(const Use& use) const {
+    HeadPart<To, kVec> result;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       float x[kVec], y[kVec];
       a[u].to_floats(x);
       b[u].to_floats(y);
       use(u, x, y);
-      Vec<To, kVec> to;
-      to.from_floats(x);
-      if (units[u].count > 0) store(head + units[u].first, to);
-      to.from_floats(y);
-      if (units[u].count > 1) store(head + units[u].second, to);
+      result.a[u].from_floats(x);
+      result.b[u].from_floats(y);
     }
+    return result;
   }
 
   // As they came where nothing is converted.
   template <class To>
-  __device__ __forceinline__ void store_scaled(To* head, const Unit (&units)[kUnits],
-                                               float scale) const {
+  __device__ __forceinline__ HeadPart<To, kVec> scaled(float scale) const {
     if constexpr (sizeof(T) == sizeof(To)) {
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        if (units[u].count > 0) store(head + units[u].first, a[u]);
-        if (units[u].count > 1) store(head + units[u].second, b[u]);
-      }
+      return *this;
     } else {
-      store_changed(head, units, [&](int, float (&x)[kVec], float (&y)[kVec]) {
+      return changed<To>([&](int, float (&x)[kVec], float (&y)[kVec]) {
         scale_by(x, scale);
         scale_by(y, scale);
       });
     }
   }
 
+  __device__ __forceinline__ void store(T* head, const Unit (&units)[kUnits]) const {
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      if (units[u].count > 0) ridgeline::store(head + units[u].first, a[u]);
+      if (units[u].count > 1) ridgeline::store(head + units[u].second, b[u]);
+    }
+  }
+
   static __device__ __forceinline__ void scale_by(float (&x)[kVec], float scale) {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) x[i] *= scale;
+  }
+};
+
+// The weights of a norm on their way to a warp's shared memory: kVec of a lane at once.
+template <class T, int kVec>
+struct NormWeights {
+  static constexpr int kStep = kVec == 1 ? 1 : 4;
+  static constexpr int kPieces = kRopeAppendMaxHeadDim / kWarpSize / kStep;
+  Vec<float, kStep> pieces[kPieces];
+
+  __device__ __forceinline__ void load(const HeadNorm& norm, const void* weight) {
+    const uint32 head_dim = static_cast<uint32>(norm.head_dim);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const uint32 at = (threadIdx.x % kWarpSize + i * kWarpSize) * kStep;
+      if (at >= head_dim) continue;
+      if (norm.weights_are_float) {
+        pieces[i] = ridgeline::load<kStep>(static_cast<const float*>(weight) + at);
+      } else {
+        const Vec<T, kStep> piece = ridgeline::load<kStep>(static_cast<const T*>(weight) + at);
+        if constexpr (sizeof(T) == 4) {
+          pieces[i] = piece;
+        } else {
+          reinterpret_cast<Vec<T, kStep>&>(pieces[i]) = piece;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(const HeadNorm& norm, float* weights) const {
+    const uint32 head_dim = static_cast<uint32>(norm.head_dim);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const uint32 at = (threadIdx.x % kWarpSize + i * kWarpSize) * kStep;
+      if (at >= head_dim) continue;
+      Vec<float, kStep> piece = pieces[i];
+      if (sizeof(T) < 4 && !norm.weights_are_float) {
+        float values[kStep];
+        reinterpret_cast<const Vec<T, kStep>&>(pieces[i]).to_floats(values);
+        piece.from_floats(values);
+      }
+      ridgeline::store(weights + at, piece);
+    }
   }
 };
 
@@ -123,61 +167,52 @@ struct Turn {
   static constexpr int kUnits = Part::kUnits;
 
   const RopeAppendParams& params;
-  uint32 token;
   const void* weight;  // [head_dim]; null: no norm
   float2* table;       // the warp's, [kRopeAppendMaxPairs]
   float* weights;      // the warp's, [kRopeAppendMaxHeadDim]
   Unit units[kUnits];
   float2 angles[kUnits][kVec];
+  NormWeights<T, kVec> loaded;
 
-  __device__ __forceinline__ Turn(const RopeAppendParams& params, uint32 token, const void* weight,
-                                  uint32 lane_in_team, float2* table, float* weights)
-      : params(params), token(token), weight(weight), table(table), weights(weights) {
+  __device__ __forceinline__ Turn(const RopeAppendParams& params, const void* weight, uint32 lane,
+                                  float2* table, float* weights)
+      : params(params), weight(weight), table(table), weights(weights) {
     const RopeAppendShape& shape = params.shape;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      units[u] =
-          unit_of<Lanes, kVec>(shape.qk_units, shape.num_pairs, lane_in_team + u * shape.team_size);
+      units[u] = unit_of<Lanes, kVec>(shape.qk_units, shape.num_pairs, lane + u * shape.team_size);
     }
   }
 
+  __device__ __forceinline__ void load_weights() {
+    if (weight != nullptr) loaded.load(params.norm, weight);
+  }
+
   // By all lanes of the warp, when the loads of their heads are on their way.
-  __device__ __forceinline__ void prepare(int64 position, uint32 lane_in_team) {
+  __device__ __forceinline__ void prepare(const uint64* turns, int64 position, uint32 lane) {
     const RopeAppendShape& shape = params.shape;
-    const uint32 lane = threadIdx.x % kWarpSize;
-    const auto angle = [&](uint32 pair) {
+    fill_angles<Lanes>(table, shape.num_pairs, shape.turning_units, [&](uint32 pair) {
       return params.cache.values ? cos_sin(params.cache, position, pair)
-                                 : cos_sin(params.frequencies, position, pair);
-    };
-    if (weight != nullptr) {
-      const uint32 head_dim = static_cast<uint32>(params.norm.head_dim);
-      for (uint32 i = lane; i < head_dim; i += kWarpSize) {
-        weights[i] = params.norm.weights_are_float ? static_cast<const float*>(weight)[i]
-                                                   : to_float(static_cast<const T*>(weight)[i]);
-      }
-    }
-    fill_angles<Lanes>(table, shape.num_pairs, shape.turning_units, angle);
+                                 : cos_sin(turns[pair], position);
+    });
+    if (weight != nullptr) loaded.store(params.norm, weights);
     __syncwarp();
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      const uint32 idx = lane_in_team + u * shape.team_size;
+      const uint32 idx = lane + u * shape.team_size;
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
-        angles[u][i] = make_float2(1.0f, 0.0f);
         if (units[u].turns) angles[u][i] = table[i * shape.qk_units.num_turning + idx];
       }
     }
   }
 
-  // Of kHeads heads, by all lanes of the warp; 1 without a norm.
+  // Of several heads, by all lanes of the warp; unused without a norm.
   template <int kHeads>
   __device__ __forceinline__ void norms_of(float (&norms)[kHeads], const Part* parts) const {
-#pragma unroll
-    for (int i = 0; i < kHeads; ++i) {
-      norms[i] = 1.0f;
-      if (weight != nullptr) norms[i] = parts[i].sum_of_squares(units);
-    }
     if (weight == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kHeads; ++i) norms[i] = parts[i].sum_of_squares(units);
     group_reduce<Sum>(norms, params.shape.team_size);
 #pragma unroll
     for (int i = 0; i < kHeads; ++i) {
@@ -185,15 +220,16 @@ struct Turn {
     }
   }
 
-  template <bool kScales, class To>
-  __device__ __forceinline__ void store(const Part& part, float norm, float scale, To* head) const {
-    part.store_changed(head, units, [&](int u, float (&x)[kVec], float (&y)[kVec]) {
+  template <class To>
+  __device__ __forceinline__ HeadPart<To, kVec> apply(const Part& part, float norm,
+                                                      float scale) const {
+    return part.template changed<To>([&](int u, float (&x)[kVec], float (&y)[kVec]) {
       if (weight != nullptr) {
         scale_by_weights(x, norm, units[u].count > 0 ? units[u].first : 0);
         scale_by_weights(y, norm, units[u].count > 1 ? units[u].second : 0);
       }
       if (units[u].turns) Lanes::rotate(x, y, angles[u]);
-      if constexpr (kScales) {
+      if constexpr (sizeof(T) != sizeof(To)) {
         Part::scale_by(x, scale);
         Part::scale_by(y, scale);
       }
@@ -209,98 +245,144 @@ struct Turn {
   }
 };
 
-// Why five blocks an SM: ptxas left alone takes registers for fewer.
+// A warp's place in the launch.
+struct RopeAppendSlice {
+  uint32 token;
+  uint32 slice;
+  uint32 lane;           // in the team
+  uint32 row;            // the team in the warp
+  uint32 heads_at_once;  // teams of the warp
+};
+
 template <class T, class KV, int kVec, class Pairing>
-__global__ void __launch_bounds__(kRopeAppendWarps * 32, 5)
-    rope_append_paged_kv_cache(const __grid_constant__ RopeAppendParams params) {
+__device__ __forceinline__ void rotate_queries(const RopeAppendParams& params,
+                                               const RopeAppendSlice& at,
+                                               Turns<kRopeAppendMaxPairs>& turns, float2* table,
+                                               float* weights) {
+  using Part = HeadPart<T, kVec>;
+  constexpr int kHeads = rope_append_heads(kVec);
+  const RopeAppendShape& shape = params.shape;
+  const int64 angle_position = load_index(params.pos_ids, at.token);
+  Turn<T, kVec, Pairing> turn(params, params.norm.q_weight, at.lane, table, weights);
+  const uint32 begin = at.slice * shape.q_heads_per_slice;
+  const uint32 end = min(begin + shape.q_heads_per_slice, shape.num_q_heads);
+  const T* source = static_cast<const T*>(params.q.input) + at.token * params.q.input_token_stride;
+  T* target = static_cast<T*>(params.q.output) + at.token * params.q.output_token_stride;
+  Part parts[kHeads];
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const uint32 head = begin + at.row + i * at.heads_at_once;
+    if (head < end) parts[i].load(source + head * params.q.input_head_stride, turn.units);
+  }
+  turn.load_weights();
+  turns.fill(params.frequencies, shape.num_pairs);
+  __syncthreads();
+  turn.prepare(turns.values, angle_position, at.lane);
+  pdl_launch_dependents();
+  float norms[kHeads];
+  turn.norms_of(norms, parts);
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const uint32 head = begin + at.row + i * at.heads_at_once;
+    if (head >= end) continue;
+    turn.template apply<T>(parts[i], norms[i], 1.0f)
+        .store(target + head * params.q.output_head_stride, turn.units);
+  }
+}
+
+template <class T, class KV, int kVec, class Pairing>
+__device__ __forceinline__ void append_keys_and_values(const RopeAppendParams& params,
+                                                       const RopeAppendSlice& at,
+                                                       Turns<kRopeAppendMaxPairs>& turns,
+                                                       float2* table, float* weights) {
   using Part = HeadPart<T, kVec>;
   constexpr int kUnits = Part::kUnits;
-  constexpr int kHeads = rope_append_heads(kVec);
-  __shared__ float2 tables[kRopeAppendWarps][kRopeAppendMaxPairs];
-  alignas(16) __shared__ float weights[kRopeAppendWarps][kRopeAppendMaxHeadDim];
+  constexpr int kHeads = rope_append_heads(kVec) / 2;  // of k and of v each
   const RopeAppendShape& shape = params.shape;
-  const uint32 warp_in_block = threadIdx.x / kWarpSize;
-  const uint32 warp = blockIdx.x * kRopeAppendWarps + warp_in_block;
-  const uint32 token = shape.num_slices.quotient(warp);
-  if (token >= shape.nnz) return;
-  const uint32 slice = warp - token * shape.num_slices.divisor;
-  const uint32 lane = threadIdx.x % kWarpSize & (shape.team_size - 1);
-  const uint32 heads_at_once = kWarpSize / shape.team_size;
-  const uint32 row = threadIdx.x % kWarpSize / shape.team_size;
-  pdl_wait();
-
-  const int64 angle_position = load_index(params.pos_ids, token);
-  Part parts[kHeads];
-  float norms[kHeads];
-  if (slice < shape.num_q_slices) {
-    Turn<T, kVec, Pairing> turn(params, token, params.norm.q_weight, lane, tables[warp_in_block],
-                                weights[warp_in_block]);
-    const uint32 begin = slice * shape.q_heads_per_slice;
-    const uint32 end = min(begin + shape.q_heads_per_slice, shape.num_q_heads);
-    const T* source = static_cast<const T*>(params.q.input) + token * params.q.input_token_stride;
-    T* target = static_cast<T*>(params.q.output) + token * params.q.output_token_stride;
-#pragma unroll
-    for (int i = 0; i < kHeads; ++i) {
-      const uint32 head = begin + row + i * heads_at_once;
-      if (head < end) parts[i].load(source + head * params.q.input_head_stride, turn.units);
-    }
-    turn.prepare(angle_position, lane);
-    pdl_launch_dependents();
-    turn.norms_of(norms, parts);
-#pragma unroll
-    for (int i = 0; i < kHeads; ++i) {
-      const uint32 head = begin + row + i * heads_at_once;
-      if (head >= end) continue;
-      turn.template store<false>(parts[i], norms[i], 1.0f,
-                                 target + head * params.q.output_head_stride);
-    }
-    return;
-  }
-
-  constexpr int kPairs = kHeads / 2;
-  constexpr bool kConverts = sizeof(KV) != sizeof(T);
-  const int64 request = load_index(params.batch_indices, token);
-  const int64 position = load_index(params.positions, token);
-  Turn<T, kVec, Pairing> turn(params, token, params.norm.k_weight, lane, tables[warp_in_block],
-                              weights[warp_in_block]);
+  const int64 request = load_index(params.batch_indices, at.token);
+  const int64 position = load_index(params.positions, at.token);
+  const int64 angle_position = load_index(params.pos_ids, at.token);
+  Turn<T, kVec, Pairing> turn(params, params.norm.k_weight, at.lane, table, weights);
   Unit v_units[kUnits];
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-    v_units[u] = unit_of<typename Pairing::template Lanes<kVec>, kVec>(shape.v_units, 0,
-                                                                       lane + u * shape.team_size);
+    v_units[u] = unit_of<typename Pairing::template Lanes<kVec>, kVec>(
+        shape.v_units, 0, at.lane + u * shape.team_size);
   }
-  const uint32 begin = (slice - shape.num_q_slices) * shape.kv_heads_per_slice;
+  const uint32 begin = (at.slice - shape.num_q_slices) * shape.kv_heads_per_slice;
   const uint32 end = min(begin + shape.kv_heads_per_slice, shape.num_kv_heads);
-  const T* k_source = static_cast<const T*>(params.k.source) + token * params.k.source_token_stride;
-  const T* v_source = static_cast<const T*>(params.v.source) + token * params.v.source_token_stride;
-  Part v_parts[kPairs];
+  const T* k_source =
+      static_cast<const T*>(params.k.source) + at.token * params.k.source_token_stride;
+  const T* v_source =
+      static_cast<const T*>(params.v.source) + at.token * params.v.source_token_stride;
+  Part k_parts[kHeads], v_parts[kHeads];
 #pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    const uint32 head = begin + row + i * heads_at_once;
+  for (int i = 0; i < kHeads; ++i) {
+    const uint32 head = begin + at.row + i * at.heads_at_once;
     if (head >= end) continue;
-    parts[i].load(k_source + head * params.k.source_head_stride, turn.units);
+    k_parts[i].load(k_source + head * params.k.source_head_stride, turn.units);
     v_parts[i].load(v_source + head * params.v.source_head_stride, v_units);
   }
+  turn.load_weights();
+  turns.fill(params.frequencies, shape.num_pairs);
+  __syncthreads();
   const PageEntry entry = page_entry_of(params.table, request, position);
-  turn.prepare(angle_position, lane);
+  turn.prepare(turns.values, angle_position, at.lane);
   const TokenPlace place = place_of(params.table, entry);
   pdl_launch_dependents();
-  float k_norms[kPairs];
-  turn.norms_of(k_norms, parts);
-  if (!place.exists) return;
+
+  // All but the stores while the page is looked up.
+  float norms[kHeads];
+  turn.norms_of(norms, k_parts);
+  HeadPart<KV, kVec> k_results[kHeads], v_results[kHeads];
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const uint32 head = begin + at.row + i * at.heads_at_once;
+    float k_scale = 1.0f, v_scale = 1.0f;
+    if (sizeof(KV) != sizeof(T) && head < end) {
+      k_scale = inverse_scale_of(params.k, head);
+      v_scale = inverse_scale_of(params.v, head);
+    }
+    k_results[i] = turn.template apply<KV>(k_parts[i], norms[i], k_scale);
+    v_results[i] = v_parts[i].template scaled<KV>(v_scale);
+  }
   KV* k_target =
       static_cast<KV*>(params.k.target) + params.k.target_strides.offset(place.page, place.slot, 0);
   KV* v_target =
       static_cast<KV*>(params.v.target) + params.v.target_strides.offset(place.page, place.slot, 0);
 #pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    const uint32 head = begin + row + i * heads_at_once;
-    if (head >= end) continue;
-    const float k_scale = kConverts ? inverse_scale_of(params.k, head) : 1.0f;
-    const float v_scale = kConverts ? inverse_scale_of(params.v, head) : 1.0f;
-    turn.template store<kConverts>(parts[i], k_norms[i], k_scale,
-                                   k_target + head * params.k.target_strides.head);
-    v_parts[i].store_scaled(v_target + head * params.v.target_strides.head, v_units, v_scale);
+  for (int i = 0; i < kHeads; ++i) {
+    const uint32 head = begin + at.row + i * at.heads_at_once;
+    if (head >= end || !place.exists) continue;
+    k_results[i].store(k_target + head * params.k.target_strides.head, turn.units);
+    v_results[i].store(v_target + head * params.v.target_strides.head, v_units);
+  }
+}
+
+// Why five blocks an SM: ptxas left alone takes registers for fewer.
+template <class T, class KV, int kVec, class Pairing>
+__global__ void __launch_bounds__(kRopeAppendWarps * 32, 5)
+    rope_append_paged_kv_cache(const __grid_constant__ RopeAppendParams params) {
+  __shared__ float2 tables[kRopeAppendWarps][kRopeAppendMaxPairs];
+  alignas(16) __shared__ float weights[kRopeAppendWarps][kRopeAppendMaxHeadDim];
+  __shared__ Turns<kRopeAppendMaxPairs> turns;
+  const RopeAppendShape& shape = params.shape;
+  const uint32 warp_in_block = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const uint32 warp = blockIdx.x * kRopeAppendWarps + warp_in_block;
+  const uint32 token = shape.num_slices.quotient(warp);
+  const RopeAppendSlice at{token, warp - token * shape.num_slices.divisor,
+                           lane & (shape.team_size - 1), lane / shape.team_size,
+                           kWarpSize / shape.team_size};
+  pdl_wait();
+  if (token >= shape.nnz) {
+    turns.fill(params.frequencies, shape.num_pairs);
+    __syncthreads();
+  } else if (at.slice < shape.num_q_slices) {
+    rotate_queries<T, KV, kVec, Pairing>(params, at, turns, tables[warp_in_block],
+                                         weights[warp_in_block]);
+  } else {
+    append_keys_and_values<T, KV, kVec, Pairing>(params, at, turns, tables[warp_in_block],
+                                                 weights[warp_in_block]);
   }
 }
 
