@@ -38,7 +38,7 @@ class Timer:
             self.flush_buffer = torch.empty(size, dtype=torch.uint8, device=device)
             self.flush_us = self._replay_median(self._capture(self.flush, 1), 50, flush=False)
             scalar = torch.zeros(1, device=device)
-            self.empty_us = self.time(scalar.zero_)
+            self.empty_us, self.empty_net_us = self.time(scalar.zero_), self.net(scalar.zero_)
 
     def flush(self) -> None:
         self.flush_buffer.zero_()

@@ -177,11 +177,17 @@ int64_t set_angles(RopeAppendParams& params, const Options& options, const Arg& 
   return rotary_dim;
 }
 
-bool is_wide(const std::array<Side, 2>& sides, const Arg& q, const Arg& q_out, int64_t rotary_dim) {
+// Weights come four at a time then.
+bool is_wide(const std::array<Side, 2>& sides, const Arg& q, const Arg& q_out, const HeadNorm& norm,
+             int64_t rotary_dim) {
   const int vec_size = wide_elements(q.dtype);
   const int64_t target_bytes = std::min<int64_t>(vec_size * sides[0].target.element_size(), 16);
+  const auto weight_bytes = static_cast<uintptr_t>(
+      4 * (norm.weights_are_float ? sizeof(float) : static_cast<size_t>(q.element_size())));
   return rotary_dim / 2 % vec_size == 0 && q.sizes[2] % vec_size == 0 && is_aligned16(q) &&
-         is_aligned16(q_out) && std::ranges::all_of(sides, [&](const Side& side) {
+         is_aligned16(q_out) && reinterpret_cast<uintptr_t>(norm.q_weight) % weight_bytes == 0 &&
+         reinterpret_cast<uintptr_t>(norm.k_weight) % weight_bytes == 0 &&
+         std::ranges::all_of(sides, [&](const Side& side) {
            return side.cache.head_dim % vec_size == 0 && is_aligned16(side.source) &&
                   is_aligned(side.target, target_bytes);
          });
@@ -230,7 +236,7 @@ void run(const Arg& q, const std::array<Side, 2>& sides, const Tensor& batch_ind
   const auto num_kv_heads = static_cast<uint32>(k.cache.num_heads);
   if (nnz == 0 || num_q_heads + num_kv_heads == 0) return;
 
-  const bool wide = is_wide(sides, q, q_out, rotary_dim);
+  const bool wide = is_wide(sides, q, q_out, params.norm, rotary_dim);
   const auto vec_size = static_cast<uint32>(wide ? wide_elements(q.dtype) : 1);
   const HeadUnits qk_units = head_units(static_cast<uint32>(q.sizes[2]), rotary_dim, vec_size);
   const HeadUnits v_units = head_units(static_cast<uint32>(v.cache.head_dim), 0, vec_size);
