@@ -54,11 +54,12 @@ __global__ void __launch_bounds__(kRopeWarps * 32, 6)
   const uint32 warp = blockIdx.x * kRopeWarps + threadIdx.x / kWarpSize;
   const uint32 token = shape.num_slices.quotient(warp);
   const bool has_token = token < shape.nnz;
+  const uint32 team_log2 = 31 - __clz(shape.team_size);
   const uint32 lane = threadIdx.x % kWarpSize & (shape.team_size - 1);
-  const uint32 heads_at_once = kWarpSize / shape.team_size;
+  const uint32 heads_at_once = kWarpSize >> team_log2;
   const uint32 begin = (warp - token * shape.num_slices.divisor) * shape.heads_per_slice;
   const uint32 end = has_token ? min(begin + shape.heads_per_slice, shape.num_heads) : 0;
-  const uint32 first_head = begin + threadIdx.x % kWarpSize / shape.team_size;
+  const uint32 first_head = begin + (threadIdx.x % kWarpSize >> team_log2);
   const uint32 num_units = shape.num_units.divisor;
   const RopeToken<T> heads{params.q, params.k, shape.num_q_heads, token};
 

@@ -370,9 +370,9 @@ __global__ void __launch_bounds__(kRopeAppendWarps * 32, 5)
   const uint32 warp_in_block = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const uint32 warp = blockIdx.x * kRopeAppendWarps + warp_in_block;
   const uint32 token = shape.num_slices.quotient(warp);
+  const uint32 team_log2 = 31 - __clz(shape.team_size);
   const RopeAppendSlice at{token, warp - token * shape.num_slices.divisor,
-                           lane & (shape.team_size - 1), lane / shape.team_size,
-                           kWarpSize / shape.team_size};
+                           lane & (shape.team_size - 1), lane >> team_log2, kWarpSize >> team_log2};
   pdl_wait();
   if (token >= shape.nnz) {
     turns.fill(params.frequencies, shape.num_pairs);
