@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -158,7 +158,7 @@ def _register(name: str, by_request: bool, is_llama31: bool) -> None:
         if rotary_dim == -1:
             rotary_dim = q.shape[2]
         check_rotary_dim(op, rotary_dim, q.shape[2])
-        angles = Angles(rope_scale, rope_theta, *scaling, is_llama31=is_llama31)
+        angles = replace(Angles(rope_scale, rope_theta, *scaling), is_llama31=is_llama31)
         angles.check(op)
         cos_sin = angles.cos_sin(positions, rotary_dim)
         return lambda x: rotated(x, cos_sin, rotary_dim, interleave).to(x.dtype)
