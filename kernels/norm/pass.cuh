@@ -19,7 +19,7 @@ struct InputRow {
       : input(static_cast<const T*>(params.input) +
               row_offset(params.shape.num_inner, params.input_strides, row)) {}
   __device__ __forceinline__ Fetched fetch(uint32 vec_idx) const {
-    return load_once<kVec>(input + vec_idx * kVec);
+    return load<kVec>(input + vec_idx * kVec);
   }
   __device__ __forceinline__ Vector take(const Fetched& fetched, uint32) const { return fetched; }
   __device__ __forceinline__ Vector reload(uint32 vec_idx) const { return fetch(vec_idx); }
@@ -44,8 +44,8 @@ struct SumRow {
                  row_offset(params.shape.num_inner, params.residual_strides, row)) {}
   __device__ __forceinline__ Fetched fetch(uint32 vec_idx) const {
     Fetched fetched;
-    fetched.input = load_once<kVec>(input + vec_idx * kVec);
-    fetched.residual = load_once<kVec>(residual + vec_idx * kVec);
+    fetched.input = load<kVec>(input + vec_idx * kVec);
+    fetched.residual = load<kVec>(residual + vec_idx * kVec);
     return fetched;
   }
   __device__ __forceinline__ Vector take(const Fetched& fetched, uint32 vec_idx) const {

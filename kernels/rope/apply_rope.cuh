@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kRopeWarps * 32, 6)
       const uint32 head = first_head + i * heads_at_once;
       if (head >= end || unit >= num_units) continue;
       const T* input = heads.input(head);
-      a[i] = load_once<kVec>(input + Lanes::first(unit));
-      b[i] = load_once<kVec>(input + Lanes::second(unit, shape.num_pairs));
+      a[i] = load<kVec>(input + Lanes::first(unit));
+      b[i] = load<kVec>(input + Lanes::second(unit, shape.num_pairs));
     }
   };
   pdl_wait();
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kRopeWarps * 32, 6)
   for (uint32 head = first_head; head < end; head += heads_at_once) {
     for (uint32 vec = lane; vec < shape.num_copied_vecs; vec += shape.team_size) {
       const uint32 element = 2 * shape.num_pairs + vec * kVec;
-      store(heads.output(head) + element, load_once<kVec>(heads.input(head) + element));
+      store(heads.output(head) + element, load<kVec>(heads.input(head) + element));
     }
   }
 }

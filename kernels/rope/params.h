@@ -86,8 +86,8 @@ constexpr RopePlan rope_plan(uint32 num_heads, uint32 num_pairs, uint32 num_toke
 
 constexpr int kRopeAppendMaxHeadDim = 256;
 constexpr uint32 kRopeAppendMaxPairs = kRopeAppendMaxHeadDim / 2;
-constexpr uint32 kRopeAppendWarps = 4;        // of a block
-constexpr uint32 kRopeAppendFewTokens = 512;  // up to here a thread takes one head at a time
+constexpr uint32 kRopeAppendWarps = 2;        // of a block
+constexpr uint32 kRopeAppendFewTokens = 256;  // up to here a thread takes half as many heads
 
 // Units that a lane owns of a head: kRopeAppendMaxHeadDim elements over 32 lanes of two vectors.
 constexpr int rope_append_units(int vec_size) {
@@ -161,17 +161,18 @@ struct RopeAppendPlan {
   uint32 num_slices;  // of q, and of k and v together
 };
 
-// A warp takes a slice of a token: some heads of q, or half as many of k and the same of v. Few
-// tokens: one head a thread (of k and v each), so that all SMs have work and no thread goes through
-// one head after the other. Many: as many as a thread has registers for.
+// A warp takes a slice of a token: some heads of q, or half as many of k and the same of v. Many
+// tokens: as many heads a thread as it has registers for, since every warp makes the token's
+// angles.
 constexpr RopeAppendPlan rope_append_plan(uint32 num_q_heads, uint32 num_kv_heads, uint32 num_units,
                                           uint32 num_tokens, int vec_size) {
   uint32 team = 1;
   while (team < num_units && team < 32) team *= 2;
   const uint32 heads_at_once = 32 / team;
-  const bool few = num_tokens <= kRopeAppendFewTokens;
-  const uint32 kv_heads = few ? heads_at_once : heads_at_once * rope_append_heads(vec_size) / 2;
-  const uint32 q_heads = few ? heads_at_once : heads_at_once * rope_append_heads(vec_size);
+  const uint32 most = rope_append_heads(vec_size);
+  const uint32 heads = num_tokens <= kRopeAppendFewTokens ? most / 2 : most;
+  const uint32 q_heads = heads_at_once * heads;
+  const uint32 kv_heads = heads_at_once * (heads / 2 > 0 ? heads / 2 : 1);
   const uint32 num_q_slices = (num_q_heads + q_heads - 1) / q_heads;
   return {team, q_heads, kv_heads, num_q_slices,
           num_q_slices + (num_kv_heads + kv_heads - 1) / kv_heads};

@@ -13,6 +13,7 @@
 // kRopeAppendMaxHeadDim.
 #pragma once
 
+#include "common/arch.cuh"
 #include "common/paging.cuh"
 #include "common/pdl.cuh"
 #include "common/reduce.cuh"
@@ -52,8 +53,8 @@ struct HeadPart {
   __device__ __forceinline__ void load(const T* head, const Unit (&units)[kUnits]) {
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      if (units[u].count > 0) a[u] = load_once<kVec>(head + units[u].first);
-      if (units[u].count > 1) b[u] = load_once<kVec>(head + units[u].second);
+      if (units[u].count > 0) a[u] = ridgeline::load<kVec>(head + units[u].first);
+      if (units[u].count > 1) b[u] = ridgeline::load<kVec>(head + units[u].second);
     }
   }
 
@@ -359,9 +360,13 @@ __device__ __forceinline__ void append_keys_and_values(const RopeAppendParams& p
   }
 }
 
-// Why five blocks an SM: ptxas left alone takes registers for fewer.
+// Blocks an SM. Why so many: ptxas left alone takes a few more registers than 20 warps have. With
+// fewer than that it spills where it converts, and before sm_90.
+template <class T, class KV>
+inline constexpr int kRopeAppendBlocks = kSm >= 90 && sizeof(T) == sizeof(KV) ? 10 : 8;
+
 template <class T, class KV, int kVec, class Pairing>
-__global__ void __launch_bounds__(kRopeAppendWarps * 32, 5)
+__global__ void __launch_bounds__(kRopeAppendWarps * 32, (kRopeAppendBlocks<T, KV>))
     rope_append_paged_kv_cache(const __grid_constant__ RopeAppendParams params) {
   __shared__ float2 tables[kRopeAppendWarps][kRopeAppendMaxPairs];
   alignas(16) __shared__ float weights[kRopeAppendWarps][kRopeAppendMaxHeadDim];
