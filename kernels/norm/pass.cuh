@@ -120,6 +120,7 @@ inline constexpr bool kIsWide = sizeof(W) > sizeof(T) || sizeof(Q) == 1;
 template <class T, class W, class Q>
 inline constexpr int kRmsnormRegisters = kSm < 80           ? 64
                                          : kIsWide<T, W, Q> ? 56
+                                         : sizeof(T) == 4   ? 40
                                                             : 32;
 template <class T, class W, class Q>
 inline constexpr int kLayernormRegisters = kSm < 80           ? 64
