@@ -77,6 +77,7 @@ def circumstances(session: Session) -> dict[str, Any]:
             "sms": properties.multi_processor_count,
             "l2_mb": properties.L2_cache_size / 1e6,
             "empty_kernel_us": session.timer.empty_us,
+            "empty_kernel_net_us": session.timer.empty_net_us,
             "ceilings": asdict(session.ceilings),
         }
     return facts
@@ -95,7 +96,7 @@ def heading(facts: dict[str, Any]) -> str:
             f"Measured here: read {c['read']:.0f}, write {c['write']:.0f}, copy {c['copy']:.0f} "
             "GB/s, "
             f"bf16 matmul {c['bf16_matmul']:.0f} TFLOP/s, an empty kernel "
-            f"{facts['empty_kernel_us']:.1f} us.",
+            f"{facts['empty_kernel_us']:.1f} us, net {facts['empty_kernel_net_us']:.1f} us.",
         ]
     return "\n".join(lines)
 

@@ -41,7 +41,7 @@ class Timer:
             self._begin_pool()
             self.flush_us = self._replay_median(self.pool_keeper, 50, flush=False)
             scalar = torch.zeros(1, device=device)
-            self.empty_us = self.time(scalar.zero_)
+            self.empty_us, self.empty_net_us = self.time(scalar.zero_), self.net(scalar.zero_)
 
     def flush(self) -> None:
         self.flush_buffer.zero_()

@@ -71,11 +71,11 @@ def rope_cases(device: torch.device) -> dict[str, list[Arguments]]:
     q, k = half(7, 4, 64, device=device), half(7, 2, 64, device=device)
     positions = torch.arange(7, device=device, dtype=torch.int32)
     cases: list[Arguments] = [
-        ((q, k, positions, 64, False, 1.0, 1e4), {}),
-        ((q, k, positions.long(), 32, True, 2.0, 5e5), {}),
+        ((q, k, positions, 1e4), {}),
+        ((q, k, positions.long(), 5e5, 32, True, 2.0), {}),
     ]
     requests = torch.tensor([0, 3, 3, 7], dtype=torch.int32, device=device), positions[:3]
-    by_request: list[Arguments] = [((q, k, *requests, 32, False, 1.0, 1e4), {})]
+    by_request: list[Arguments] = [((q, k, *requests, 1e4, 32, False, 1.0), {})]
     table = torch.randn(9, 32, device=device)
     by_table: list[Arguments] = [
         ((positions, q, k, 64, table), {}),
@@ -86,7 +86,7 @@ def rope_cases(device: torch.device) -> dict[str, list[Arguments]]:
         "apply_rope": by_request,
         "apply_rope_pos_ids": cases,
         "apply_llama31_rope": [((*args, *scaling), {}) for args, _ in by_request],
-        "apply_llama31_rope_pos_ids": [((*args, *scaling), {}) for args, _ in cases],
+        "apply_llama31_rope_pos_ids": [((*cases[1][0], *scaling), {}), cases[0]],
         "apply_rope_with_cos_sin_cache": by_table,
     }
     return named | {f"{name}_inplace": arguments for name, arguments in named.items()}
@@ -156,7 +156,7 @@ def page_cases(device: torch.device) -> dict[str, list[Arguments]]:
     views = (pool[:, 0], pool[:, 1])
     q, weight = half(3, 4, 8, device=device), torch.ones(8, device=device)
     rotary = (q, key, key, *tokens, *views, *table[:2], torch.empty_like(q), 2, 1e4)
-    angles = (None, 4, 8.0, 1.0, 4.0, 8192.0)
+    norm, angles = (weight, weight, 1e-6), (4, 8.0, 1.0, 4.0, 8192.0)
     others = (other[:, 0], other[:, 1])
     copies = (numbers(0, 3), numbers(1, 4))
     return {
@@ -165,9 +165,12 @@ def page_cases(device: torch.device) -> dict[str, list[Arguments]]:
             ((key.float(), key.float(), *tokens, *pair, *table, 1, 0.5, 1.0, None, scales), {}),
         ],
         "append_paged_mla_kv_cache": [((latent[:, :8], latent, *tokens, *pages, *table), {})],
-        "rope_append_paged_kv_cache": [(rotary, {})],
+        "rope_append_paged_kv_cache": [
+            (rotary, {}),
+            ((*rotary, *norm), {}),
+        ],
         "rope_append_paged_kv_cache_full": [
-            ((*rotary, tokens[0], weight, weight, 1e-6, *angles, 1.0, 1.0, None, None), {}),
+            ((*rotary, *norm, tokens[0], *angles, None, 1.0, 1.0, None, None), {}),
         ],
         "get_batch_indices_positions": [((numbers(0, 1, 3), numbers(4, 2), 5), {})],
         "get_seq_lens": [((numbers(0, 1, 3), numbers(4, 2), 5), {})],

@@ -240,7 +240,7 @@ def test_opcheck(device: torch.device, rng: torch.Generator) -> None:
     q, k, pos_ids = draw(5, (4, 2), 64, torch.float16, device, rng)
     ops = torch.ops.ridgeline
     for kind in ("contiguous", "strided"):
-        arguments = (view_of(q, kind), view_of(k, kind), pos_ids, 32, False, 1.0, 1e4)
+        arguments = (view_of(q, kind), view_of(k, kind), pos_ids, 1e4, 32, False, 1.0)
         torch.library.opcheck(ops.apply_rope_pos_ids.default, arguments)
         torch.library.opcheck(ops.apply_rope_pos_ids_inplace.default, arguments)
 

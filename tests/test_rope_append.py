@@ -247,6 +247,33 @@ def test_heads(
     check(device, rng, replace(case, lens=lens, new=lens))
 
 
+def test_many_whole_heads(device: torch.device, rng: torch.Generator) -> None:
+    for norm in (None, torch.float32):
+        case = Case(heads=(18, 5), dims=(128, 128), dtype=torch.bfloat16, norm=norm)
+        check(device, rng, replace(case, lens=MANY, new=MANY))
+
+
+def test_unaligned_weights(device: torch.device, rng: torch.Generator) -> None:
+    """The same numbers at an odd address: another kernel, another order of the sum of squares."""
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, v = (normal((5, n, 64), torch.bfloat16, device, rng) for n in (4, 2, 2))
+        cache = torch.zeros(2, 2, 8, 2, 64, dtype=torch.bfloat16, device=device)
+        table = (torch.arange(2, device=device).int(), torch.tensor([0, 2], device=device).int())
+        positions = torch.arange(5, device=device)
+        weights = [normal((65,), dtype, device, rng) for _ in range(2)]
+        results = []
+        for q_weight, k_weight in (
+            [w[1:] for w in weights],
+            [w[1:].clone() for w in weights],
+        ):
+            out = ridgeline.rope_append_paged_kv_cache(
+                q, k, v, positions * 0, positions, cache, *table, q_weight=q_weight,
+                k_weight=k_weight,
+            )  # fmt: skip
+            results.append(out.double())
+        assert bool((results[0] - results[1]).abs().max() <= 2**-7 * results[1].abs().max())
+
+
 @pytest.mark.parametrize("kind", paged.POOL_KINDS)
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
 @pytest.mark.parametrize("page_size", [1, 3, 16, 17, 256])

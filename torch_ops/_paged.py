@@ -38,7 +38,9 @@ def split(op: str, arg: str, cache: PagedCache) -> tuple[Tensor, Tensor]:
                 f"shape {list(cache.shape)}",
                 "Stack keys and values in dimension 1, or pass them as a tuple.",
             )
-        return cache[:, 0], cache[:, 1]
+        # Why unbind: two views of one call take half the time of two calls.
+        keys, values = cache.unbind(1)
+        return keys, values
     if not isinstance(cache, (tuple, list)) or len(cache) != 2:
         got = f"{len(cache)} of them" if isinstance(cache, (tuple, list)) else type(cache).__name__
         _check.fail(op, arg, "a (k, v) tuple or a 5-D tensor", got, "Pass keys and values.")

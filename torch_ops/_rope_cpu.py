@@ -139,21 +139,26 @@ def rotated(x: Tensor, cos_sin: CosSin, rotary_dim: int, interleave: bool) -> Te
 def _register(name: str, by_request: bool, is_llama31: bool) -> None:
     """Registers the CPU implementations and fakes of an op and of its form in place.
 
-    Their arguments after q and k: indptr and offsets or pos_ids, then rotary_dim, interleave and
-    the members of `Angles`.
+    Their arguments after q and k: indptr and offsets or pos_ids, then rope_theta, rotary_dim,
+    interleave, rope_scale and the scaling of Llama 3.1; those with a default may be missing.
     """
+    num_sources = 2 if by_request else 1
+    defaults = (5e5, -1, False, 8.0, 1.0, 4.0, 8192.0) if is_llama31 else (1e4, -1, False, 1.0)
 
     def prepare(op: str, q: Tensor, k: Tensor, *rest: Any) -> Callable[[Tensor], Tensor]:
         check_heads(op, q, k)
+        sources, options = rest[:num_sources], rest[num_sources:]
         if by_request:
-            positions = positions_in_requests(op, rest[0], rest[1], q)
-            rotary_dim, interleave, *options = rest[2:]
+            positions = positions_in_requests(op, sources[0], sources[1], q)
         else:
-            check_positions(op, "pos_ids", rest[0], "q", q)
-            positions = rest[0]
-            rotary_dim, interleave, *options = rest[1:]
+            check_positions(op, "pos_ids", sources[0], "q", q)
+            positions = sources[0]
+        options = (*options, *defaults[len(options) :])
+        rope_theta, rotary_dim, interleave, rope_scale, *scaling = options
+        if rotary_dim == -1:
+            rotary_dim = q.shape[2]
         check_rotary_dim(op, rotary_dim, q.shape[2])
-        angles = replace(Angles(*options), is_llama31=is_llama31)
+        angles = replace(Angles(rope_scale, rope_theta, *scaling), is_llama31=is_llama31)
         angles.check(op)
         cos_sin = angles.cos_sin(positions, rotary_dim)
         return lambda x: rotated(x, cos_sin, rotary_dim, interleave).to(x.dtype)

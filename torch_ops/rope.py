@@ -79,8 +79,18 @@ def apply_rope(
     (tensor([[[0.5403, 0.8415]]]), tensor([[[-0.8415,  0.5403]]]))
     """
     refuse_grad("apply_rope", q, k)
-    rotary_dim = _rotary_dim(q, rotary_dim)
-    return _ROPE(q, k, indptr, offsets, rotary_dim, interleave, rope_scale, rope_theta)  # type: ignore[no-any-return]
+    if rotary_dim is None and not interleave and rope_scale == 1:
+        return _ROPE(q, k, indptr, offsets, rope_theta)  # type: ignore[no-any-return]
+    return _ROPE(  # type: ignore[no-any-return]
+        q,
+        k,
+        indptr,
+        offsets,
+        rope_theta,
+        -1 if rotary_dim is None else rotary_dim,
+        interleave,
+        rope_scale,
+    )
 
 
 def apply_rope_inplace(
@@ -117,8 +127,19 @@ def apply_rope_inplace(
     tensor([[[0.5403, 0.8415]]])
     """
     refuse_grad("apply_rope_inplace", q, k)
-    rotary_dim = _rotary_dim(q, rotary_dim)
-    _ROPE_INPLACE(q, k, indptr, offsets, rotary_dim, interleave, rope_scale, rope_theta)
+    if rotary_dim is None and not interleave and rope_scale == 1:
+        _ROPE_INPLACE(q, k, indptr, offsets, rope_theta)
+    else:
+        _ROPE_INPLACE(
+            q,
+            k,
+            indptr,
+            offsets,
+            rope_theta,
+            -1 if rotary_dim is None else rotary_dim,
+            interleave,
+            rope_scale,
+        )
 
 
 def apply_rope_pos_ids(
@@ -147,7 +168,7 @@ def apply_rope_pos_ids(
         ``[nnz]``, int32 or int64.
     rotary_dim : int, optional
         How many leading elements of a head turn: even, at most head_dim and 512; the others are
-        copied. Default: head_dim.
+        copied. Default, and -1: head_dim.
     interleave : bool
         False: pairs ``(i, i + rotary_dim / 2)``, as in Llama of Hugging Face Transformers; True:
         pairs ``(2 i, 2 i + 1)``, as in GPT-J.
@@ -176,9 +197,10 @@ def apply_rope_pos_ids(
     (tensor([[[0.5403, 0.8415]]]), tensor([[[-0.8415,  0.5403]]]))
     """
     refuse_grad("apply_rope_pos_ids", q, k)
-    rotary_dim = _rotary_dim(q, rotary_dim)
+    if rotary_dim is None and not interleave and rope_scale == 1:
+        return _POS_IDS(q, k, pos_ids, rope_theta)  # type: ignore[no-any-return]
     return _POS_IDS(  # type: ignore[no-any-return]
-        q, k, pos_ids, rotary_dim, interleave, rope_scale, rope_theta
+        q, k, pos_ids, rope_theta, -1 if rotary_dim is None else rotary_dim, interleave, rope_scale
     )
 
 
@@ -215,8 +237,18 @@ def apply_rope_pos_ids_inplace(
     tensor([[[0.5403, 0.8415]]])
     """
     refuse_grad("apply_rope_pos_ids_inplace", q, k)
-    rotary_dim = _rotary_dim(q, rotary_dim)
-    _POS_IDS_INPLACE(q, k, pos_ids, rotary_dim, interleave, rope_scale, rope_theta)
+    if rotary_dim is None and not interleave and rope_scale == 1:
+        _POS_IDS_INPLACE(q, k, pos_ids, rope_theta)
+    else:
+        _POS_IDS_INPLACE(
+            q,
+            k,
+            pos_ids,
+            rope_theta,
+            -1 if rotary_dim is None else rotary_dim,
+            interleave,
+            rope_scale,
+        )
 
 
 def apply_llama31_rope(
@@ -270,16 +302,15 @@ def apply_llama31_rope(
     (tensor([[[0.5403, 0.8415]]]), tensor([[[-0.8415,  0.5403]]]))
     """
     refuse_grad("apply_llama31_rope", q, k)
-    rotary_dim = _rotary_dim(q, rotary_dim)
     return _LLAMA31(  # type: ignore[no-any-return]
         q,
         k,
         indptr,
         offsets,
-        rotary_dim,
+        rope_theta,
+        -1 if rotary_dim is None else rotary_dim,
         interleave,
         rope_scale,
-        rope_theta,
         low_freq_factor,
         high_freq_factor,
         old_context_len,
@@ -323,16 +354,15 @@ def apply_llama31_rope_inplace(
     tensor([[[0.5403, 0.8415]]])
     """
     refuse_grad("apply_llama31_rope_inplace", q, k)
-    rotary_dim = _rotary_dim(q, rotary_dim)
     _LLAMA31_INPLACE(
         q,
         k,
         indptr,
         offsets,
-        rotary_dim,
+        rope_theta,
+        -1 if rotary_dim is None else rotary_dim,
         interleave,
         rope_scale,
-        rope_theta,
         low_freq_factor,
         high_freq_factor,
         old_context_len,
@@ -386,15 +416,14 @@ def apply_llama31_rope_pos_ids(
     (tensor([[[0.5403, 0.8415]]]), tensor([[[-0.8415,  0.5403]]]))
     """
     refuse_grad("apply_llama31_rope_pos_ids", q, k)
-    rotary_dim = _rotary_dim(q, rotary_dim)
     return _LLAMA31_POS_IDS(  # type: ignore[no-any-return]
         q,
         k,
         pos_ids,
-        rotary_dim,
+        rope_theta,
+        -1 if rotary_dim is None else rotary_dim,
         interleave,
         rope_scale,
-        rope_theta,
         low_freq_factor,
         high_freq_factor,
         old_context_len,
@@ -437,15 +466,14 @@ def apply_llama31_rope_pos_ids_inplace(
     tensor([[[0.5403, 0.8415]]])
     """
     refuse_grad("apply_llama31_rope_pos_ids_inplace", q, k)
-    rotary_dim = _rotary_dim(q, rotary_dim)
     _LLAMA31_POS_IDS_INPLACE(
         q,
         k,
         pos_ids,
-        rotary_dim,
+        rope_theta,
+        -1 if rotary_dim is None else rotary_dim,
         interleave,
         rope_scale,
-        rope_theta,
         low_freq_factor,
         high_freq_factor,
         old_context_len,
@@ -535,9 +563,3 @@ def apply_rope_with_cos_sin_cache_inplace(
     """
     refuse_grad("apply_rope_with_cos_sin_cache_inplace", query, key, cos_sin_cache)
     _TABLE_INPLACE(positions, query, key, head_size, cos_sin_cache, is_neox)
-
-
-def _rotary_dim(q: Tensor, rotary_dim: int | None) -> int:
-    if rotary_dim is not None:
-        return rotary_dim
-    return q.shape[-1] if q.dim() > 0 else 0  # the op's own check refuses a scalar

@@ -123,10 +123,12 @@ def rope_append_paged_kv_cache(
     flags = _paged.layout_code(_OP, kv_layout) | (_INTERLEAVE if interleave else 0)
     if q_out is None:
         q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    required = (
+        q, k, v, batch_indices, positions, k_cache, v_cache, kv_indices, kv_indptr, q_out, flags,
+        rope_theta,
+    )  # fmt: skip
     if (
         pos_ids is None
-        and q_weight is None
-        and k_weight is None
         and rotary_dim is None
         and rope_scale == 1
         and old_context_len is None
@@ -134,9 +136,10 @@ def rope_append_paged_kv_cache(
         and k_scale is None
         and v_scale is None
     ):
-        _NARROW(q, k, v, batch_indices, positions, k_cache, v_cache, kv_indices, kv_indptr,
-            q_out, flags, rope_theta,
-        )  # fmt: skip
+        if q_weight is None and k_weight is None:
+            _NARROW(*required)
+        else:
+            _NARROW(*required, q_weight, k_weight, norm_eps)
         return q_out
     k_value, k_scales = split_scale(k_scale)
     v_value, v_scales = split_scale(v_scale)
@@ -145,16 +148,19 @@ def rope_append_paged_kv_cache(
     if old_context_len is not None and not old_context_len > 0:
         way_out = "Leave it out for plain frequencies."
         _check.fail(_OP, "old_context_len", "a finite number > 0", old_context_len, way_out)
-    _FULL(q, k, v, batch_indices, positions, k_cache, v_cache, kv_indices, kv_indptr, q_out,
-        flags, rope_theta, pos_ids, q_weight, k_weight, norm_eps, cos_sin_cache,
-        0 if rotary_dim is None else rotary_dim, rope_scale, low_freq_factor, high_freq_factor,
-        0.0 if old_context_len is None else old_context_len, k_value, v_value, k_scales, v_scales,
+    _FULL(
+        *required, q_weight, k_weight, norm_eps, pos_ids, 0 if rotary_dim is None else rotary_dim,
+        rope_scale, low_freq_factor, high_freq_factor,
+        0.0 if old_context_len is None else old_context_len, cos_sin_cache, k_value, v_value,
+        k_scales, v_scales,
     )  # fmt: skip
     return q_out
 
 
+# The narrow op's arguments are the first of these.
+@cpu_impl("rope_append_paged_kv_cache")
 @cpu_impl("rope_append_paged_kv_cache_full")
-def _full_cpu(
+def _cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -165,22 +171,22 @@ def _full_cpu(
     kv_indices: Tensor,
     kv_indptr: Tensor,
     q_out: Tensor,
-    flags: int,
-    rope_theta: float,
-    pos_ids: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    norm_eps: float,
-    cos_sin_cache: Tensor | None,
-    rotary_dim: int,
-    rope_scale: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
-    old_context_len: float,
-    k_scale: float,
-    v_scale: float,
-    k_scales: Tensor | None,
-    v_scales: Tensor | None,
+    flags: int = 0,
+    rope_theta: float = 1e4,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    pos_ids: Tensor | None = None,
+    rotary_dim: int = 0,
+    rope_scale: float = 1.0,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+    old_context_len: float = 0.0,
+    cos_sin_cache: Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     k_pool = _paged.checked_pool(_OP, "k_cache", k_cache, flags & _HND)
     v_pool = _paged.checked_pool(_OP, "v_cache", v_cache, flags & _HND)
@@ -213,34 +219,9 @@ def _full_cpu(
     q_out.copy_(new_q)
 
 
-@cpu_impl("rope_append_paged_kv_cache")
-def _narrow_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    batch_indices: Tensor,
-    positions: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    kv_indices: Tensor,
-    kv_indptr: Tensor,
-    q_out: Tensor,
-    flags: int,
-    rope_theta: float,
-) -> None:
-    _full_cpu(
-        q, k, v, batch_indices, positions, k_cache, v_cache, kv_indices, kv_indptr, q_out, flags,
-        rope_theta, None, None, None, 0.0, None, 0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, None, None,
-    )  # fmt: skip
-
-
 @fake_impl("rope_append_paged_kv_cache")
-def _narrow_fake(*_: object) -> None:
-    return None
-
-
 @fake_impl("rope_append_paged_kv_cache_full")
-def _full_fake(*_: object) -> None:
+def _fake(*_: object) -> None:
     return None
 
 

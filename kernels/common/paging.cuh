@@ -52,17 +52,34 @@ struct TokenPlace {
   uint32 slot;
 };
 
-// The place of a request's token, if the request, its page and that page of the pool exist.
-__device__ __forceinline__ TokenPlace place_of(const PageTable& table, int64 request,
-                                               int64 position) {
+// Where the table names the page of a request's token, if the request and the page exist.
+struct PageEntry {
+  bool exists;
+  uint32 table_idx;
+  uint32 slot;
+};
+
+__device__ __forceinline__ PageEntry page_entry_of(const PageTable& table, int64 request,
+                                                   int64 position) {
   if (request < 0 || request >= table.batch_size) return {false, 0, 0};
   if (position < 0 || position > kMaxPosition) return {false, 0, 0};
   const PageRange pages = pages_of(table, static_cast<uint32>(request));
   const uint32 page_idx = table.page_size.quotient(static_cast<uint32>(position));
-  if (page_idx >= pages.size()) return {false, 0, 0};
-  const uint32 page = static_cast<uint32>(table.indices[pages.begin + page_idx]);
   const uint32 slot = static_cast<uint32>(position) - page_idx * table.page_size.divisor;
-  return {page < table.num_pages, page, slot};
+  return {page_idx < pages.size(), pages.begin + page_idx, slot};
+}
+
+// The place of a request's token, if the request, its page and that page of the pool exist. In two
+// steps, so that a kernel can do other work while each of them waits for its loads.
+__device__ __forceinline__ TokenPlace place_of(const PageTable& table, const PageEntry& entry) {
+  const uint32 page =
+      entry.exists ? static_cast<uint32>(table.indices[entry.table_idx]) : table.num_pages;
+  return {page < table.num_pages, page, entry.slot};
+}
+
+__device__ __forceinline__ TokenPlace place_of(const PageTable& table, int64 request,
+                                               int64 position) {
+  return place_of(table, page_entry_of(table, request, position));
 }
 
 }  // namespace ridgeline

@@ -46,16 +46,19 @@ __device__ __forceinline__ float block_reduce(float x, float4 (&of_warps)[8]) {
   x = warp_reduce<Op>(x);
   float* slots = reinterpret_cast<float*>(of_warps);
   if (threadIdx.x % kWarpSize == 0) slots[threadIdx.x / kWarpSize] = x;
-  // The slots up to a multiple of four.
-  if (threadIdx.x < (0 - num_warps) % 4) slots[num_warps + threadIdx.x] = 0.0f;
+  // Up to 8 warps read 8 slots, more read all.
+  const uint32 num_read = num_warps <= 8 ? 8 : 32;
+  if (threadIdx.x < num_read - num_warps) slots[num_warps + threadIdx.x] = 0.0f;
   __syncthreads();
   // Why every thread reads them all: that takes less time than the shuffles of a second reduction.
-  const float4 first = of_warps[0];
-  x = Op::of(Op::of(first.x, first.y), Op::of(first.z, first.w));
-#pragma unroll 2
-  for (uint32 i = 1; i * 4 < num_warps; ++i) {
-    const float4 more = of_warps[i];
-    x = Op::of(x, Op::of(Op::of(more.x, more.y), Op::of(more.z, more.w)));
+  const auto of_four = [&](uint32 i) {
+    const float4 four = of_warps[i];
+    return Op::of(Op::of(four.x, four.y), Op::of(four.z, four.w));
+  };
+  x = Op::of(of_four(0), of_four(1));
+  if (num_warps > 8) {
+#pragma unroll
+    for (uint32 i = 2; i < 8; i += 2) x = Op::of(x, Op::of(of_four(i), of_four(i + 1)));
   }
   return x;
 }

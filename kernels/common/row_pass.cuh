@@ -13,7 +13,7 @@
 //     reload(vec_idx): the same vector again;
 // - Columns(params, vec_idx): what is the same for all rows, such as weights; kHeld: loaded with
 // the
-//   row, else where it is used;
+//   row, else where it is used, after prefetch(params, vec_idx);
 // - kMoments: what the transformation needs to know of the whole row;
 // - transform(params, moments, columns, values): what is stored, but for its scale;
 // - output_offset(params, row_idx): where to, in elements;
@@ -52,11 +52,11 @@ struct Team {
   uint32 row_step;
 };
 
-template <class Op, int kStep, int kRows>
+template <class Op, int kStep, bool kIsBlock, int kRows>
 __device__ __forceinline__ void team_reduce(float (&x)[kRows], const Team& team) {
   if constexpr (kRows > 1) {
     group_reduce<Op>(x, team.size);
-  } else if (team.size == kWarpSize) {
+  } else if (!kIsBlock && team.size == kWarpSize) {
     x[0] = warp_reduce<Op>(x[0]);
   } else {
     __shared__ float4 of_warps[kRowMaxThreads / kWarpSize / 4];  // an array for each step
@@ -71,7 +71,8 @@ __device__ __forceinline__ float scale_for(float largest, float largest_represen
 }
 
 // kRows rows of kHeld vectors in a thread's registers; kRows > 1 means rows of one vector a thread.
-template <class Pass, int kRows, int kHeld, class Params>
+// kWhole: the team is a block, its threads' registers hold the row, and each has a first vector.
+template <class Pass, int kRows, int kHeld, bool kWhole, class Params>
 __device__ __forceinline__ void run_team(const Params& params, const Team& team) {
   using Row = typename Pass::Row;
   using Element = typename Pass::Element;
@@ -87,6 +88,9 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
   typename Row::Fetched fetched[kRows][kHeld];
   Columns columns[kHeld];
   constexpr bool kHoldsColumns = Columns::kHeld;
+  const auto has = [&](int i, int j) {
+    return (kWhole && j == 0) || (valid[i] && team.rank + j * team.size < num_vecs);
+  };
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     const uint32 row_idx = team.first_row + i * team.row_step;
@@ -95,13 +99,19 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
       const uint32 vec_idx = team.rank + j * team.size;
-      if (valid[i] && vec_idx < num_vecs) fetched[i][j] = rows[i].fetch(vec_idx);
+      if (has(i, j)) fetched[i][j] = rows[i].fetch(vec_idx);
     }
   }
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
     const uint32 vec_idx = team.rank + j * team.size;
-    if (kHoldsColumns && vec_idx < num_vecs) columns[j] = Columns(params, vec_idx);
+    if (!(kWhole && j == 0) && vec_idx >= num_vecs) continue;
+    if constexpr (kHoldsColumns) {
+      columns[j] = Columns(params, vec_idx);
+    } else if (gridDim.x <= kRowFewBlocks) {
+      // Later blocks find them in L1.
+      Columns::prefetch(params, vec_idx);
+    }
   }
   float factor[kRows];
   bool computes = false;
@@ -117,6 +127,13 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
       if (Pass::kScaling == Scaling::kDivide) factor[i] = reciprocal(factor[i]);
     }
   }
+  // While the loads are on their way.
+  Element* outputs[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const uint32 row_idx = team.first_row + i * team.row_step;
+    outputs[i] = static_cast<Element*>(params.output) + Pass::output_offset(params, row_idx);
+  }
   pdl_launch_dependents();
 
   typename Row::Vector x[kRows][kHeld];
@@ -125,7 +142,7 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
       const uint32 vec_idx = team.rank + j * team.size;
-      if (valid[i] && vec_idx < num_vecs) x[i][j] = rows[i].take(fetched[i][j], vec_idx);
+      if (has(i, j)) x[i][j] = rows[i].take(fetched[i][j], vec_idx);
     }
   }
 
@@ -138,13 +155,13 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
 #pragma unroll
       for (int j = 0; j < kHeld; ++j) {
         const uint32 vec_idx = team.rank + j * team.size;
-        if (valid[i] && vec_idx < num_vecs) {
+        if (has(i, j)) {
           x[i][j].to_floats(values);
           use(i, vec_idx, kHoldsColumns ? columns[j] : Columns(params, vec_idx), values);
         }
       }
     }
-    if constexpr (kRows == 1) {
+    if constexpr (kRows == 1 && !kWhole) {
       for (uint32 vec_idx = first_unheld; vec_idx < num_vecs; vec_idx += team.size) {
         const typename Row::Vector again =
             kFirst ? rows[0].take(rows[0].fetch(vec_idx), vec_idx) : rows[0].reload(vec_idx);
@@ -161,7 +178,7 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
 #pragma unroll
       for (int k = 0; k < kVec; ++k) total[i] += v[k];
     });
-    team_reduce<Sum, 0>(total, team);
+    team_reduce<Sum, 0, kWhole>(total, team);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       moments[i].mean = __fdividef(total[i], params.length);
@@ -177,7 +194,7 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
         total[i] = fmaf(value, value, total[i]);
       }
     });
-    team_reduce<Sum, 1>(total, team);
+    team_reduce<Sum, 1, kWhole>(total, team);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       moments[i].inverse_root = rsqrtf(__fdividef(total[i], params.length) + params.eps);
@@ -190,7 +207,7 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
 #pragma unroll
       for (int k = 0; k < kVec; ++k) largest[i] = fmaxf(largest[i], fabsf(v[k]));
     });
-    team_reduce<Largest, 2>(largest, team);
+    team_reduce<Largest, 2, kWhole>(largest, team);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const float scale = scale_for(largest[i], kLargest<Element>);
@@ -201,12 +218,6 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
     }
   }
 
-  Element* outputs[kRows];
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const uint32 row_idx = team.first_row + i * team.row_step;
-    outputs[i] = static_cast<Element*>(params.output) + Pass::output_offset(params, row_idx);
-  }
   // Why not streaming stores: the next operator reads the output, from L2 when it fits.
   const auto put = [&](int i, uint32 vec_idx, const Columns& column, float (&v)[kVec]) {
     Pass::transform(params, moments[i], column, v);
@@ -226,11 +237,15 @@ __device__ __forceinline__ void run_pass(const Params& params) {
   pdl_wait();
   const RowShape& shape = params.shape;
   const uint32 size = shape.threads_per_row;
+  if (size > kWarpSize && shape.num_vecs <= kRowSlots * size) {
+    run_team<Pass, 1, kRowSlots, true>(params, {size, threadIdx.x, blockIdx.x, 0});
+    return;
+  }
   if (shape.num_vecs <= kWarpSize) {
     const uint32 log2_size = 31 - __clz(size);
     const uint32 num_teams = blockDim.x >> log2_size;
     const uint32 team_idx = threadIdx.x >> log2_size;
-    run_team<Pass, kRowSlots, 1>(
+    run_team<Pass, kRowSlots, 1, false>(
         params,
         {size, threadIdx.x & (size - 1), blockIdx.x * num_teams * kRowSlots + team_idx, num_teams});
     return;
@@ -239,8 +254,8 @@ __device__ __forceinline__ void run_pass(const Params& params) {
   const uint32 row_idx = in_warp ? (blockIdx.x * blockDim.x + threadIdx.x) / kWarpSize : blockIdx.x;
   // Whole warps only, and never in a block that synchronises.
   if (row_idx >= shape.num_rows) return;
-  run_team<Pass, 1, kRowSlots>(params,
-                               {size, in_warp ? threadIdx.x % kWarpSize : threadIdx.x, row_idx, 0});
+  run_team<Pass, 1, kRowSlots, false>(
+      params, {size, in_warp ? threadIdx.x % kWarpSize : threadIdx.x, row_idx, 0});
 }
 
 }  // namespace ridgeline

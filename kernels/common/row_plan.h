@@ -11,6 +11,7 @@ namespace ridgeline {
 // short.
 constexpr int kRowSlots = 2;
 constexpr uint32 kRowMaxThreads = 1024;
+constexpr uint32 kRowFewBlocks = 512;  // up to here columns come from memory, not from a cache
 
 struct RowShape {
   uint32 num_rows;         // below 2^31

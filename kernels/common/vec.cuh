@@ -137,8 +137,9 @@ __device__ __forceinline__ Vec<T, kVec> load(const T* source) {
   return v;
 }
 
-// A load of what this kernel reads once: it leaves L1 to the weights. Not the read-only path, so
-// that the kernel may write the same address later (in-place operators).
+// A load of what this kernel reads once, past L1. Not the read-only path, so that the kernel may
+// write the same address later (in-place operators). Why not everywhere: norms, RoPE and
+// activations of 16,384 rows take 2 to 4% longer by it (H200).
 template <int kVec, class T>
 __device__ __forceinline__ Vec<T, kVec> load_once(const T* source) {
   if constexpr (sizeof(T) * kVec == 16) {
@@ -151,6 +152,11 @@ __device__ __forceinline__ Vec<T, kVec> load_once(const T* source) {
   } else {
     return load<kVec>(source);
   }
+}
+
+// Brings what a later step reads into L2. Why not into registers: they are worth more elsewhere.
+__device__ __forceinline__ void prefetch(const void* source) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(source));
 }
 
 template <int kVec, class T>

@@ -10,7 +10,7 @@
 namespace ridgeline {
 
 template <class T, class W, int kVec, class Q = T>
-__global__ void __maxnreg__((kMoreRegisters<T, W, Q>))
+__global__ void __maxnreg__((kFusedAddRegisters<T, W, Q>))
     fused_add_rmsnorm(const __grid_constant__ NormParams params) {
   run_pass<NormPass<SumRow<T, kVec>, Weight<W, kVec>, Q, kVec>>(params);
 }

@@ -11,7 +11,7 @@
 namespace ridgeline {
 
 template <class T, class W, int kVec, class Q = T>
-__global__ void __maxnreg__((kMoreRegisters<T, W, Q>))
+__global__ void __maxnreg__((kLayernormRegisters<T, W, Q>))
     layernorm(const __grid_constant__ NormParams params) {
   run_pass<NormPass<InputRow<T, kVec>, WeightAndBias<W, kVec>, Q, kVec>>(params);
 }

@@ -19,7 +19,7 @@ struct InputRow {
       : input(static_cast<const T*>(params.input) +
               row_offset(params.shape.num_inner, params.input_strides, row)) {}
   __device__ __forceinline__ Fetched fetch(uint32 vec_idx) const {
-    return load_once<kVec>(input + vec_idx * kVec);
+    return load<kVec>(input + vec_idx * kVec);
   }
   __device__ __forceinline__ Vector take(const Fetched& fetched, uint32) const { return fetched; }
   __device__ __forceinline__ Vector reload(uint32 vec_idx) const { return fetch(vec_idx); }
@@ -44,8 +44,8 @@ struct SumRow {
                  row_offset(params.shape.num_inner, params.residual_strides, row)) {}
   __device__ __forceinline__ Fetched fetch(uint32 vec_idx) const {
     Fetched fetched;
-    fetched.input = load_once<kVec>(input + vec_idx * kVec);
-    fetched.residual = load_once<kVec>(residual + vec_idx * kVec);
+    fetched.input = load<kVec>(input + vec_idx * kVec);
+    fetched.residual = load<kVec>(residual + vec_idx * kVec);
     return fetched;
   }
   __device__ __forceinline__ Vector take(const Fetched& fetched, uint32 vec_idx) const {
@@ -97,6 +97,10 @@ struct WeightAndBias {
   __device__ __forceinline__ WeightAndBias(const NormParams& params, uint32 vec_idx)
       : weight(load<kVec>(static_cast<const W*>(params.weight) + vec_idx * kVec)),
         bias(load<kVec>(static_cast<const W*>(params.bias) + vec_idx * kVec)) {}
+  static __device__ __forceinline__ void prefetch(const NormParams& params, uint32 vec_idx) {
+    ridgeline::prefetch(static_cast<const W*>(params.weight) + vec_idx * kVec);
+    ridgeline::prefetch(static_cast<const W*>(params.bias) + vec_idx * kVec);
+  }
   __device__ __forceinline__ void apply(const NormParams&, const Moments& moments,
                                         float (&values)[kVec]) const {
     float weights[kVec], biases[kVec];
@@ -109,17 +113,21 @@ struct WeightAndBias {
   }
 };
 
-// Registers of a thread, at most; a block of kRowMaxThreads has 64 for each. Why fewer: ptxas left
-// alone takes two more, which costs an SM a block of 256 threads. An SM of Turing has 64 for each
-// thread that it can hold.
+// Registers of a thread, at most. 32 let an SM hold all the threads that it has places for, 40 let
+// it hold 1,536. An SM of Turing has 64 for each thread that it can hold.
 template <class T, class W, class Q>
 inline constexpr bool kIsWide = sizeof(W) > sizeof(T) || sizeof(Q) == 1;
 template <class T, class W, class Q>
-inline constexpr int kInputRowRegisters = kSm < 80           ? 64
-                                          : kIsWide<T, W, Q> ? 48
-                                                             : 40;
+inline constexpr int kRmsnormRegisters = kSm < 80           ? 64
+                                         : kIsWide<T, W, Q> ? 56
+                                         : sizeof(T) == 4   ? 40
+                                                            : 32;
 template <class T, class W, class Q>
-inline constexpr int kMoreRegisters = kSm < 80 || kIsWide<T, W, Q> ? 64 : 48;
+inline constexpr int kLayernormRegisters = kSm < 80           ? 64
+                                           : kIsWide<T, W, Q> ? 64
+                                                              : 40;
+template <class T, class W, class Q>
+inline constexpr int kFusedAddRegisters = kSm < 80 || kIsWide<T, W, Q> ? 64 : 48;
 
 // Q: what is stored, of T's own type or of 8 bits.
 template <class R, class Affine, class Q, int kElements>

@@ -13,7 +13,7 @@
 namespace ridgeline {
 
 template <class T, class W, int kVec, class Q = T>
-__global__ void __maxnreg__((kInputRowRegisters<T, W, Q>))
+__global__ void __maxnreg__((kRmsnormRegisters<T, W, Q>))
     rmsnorm(const __grid_constant__ NormParams params) {
   run_pass<NormPass<InputRow<T, kVec>, Weight<W, kVec>, Q, kVec>>(params);
 }

@@ -37,7 +37,7 @@ struct AppendRow {
       const uint32 head = tensor.vecs_per_head.quotient(vec_idx);
       const uint32 in_head = vec_idx - head * tensor.vecs_per_head.divisor;
       fetched.vecs[i] =
-          load_once<Cast::kVec>(source + head * tensor.source_head_stride + in_head * Cast::kVec);
+          load<Cast::kVec>(source + head * tensor.source_head_stride + in_head * Cast::kVec);
     }
   }
 

@@ -35,6 +35,7 @@ struct NoColumns {
   static constexpr bool kHeld = false;
   __device__ __forceinline__ NoColumns() {}
   __device__ __forceinline__ NoColumns(const QuantizeParams&, uint32) {}
+  static __device__ __forceinline__ void prefetch(const QuantizeParams&, uint32) {}
 };
 
 template <class From, class To, int kElements, Scaling kHow>

@@ -4,20 +4,122 @@
 // q [nnz, num_q_heads, head_dim], k [nnz, num_k_heads, head_dim] of T, any strides but a last one
 // of 1; out of place or in place. kVec elements move at once: 16 bytes, or 1 element when a
 // pointer, a stride or num_pairs does not allow that. Pairing is HalfSplit or Interleaved,
-// Positions PosIds or RequestOffsets, Angles Frequencies or CosSinCache. Who owns what: rotate.cuh.
-// Launch: rope_plan(), ceil(nnz / tokens_per_block) blocks. All SMs.
+// Positions PosIds or RequestOffsets, Angles Frequencies or CosSinCache. A warp owns a slice of a
+// token's heads, q's first, then k's (rope_plan); a team of team_size lanes owns a head, lane i of
+// it units i, i + team_size, ... of kVec pairs. Warps do not wait for each other's loads: each
+// makes its token's angles itself, in shared memory, while its heads are on their way. Launch:
+// kRopeWarps warps a block, a warp for each slice. All SMs.
 #pragma once
 
-#include "rope/rotate.cuh"
+#include "common/pdl.cuh"
+#include "common/reduce.cuh"
+#include "common/vec.cuh"
+#include "rope/angle.cuh"
+#include "rope/pairing.cuh"
+#include "rope/params.h"
+#include "rope/positions.cuh"
 
 namespace ridgeline {
 
-// Why two blocks an SM: told of one, ptxas aims at six and spills for it on sm_80.
+// The heads of one token, q's first, then k's.
+template <class T>
+struct RopeToken {
+  const RopeTensor& q;
+  const RopeTensor& k;
+  uint32 num_q_heads;
+  uint32 token;
+
+  __device__ __forceinline__ const T* input(uint32 head) const {
+    const bool is_q = head < num_q_heads;
+    const RopeTensor& x = is_q ? q : k;
+    return static_cast<const T*>(x.input) + token * x.input_token_stride +
+           (is_q ? head : head - num_q_heads) * x.input_head_stride;
+  }
+  __device__ __forceinline__ T* output(uint32 head) const {
+    const bool is_q = head < num_q_heads;
+    const RopeTensor& x = is_q ? q : k;
+    return static_cast<T*>(x.output) + token * x.output_token_stride +
+           (is_q ? head : head - num_q_heads) * x.output_head_stride;
+  }
+};
+
 template <class T, int kVec, class Pairing, class Positions, class Angles>
-__global__ void __launch_bounds__(kRopeMaxThreads, 2)
+__global__ void __launch_bounds__(kRopeWarps * 32, 6)
     apply_rope(const __grid_constant__ RopeParams<Positions, Angles> params) {
+  using Lanes = typename Pairing::template Lanes<kVec>;
+  constexpr bool kHasTable = sizeof(Angles) == sizeof(CosSinCache);
+  __shared__ float2 tables[kRopeWarps][kRopeMaxPairs];  // [kVec][num_units]
+  __shared__ Turns<kHasTable ? 1 : kRopeMaxPairs> turns;
+  const RopeShape& shape = params.shape;
+  const uint32 warp = blockIdx.x * kRopeWarps + threadIdx.x / kWarpSize;
+  const uint32 token = shape.num_slices.quotient(warp);
+  const bool has_token = token < shape.nnz;
+  const uint32 team_log2 = 31 - __clz(shape.team_size);
+  const uint32 lane = threadIdx.x % kWarpSize & (shape.team_size - 1);
+  const uint32 heads_at_once = kWarpSize >> team_log2;
+  const uint32 begin = (warp - token * shape.num_slices.divisor) * shape.heads_per_slice;
+  const uint32 end = has_token ? min(begin + shape.heads_per_slice, shape.num_heads) : 0;
+  const uint32 first_head = begin + (threadIdx.x % kWarpSize >> team_log2);
+  const uint32 num_units = shape.num_units.divisor;
+  const RopeToken<T> heads{params.q, params.k, shape.num_q_heads, token};
+
+  Vec<T, kVec> a[kRopeHeads], b[kRopeHeads];
+  const auto load_unit = [&](uint32 unit) {
+#pragma unroll
+    for (uint32 i = 0; i < kRopeHeads; ++i) {
+      const uint32 head = first_head + i * heads_at_once;
+      if (head >= end || unit >= num_units) continue;
+      const T* input = heads.input(head);
+      a[i] = load<kVec>(input + Lanes::first(unit));
+      b[i] = load<kVec>(input + Lanes::second(unit, shape.num_pairs));
+    }
+  };
   pdl_wait();
-  rotate_heads<T, kVec, Pairing>(params);
+  PositionOf<Positions> position_of;
+  if (has_token) position_of.load(params.positions, token);
+  load_unit(lane);
+  if constexpr (!kHasTable) {
+    turns.fill(params.angles, shape.num_pairs);
+    __syncthreads();
+  }
+  if (!has_token) return;
+
+  float2* table = tables[threadIdx.x / kWarpSize];
+  const int64 position = position_of.get(params.positions, token);
+  fill_angles<Lanes>(table, shape.num_pairs, shape.num_units, [&](uint32 pair) {
+    if constexpr (kHasTable) {
+      return cos_sin(params.angles, position, pair);
+    } else {
+      return cos_sin(turns.values[pair], position);
+    }
+  });
+  pdl_launch_dependents();
+  __syncwarp();
+
+  for (uint32 unit = lane; unit < num_units; unit += shape.team_size) {
+    if (unit != lane) load_unit(unit);
+    float2 angles[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) angles[i] = table[i * num_units + unit];
+#pragma unroll
+    for (uint32 i = 0; i < kRopeHeads; ++i) {
+      const uint32 head = first_head + i * heads_at_once;
+      if (head >= end) continue;
+      rotate<Lanes>(a[i], b[i], angles);
+      // Why not streaming stores: attention and the cache append read the output next.
+      T* output = heads.output(head);
+      store(output + Lanes::first(unit), a[i]);
+      store(output + Lanes::second(unit, shape.num_pairs), b[i]);
+    }
+  }
+  // What lies beyond rotary_dim is copied unchanged.
+  if (shape.num_copied_vecs == 0) return;
+  for (uint32 head = first_head; head < end; head += heads_at_once) {
+    for (uint32 vec = lane; vec < shape.num_copied_vecs; vec += shape.team_size) {
+      const uint32 element = 2 * shape.num_pairs + vec * kVec;
+      store(heads.output(head) + element, load<kVec>(heads.input(head) + element));
+    }
+  }
 }
 
 }  // namespace ridgeline

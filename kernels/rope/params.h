@@ -8,11 +8,10 @@
 
 namespace ridgeline {
 
-constexpr int kRopeMaxPairs = 256;  // rotary_dim is at most 512
-constexpr uint32 kRopeMaxThreads = 256;
-constexpr uint32 kRopeBlockThreads = 192;  // filled with tokens; small blocks share an SM better
-constexpr uint32 kRopeHeadsPerThread = 4;  // heads whose loads a thread has in flight at once
-constexpr uint32 kRopeTableSize = 1024;    // (cos, sin) of a block's tokens in shared memory
+constexpr int kRopeMaxPairs = 256;     // rotary_dim is at most 512
+constexpr uint32 kRopeWarps = 4;       // of a block
+constexpr uint32 kRopeHeads = 4;       // whose loads a thread has in flight at once
+constexpr uint32 kRopeFewTokens = 64;  // up to here a thread takes one head
 
 struct RopeTensor {
   const void* input;  // [nnz, num_heads, head_dim], T
@@ -24,15 +23,15 @@ struct RopeTensor {
 };
 
 struct RopeShape {
-  uint32 nnz;  // tokens, below 2^31
+  uint32 nnz;  // tokens; nnz * num_slices is below 2^31
   uint32 num_q_heads;
-  uint32 num_heads;         // of q and k together
-  uint32 num_pairs;         // rotary_dim / 2
-  uint32 num_copied_vecs;   // (head_dim - rotary_dim) / kVec; 0 when in place
-  uint32 tokens_per_block;  // from rope_plan()
-  uint32 head_step;         // from rope_plan()
-  Divider lanes_per_head;   // num_pairs / kVec
-  Divider threads_per_token;
+  uint32 num_heads;        // of q and k together
+  uint32 num_pairs;        // rotary_dim / 2
+  uint32 num_copied_vecs;  // (head_dim - rotary_dim) / kVec; 0 when in place
+  uint32 team_size;        // from rope_plan()
+  uint32 heads_per_slice;  // from rope_plan()
+  Divider num_slices;      // of a token
+  Divider num_units;       // num_pairs / kVec, of a head
 };
 
 // Where a token's position comes from; found by positions.cuh.
@@ -70,40 +69,35 @@ struct RopeParams {
 };
 
 struct RopePlan {
-  uint32 lanes_per_head;  // each lane owns kVec pairs of a head
-  uint32 head_step;       // a thread's heads are head_step apart
-  uint32 threads_per_token;
-  uint32 tokens_per_block;  // at most kRopeBlockThreads
-  uint32 block;             // threads, at least kRopeBlockThreads / 2
+  uint32 team_size;  // threads of a head: a power of two, at most 32
+  uint32 heads_per_slice;
+  uint32 num_slices;
 };
 
-// Tokens that fill a block of kRopeBlockThreads and whose angles fit in the table; at least 1.
-constexpr uint32 rope_tokens_per_block(uint32 threads_per_token, uint32 num_pairs) {
-  const uint32 by_threads =
-      threads_per_token < kRopeBlockThreads ? kRopeBlockThreads / threads_per_token : 1;
-  const uint32 by_table = kRopeTableSize / num_pairs;
-  return by_threads < by_table ? by_threads : by_table;
-}
-
-// A thread owns the same pairs of up to kRopeHeadsPerThread heads (more if the block is full), so
-// that it reads its cosines and sines once. Wants num_pairs from vec_size to kRopeMaxPairs.
-constexpr RopePlan rope_plan(uint32 num_heads, uint32 num_pairs, int vec_size) {
-  const uint32 lanes = num_pairs / static_cast<uint32>(vec_size);
-  const uint32 wanted = (num_heads + kRopeHeadsPerThread - 1) / kRopeHeadsPerThread;
-  const uint32 most = kRopeMaxThreads / lanes;
-  const uint32 head_step = wanted < most ? wanted : most;
-  const uint32 threads = lanes * head_step;
-  const uint32 tokens = rope_tokens_per_block(threads, num_pairs);
-  return {lanes, head_step, threads, tokens, tokens * threads};
+// A warp takes a slice of a token's heads. Few tokens: one head a thread, so that no thread goes
+// through one head after the other. Many: kRopeHeads, so that it makes the token's angles once.
+// Wants num_pairs from vec_size to kRopeMaxPairs.
+constexpr RopePlan rope_plan(uint32 num_heads, uint32 num_pairs, uint32 num_tokens, int vec_size) {
+  uint32 team = 1;
+  while (team < num_pairs / vec_size && team < 32) team *= 2;
+  const uint32 heads = 32 / team * (num_tokens <= kRopeFewTokens ? 1 : kRopeHeads);
+  return {team, heads, (num_heads + heads - 1) / heads};
 }
 
 constexpr int kRopeAppendMaxHeadDim = 256;
-constexpr uint32 kRopeAppendFewTokens = 512;  // up to here each thread takes one head
-constexpr uint32 kRopeAppendSliceThreads = 128;
+constexpr uint32 kRopeAppendMaxPairs = kRopeAppendMaxHeadDim / 2;
+constexpr uint32 kRopeAppendWarps = 2;        // of a block
+constexpr uint32 kRopeAppendFewTokens = 256;  // up to here a thread takes half as many heads
 
 // Units that a lane owns of a head: kRopeAppendMaxHeadDim elements over 32 lanes of two vectors.
 constexpr int rope_append_units(int vec_size) {
   return vec_size == 1 ? kRopeAppendMaxHeadDim / 64 : 1;
+}
+
+// Heads whose loads a thread has in flight at once. Single elements come in several units: fewer
+// heads, for as many loads.
+constexpr uint32 rope_append_heads(int vec_size) {
+  return vec_size == 1 ? 2 : 4;
 }
 
 // How a head's vectors are paired into units: first those that turn, then the rest, two by two.
@@ -122,18 +116,17 @@ constexpr HeadUnits head_units(uint32 head_dim, uint32 rotary_dim, uint32 vec_si
 }
 
 struct RopeAppendShape {
-  uint32 nnz;  // tokens, below 2^31
+  uint32 nnz;  // tokens; nnz * num_slices is below 2^31
   uint32 num_q_heads;
-  uint32 num_qk_heads;  // of q and k together
-  uint32 num_heads;     // of q, k and v together
-  uint32 num_pairs;     // rotary_dim / 2
+  uint32 num_kv_heads;
+  uint32 num_pairs;  // rotary_dim / 2
   HeadUnits qk_units;
   HeadUnits v_units;
-  uint32 heads_per_slice;  // heads of a token that a block takes
-  uint32 head_step;        // a thread's heads are head_step apart
-  uint32 team_size;        // threads of a head: a power of two, at most 32
-  uint32 tokens_per_block;
-  Divider threads_per_token;  // of a slice
+  uint32 team_size;           // threads of a head: a power of two, at most 32
+  uint32 q_heads_per_slice;   // from rope_append_plan()
+  uint32 kv_heads_per_slice;  // from rope_append_plan()
+  uint32 num_q_slices;        // of a token
+  Divider num_slices;         // of a token: of q, then of k and v
   Divider turning_units;      // qk_units.num_turning
 };
 
@@ -162,35 +155,27 @@ struct RopeAppendParams {
 
 struct RopeAppendPlan {
   uint32 team_size;
-  uint32 head_step;
-  uint32 heads_per_slice;
-  uint32 threads_per_token;
-  uint32 tokens_per_block;
-  uint32 num_slices;
-  uint32 block;  // threads, whole warps
+  uint32 q_heads_per_slice;
+  uint32 kv_heads_per_slice;
+  uint32 num_q_slices;
+  uint32 num_slices;  // of q, and of k and v together
 };
 
-// Few tokens: slices of heads, one head a thread, so that the blocks of q do not wait for the page
-// table and all SMs have work. Many: a block takes whole tokens and computes their angles once.
-constexpr RopeAppendPlan rope_append_plan(uint32 num_heads, uint32 num_units, uint32 num_pairs,
-                                          uint32 num_tokens) {
+// A warp takes a slice of a token: some heads of q, or half as many of k and the same of v. Many
+// tokens: as many heads a thread as it has registers for, since every warp makes the token's
+// angles.
+constexpr RopeAppendPlan rope_append_plan(uint32 num_q_heads, uint32 num_kv_heads, uint32 num_units,
+                                          uint32 num_tokens, int vec_size) {
   uint32 team = 1;
   while (team < num_units && team < 32) team *= 2;
-  const bool few = num_tokens <= kRopeAppendFewTokens;
-  const uint32 wanted =
-      few ? num_heads : (num_heads + kRopeHeadsPerThread - 1) / kRopeHeadsPerThread;
-  const uint32 most = (few ? kRopeAppendSliceThreads : kRopeMaxThreads) / team;
-  const uint32 head_step = wanted < most ? wanted : most;
-  const uint32 heads_per_slice = few ? head_step : num_heads;
-  const uint32 threads = team * head_step;
-  const uint32 tokens = rope_tokens_per_block(threads, num_pairs);
-  return {team,
-          head_step,
-          heads_per_slice,
-          threads,
-          tokens,
-          (num_heads + heads_per_slice - 1) / heads_per_slice,
-          (tokens * threads + 31) / 32 * 32};
+  const uint32 heads_at_once = 32 / team;
+  const uint32 most = rope_append_heads(vec_size);
+  const uint32 heads = num_tokens <= kRopeAppendFewTokens ? most / 2 : most;
+  const uint32 q_heads = heads_at_once * heads;
+  const uint32 kv_heads = heads_at_once * (heads / 2 > 0 ? heads / 2 : 1);
+  const uint32 num_q_slices = (num_q_heads + q_heads - 1) / q_heads;
+  return {team, q_heads, kv_heads, num_q_slices,
+          num_q_slices + (num_kv_heads + kv_heads - 1) / kv_heads};
 }
 
 }  // namespace ridgeline

@@ -1,5 +1,5 @@
-// Where a token of the block is in its sequence. load() issues what can be loaded at once, get() is
-// called by all threads of the block when their own loads are on their way.
+// Where a token is in its sequence, for all lanes of its warp. load() issues what can be loaded at
+// once; get() is called when the warp's other loads are on their way.
 #pragma once
 
 #include "common/paging.cuh"
@@ -18,9 +18,7 @@ struct PositionOf<PosIds> {
   __device__ __forceinline__ void load(const PosIds& from, uint32 token) {
     position = load_index(from.ids, token);
   }
-  __device__ __forceinline__ int64 get(const PosIds&, const RopeShape&, uint32) const {
-    return position;
-  }
+  __device__ __forceinline__ int64 get(const PosIds&, uint32) const { return position; }
 };
 
 // offsets[r] + token - indptr[r] for the request r with indptr[r] <= token < indptr[r + 1], by all
@@ -56,21 +54,8 @@ __device__ __forceinline__ int64 position_in_request(const RequestOffsets& from,
 template <>
 struct PositionOf<RequestOffsets> {
   __device__ __forceinline__ void load(const RequestOffsets&, uint32) {}
-
-  // A warp finds the position of one token at a time; a block has a whole warp.
-  __device__ __forceinline__ int64 get(const RequestOffsets& from, const RopeShape& shape,
-                                       uint32 token_in_block) const {
-    __shared__ int64 found[kRopeBlockThreads];
-    const uint32 warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
-    if (warp < num_warps) {
-#pragma unroll 1
-      for (uint32 i = warp; i < shape.tokens_per_block; i += num_warps) {
-        const int64 position = position_in_request(from, blockIdx.x * shape.tokens_per_block + i);
-        if (threadIdx.x % kWarpSize == 0) found[i] = position;
-      }
-    }
-    __syncthreads();
-    return found[token_in_block];
+  __device__ __forceinline__ int64 get(const RequestOffsets& from, uint32 token) const {
+    return position_in_request(from, token);
   }
 };
 

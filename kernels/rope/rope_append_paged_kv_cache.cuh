@@ -4,23 +4,24 @@
 //
 // q, k [nnz, num_heads, head_dim], v [nnz, num_kv_heads, head_dim_vo] of T, any strides but a last
 // one of 1; q's output may be its input. A pool in either layout. kVec elements move at once: 16
-// bytes of T, or 1 element where a pointer, a stride or a size does not allow that. A team of
-// team_size lanes owns a head; lane i owns units i, i + team_size, ... of two vectors each
-// (HeadUnits). Thread t of a token owns heads t / team_size + i * head_step of its slice, in the
-// order q, k, v. A token's angles are made once a block, in shared memory, while its first heads
-// are on their way. Tokens without a place in the pool are not appended; their q is written.
-// Launch: rope_append_plan(), blocks of tokens times slices. All SMs; head dims up to
+// bytes of T, or 1 element where a pointer, a stride or a size does not allow that. A warp owns a
+// slice of a token, of heads of q or of heads of k and v (rope_append_plan); a team of team_size
+// lanes owns a head, lane i of it units i, i + team_size, ... of two vectors each (HeadUnits).
+// Warps never wait for each other: each makes its token's angles itself, in shared memory, while
+// its heads are on their way. Tokens without a place in the pool are not appended; their q is
+// written. Launch: kRopeAppendWarps warps a block, a warp for each slice. All SMs; head dims up to
 // kRopeAppendMaxHeadDim.
 #pragma once
 
+#include "common/arch.cuh"
 #include "common/paging.cuh"
 #include "common/pdl.cuh"
 #include "common/reduce.cuh"
+#include "common/vec.cuh"
 #include "page/cast.cuh"
 #include "rope/angle.cuh"
 #include "rope/pairing.cuh"
 #include "rope/params.h"
-#include "rope/rotate.cuh"
 
 namespace ridgeline {
 
@@ -43,204 +44,350 @@ __device__ __forceinline__ Unit unit_of(const HeadUnits& units, uint32 num_pairs
   return {first, first + units.num_rest * kVec, count, false};
 }
 
-// The weights of q's and k's norm as floats, [2][kRopeAppendMaxHeadDim].
-template <class T>
-__device__ __forceinline__ void fill_norm_weights(float* weights, const HeadNorm& norm) {
-  const uint32 head_dim = static_cast<uint32>(norm.head_dim);
-  for (uint32 i = threadIdx.x; i < 2 * head_dim; i += blockDim.x) {
-    const bool is_k = i >= head_dim;
-    const uint32 element = is_k ? i - head_dim : i;
-    const void* source = is_k ? norm.k_weight : norm.q_weight;
-    weights[is_k * kRopeAppendMaxHeadDim + element] =
-        norm.weights_are_float ? static_cast<const float*>(source)[element]
-                               : to_float(static_cast<const T*>(source)[element]);
-  }
-}
+// A lane's part of a head.
+template <class T, int kVec>
+struct HeadPart {
+  static constexpr int kUnits = rope_append_units(kVec);
+  Vec<T, kVec> a[kUnits], b[kUnits];
 
-template <int kVec>
-__device__ __forceinline__ float squares(const float (&x)[kVec]) {
-  float sum = 0.0f;
+  __device__ __forceinline__ void load(const T* head, const Unit (&units)[kUnits]) {
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) sum = fmaf(x[i], x[i], sum);
-  return sum;
-}
-
-template <int kVec>
-__device__ __forceinline__ void scale_by(float (&x)[kVec], float scale, const float* weights) {
-  float w[kVec];
-  load<kVec>(weights).to_floats(w);
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) x[i] *= scale * w[i];
-}
-
-template <class To, int kVec>
-__device__ __forceinline__ void store_scaled(To* target, const float (&x)[kVec], float scale) {
-  float scaled[kVec];
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) scaled[i] = x[i] * scale;
-  Vec<To, kVec> y;
-  y.from_floats(scaled);
-  store(target, y);
-}
-
-// Why two blocks an SM: told of one, ptxas aims at three and spills for it before sm_89.
-template <class T, class KV, int kVec, class Pairing>
-__global__ void __launch_bounds__(kRopeMaxThreads, 2)
-    rope_append_paged_kv_cache(const __grid_constant__ RopeAppendParams params) {
-  using Lanes = typename Pairing::template Lanes<kVec>;
-  // Single elements come in several units: fewer heads, for as many loads in flight.
-  constexpr uint32 kHeads = kVec == 1 ? 2 : kRopeHeadsPerThread;
-  constexpr int kUnits = rope_append_units(kVec);
-  __shared__ float2 table[kRopeTableSize];  // [tokens_per_block][kVec][num_turning]
-  alignas(16) __shared__ float weights[2 * kRopeAppendMaxHeadDim];
-  const RopeAppendShape& shape = params.shape;
-  pdl_wait();
-
-  const uint32 team_size = shape.team_size;
-  const uint32 token_in_block = shape.threads_per_token.quotient(threadIdx.x);
-  const uint32 thread = threadIdx.x - token_in_block * shape.threads_per_token.divisor;
-  const uint32 lane = thread & (team_size - 1);
-  const uint32 token = blockIdx.x * shape.tokens_per_block + token_in_block;
-  const uint32 slice_begin = blockIdx.y * shape.heads_per_slice;
-  const uint32 slice_end = min(slice_begin + shape.heads_per_slice, shape.num_heads);
-  // Threads of no token only keep the others company.
-  const bool has_token = token_in_block < shape.tokens_per_block && token < shape.nnz;
-  const uint32 end = has_token ? slice_end : 0;
-  const uint32 first_head = slice_begin + thread / team_size;
-  const bool appends = has_token && slice_end > shape.num_q_heads;
-  const bool normalizes = params.norm.q_weight != nullptr;
-
-  int64 angle_position = 0, request = 0, position = 0;
-  if (has_token) angle_position = load_index(params.pos_ids, token);
-  if (appends) {
-    request = load_index(params.batch_indices, token);
-    position = load_index(params.positions, token);
-  }
-
-  const auto unit = [&](uint32 head, int u) {
-    const bool is_v = head >= shape.num_qk_heads;
-    return unit_of<Lanes, kVec>(is_v ? shape.v_units : shape.qk_units, shape.num_pairs,
-                                lane + u * team_size);
-  };
-  const auto source_of = [&](uint32 head) {
-    if (head < shape.num_q_heads) {
-      return static_cast<const T*>(params.q.input) + token * params.q.input_token_stride +
-             head * params.q.input_head_stride;
+    for (int u = 0; u < kUnits; ++u) {
+      if (units[u].count > 0) a[u] = ridgeline::load<kVec>(head + units[u].first);
+      if (units[u].count > 1) b[u] = ridgeline::load<kVec>(head + units[u].second);
     }
-    const bool is_v = head >= shape.num_qk_heads;
-    const CacheSide& side = is_v ? params.v : params.k;
-    return static_cast<const T*>(side.source) + token * side.source_token_stride +
-           (head - (is_v ? shape.num_qk_heads : shape.num_q_heads)) * side.source_head_stride;
-  };
+  }
 
-  Vec<T, kVec> a[kHeads][kUnits], b[kHeads][kUnits];
-  const auto load_heads = [&](uint32 chunk) {
+  __device__ __forceinline__ float sum_of_squares(const Unit (&units)[kUnits]) const {
+    float sum = 0.0f;
 #pragma unroll
-    for (uint32 i = 0; i < kHeads; ++i) {
-      const uint32 head = chunk + i * shape.head_step;
-      if (head >= end) continue;
-      const T* source = source_of(head);
+    for (int u = 0; u < kUnits; ++u) {
+      float x[kVec], y[kVec];
+      a[u].to_floats(x);
+      b[u].to_floats(y);
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        const Unit at = unit(head, u);
-        if (at.count > 0) a[i][u] = load_once<kVec>(source + at.first);
-        if (at.count > 1) b[i][u] = load_once<kVec>(source + at.second);
+      for (int i = 0; i < kVec; ++i) {
+        if (units[u].count > 0) sum = fmaf(x[i], x[i], sum);
+        if (units[u].count > 1) sum = fmaf(y[i], y[i], sum);
       }
     }
-  };
-  load_heads(first_head);
-
-  float2* token_table = table + token_in_block * shape.num_pairs;
-  if (has_token && slice_begin < shape.num_qk_heads) {
-    const uint32 num_threads = shape.threads_per_token.divisor;
-    const auto angle = [&](uint32 pair) {
-      return params.cache.values ? cos_sin(params.cache, angle_position, pair)
-                                 : cos_sin(params.frequencies, angle_position, pair);
-    };
-    fill_angles<Lanes>(token_table, shape.num_pairs, shape.turning_units, thread, num_threads,
-                       angle);
+    return sum;
   }
-  if (normalizes) fill_norm_weights<T>(weights, params.norm);
-  pdl_launch_dependents();
-  __syncthreads();
 
-  TokenPlace place{false, 0, 0};
-  if (appends) place = place_of(params.table, request, position);
+  // Calls use(u, x, y) with the numbers of each unit, to change, and rounds them.
+  template <class To, class Use>
+  __device__ __forceinline__ HeadPart<To, kVec> changed(const Use& use) const {
+    HeadPart<To, kVec> result;
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      float x[kVec], y[kVec];
+      a[u].to_floats(x);
+      b[u].to_floats(y);
+      use(u, x, y);
+      result.a[u].from_floats(x);
+      result.b[u].from_floats(y);
+    }
+    return result;
+  }
+
+  // As they came where nothing is converted.
+  template <class To>
+  __device__ __forceinline__ HeadPart<To, kVec> scaled(float scale) const {
+    if constexpr (sizeof(T) == sizeof(To)) {
+      return *this;
+    } else {
+      return changed<To>([&](int, float (&x)[kVec], float (&y)[kVec]) {
+        scale_by(x, scale);
+        scale_by(y, scale);
+      });
+    }
+  }
+
+  __device__ __forceinline__ void store(T* head, const Unit (&units)[kUnits]) const {
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      if (units[u].count > 0) ridgeline::store(head + units[u].first, a[u]);
+      if (units[u].count > 1) ridgeline::store(head + units[u].second, b[u]);
+    }
+  }
+
+  static __device__ __forceinline__ void scale_by(float (&x)[kVec], float scale) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) x[i] *= scale;
+  }
+};
+
+// The weights of a norm on their way to a warp's shared memory: kVec of a lane at once.
+template <class T, int kVec>
+struct NormWeights {
+  static constexpr int kStep = kVec == 1 ? 1 : 4;
+  static constexpr int kPieces = kRopeAppendMaxHeadDim / kWarpSize / kStep;
+  Vec<float, kStep> pieces[kPieces];
+
+  __device__ __forceinline__ void load(const HeadNorm& norm, const void* weight) {
+    const uint32 head_dim = static_cast<uint32>(norm.head_dim);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const uint32 at = (threadIdx.x % kWarpSize + i * kWarpSize) * kStep;
+      if (at >= head_dim) continue;
+      if (norm.weights_are_float) {
+        pieces[i] = ridgeline::load<kStep>(static_cast<const float*>(weight) + at);
+      } else {
+        const Vec<T, kStep> piece = ridgeline::load<kStep>(static_cast<const T*>(weight) + at);
+        if constexpr (sizeof(T) == 4) {
+          pieces[i] = piece;
+        } else {
+          reinterpret_cast<Vec<T, kStep>&>(pieces[i]) = piece;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(const HeadNorm& norm, float* weights) const {
+    const uint32 head_dim = static_cast<uint32>(norm.head_dim);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const uint32 at = (threadIdx.x % kWarpSize + i * kWarpSize) * kStep;
+      if (at >= head_dim) continue;
+      Vec<float, kStep> piece = pieces[i];
+      if (sizeof(T) < 4 && !norm.weights_are_float) {
+        float values[kStep];
+        reinterpret_cast<const Vec<T, kStep>&>(pieces[i]).to_floats(values);
+        piece.from_floats(values);
+      }
+      ridgeline::store(weights + at, piece);
+    }
+  }
+};
+
+// What a warp does to each head of q or of k: the norm, then the rotation.
+template <class T, int kVec, class Pairing>
+struct Turn {
+  using Part = HeadPart<T, kVec>;
+  using Lanes = typename Pairing::template Lanes<kVec>;
+  static constexpr int kUnits = Part::kUnits;
+
+  const RopeAppendParams& params;
+  const void* weight;  // [head_dim]; null: no norm
+  float2* table;       // the warp's, [kRopeAppendMaxPairs]
+  float* weights;      // the warp's, [kRopeAppendMaxHeadDim]
+  Unit units[kUnits];
   float2 angles[kUnits][kVec];
+  NormWeights<T, kVec> loaded;
+
+  __device__ __forceinline__ Turn(const RopeAppendParams& params, const void* weight, uint32 lane,
+                                  float2* table, float* weights)
+      : params(params), weight(weight), table(table), weights(weights) {
+    const RopeAppendShape& shape = params.shape;
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      units[u] = unit_of<Lanes, kVec>(shape.qk_units, shape.num_pairs, lane + u * shape.team_size);
+    }
+  }
+
+  __device__ __forceinline__ void load_weights() {
+    if (weight != nullptr) loaded.load(params.norm, weight);
+  }
+
+  // By all lanes of the warp, when the loads of their heads are on their way.
+  __device__ __forceinline__ void prepare(const uint64* turns, int64 position, uint32 lane) {
+    const RopeAppendShape& shape = params.shape;
+    fill_angles<Lanes>(table, shape.num_pairs, shape.turning_units, [&](uint32 pair) {
+      return params.cache.values ? cos_sin(params.cache, position, pair)
+                                 : cos_sin(turns[pair], position);
+    });
+    if (weight != nullptr) loaded.store(params.norm, weights);
+    __syncwarp();
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const uint32 idx = lane + u * shape.team_size;
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        if (units[u].turns) angles[u][i] = table[i * shape.qk_units.num_turning + idx];
+      }
+    }
+  }
+
+  // Of several heads, by all lanes of the warp; unused without a norm.
+  template <int kHeads>
+  __device__ __forceinline__ void norms_of(float (&norms)[kHeads], const Part* parts) const {
+    if (weight == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kHeads; ++i) norms[i] = parts[i].sum_of_squares(units);
+    group_reduce<Sum>(norms, params.shape.team_size);
+#pragma unroll
+    for (int i = 0; i < kHeads; ++i) {
+      norms[i] = rsqrtf(__fdividef(norms[i], params.norm.head_dim) + params.norm.eps);
+    }
+  }
+
+  template <class To>
+  __device__ __forceinline__ HeadPart<To, kVec> apply(const Part& part, float norm,
+                                                      float scale) const {
+    return part.template changed<To>([&](int u, float (&x)[kVec], float (&y)[kVec]) {
+      if (weight != nullptr) {
+        scale_by_weights(x, norm, units[u].count > 0 ? units[u].first : 0);
+        scale_by_weights(y, norm, units[u].count > 1 ? units[u].second : 0);
+      }
+      if (units[u].turns) Lanes::rotate(x, y, angles[u]);
+      if constexpr (sizeof(T) != sizeof(To)) {
+        Part::scale_by(x, scale);
+        Part::scale_by(y, scale);
+      }
+    });
+  }
+
+  __device__ __forceinline__ void scale_by_weights(float (&x)[kVec], float norm,
+                                                   uint32 first) const {
+    float w[kVec];
+    load<kVec>(weights + first).to_floats(w);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) x[i] *= norm * w[i];
+  }
+};
+
+// A warp's place in the launch.
+struct RopeAppendSlice {
+  uint32 token;
+  uint32 slice;
+  uint32 lane;           // in the team
+  uint32 row;            // the team in the warp
+  uint32 heads_at_once;  // teams of the warp
+};
+
+template <class T, class KV, int kVec, class Pairing>
+__device__ __forceinline__ void rotate_queries(const RopeAppendParams& params,
+                                               const RopeAppendSlice& at,
+                                               Turns<kRopeAppendMaxPairs>& turns, float2* table,
+                                               float* weights) {
+  using Part = HeadPart<T, kVec>;
+  constexpr int kHeads = rope_append_heads(kVec);
+  const RopeAppendShape& shape = params.shape;
+  const int64 angle_position = load_index(params.pos_ids, at.token);
+  Turn<T, kVec, Pairing> turn(params, params.norm.q_weight, at.lane, table, weights);
+  const uint32 begin = at.slice * shape.q_heads_per_slice;
+  const uint32 end = min(begin + shape.q_heads_per_slice, shape.num_q_heads);
+  const T* source = static_cast<const T*>(params.q.input) + at.token * params.q.input_token_stride;
+  T* target = static_cast<T*>(params.q.output) + at.token * params.q.output_token_stride;
+  Part parts[kHeads];
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const uint32 head = begin + at.row + i * at.heads_at_once;
+    if (head < end) parts[i].load(source + head * params.q.input_head_stride, turn.units);
+  }
+  turn.load_weights();
+  turns.fill(params.frequencies, shape.num_pairs);
+  __syncthreads();
+  turn.prepare(turns.values, angle_position, at.lane);
+  pdl_launch_dependents();
+  float norms[kHeads];
+  turn.norms_of(norms, parts);
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const uint32 head = begin + at.row + i * at.heads_at_once;
+    if (head >= end) continue;
+    turn.template apply<T>(parts[i], norms[i], 1.0f)
+        .store(target + head * params.q.output_head_stride, turn.units);
+  }
+}
+
+template <class T, class KV, int kVec, class Pairing>
+__device__ __forceinline__ void append_keys_and_values(const RopeAppendParams& params,
+                                                       const RopeAppendSlice& at,
+                                                       Turns<kRopeAppendMaxPairs>& turns,
+                                                       float2* table, float* weights) {
+  using Part = HeadPart<T, kVec>;
+  constexpr int kUnits = Part::kUnits;
+  constexpr int kHeads = rope_append_heads(kVec) / 2;  // of k and of v each
+  const RopeAppendShape& shape = params.shape;
+  const int64 request = load_index(params.batch_indices, at.token);
+  const int64 position = load_index(params.positions, at.token);
+  const int64 angle_position = load_index(params.pos_ids, at.token);
+  Turn<T, kVec, Pairing> turn(params, params.norm.k_weight, at.lane, table, weights);
+  Unit v_units[kUnits];
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-    const uint32 idx = lane + u * team_size;
-    if (idx >= shape.qk_units.num_turning || !has_token) continue;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      angles[u][i] = token_table[i * shape.qk_units.num_turning + idx];
-    }
+    v_units[u] = unit_of<typename Pairing::template Lanes<kVec>, kVec>(
+        shape.v_units, 0, at.lane + u * shape.team_size);
   }
+  const uint32 begin = (at.slice - shape.num_q_slices) * shape.kv_heads_per_slice;
+  const uint32 end = min(begin + shape.kv_heads_per_slice, shape.num_kv_heads);
+  const T* k_source =
+      static_cast<const T*>(params.k.source) + at.token * params.k.source_token_stride;
+  const T* v_source =
+      static_cast<const T*>(params.v.source) + at.token * params.v.source_token_stride;
+  Part k_parts[kHeads], v_parts[kHeads];
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const uint32 head = begin + at.row + i * at.heads_at_once;
+    if (head >= end) continue;
+    k_parts[i].load(k_source + head * params.k.source_head_stride, turn.units);
+    v_parts[i].load(v_source + head * params.v.source_head_stride, v_units);
+  }
+  turn.load_weights();
+  turns.fill(params.frequencies, shape.num_pairs);
+  __syncthreads();
+  const PageEntry entry = page_entry_of(params.table, request, position);
+  turn.prepare(turns.values, angle_position, at.lane);
+  const TokenPlace place = place_of(params.table, entry);
+  pdl_launch_dependents();
 
-  // Whole warps go round together, for the sums over teams.
-  const uint32 chunk_step = kHeads * shape.head_step;
-  for (uint32 offset = 0; offset < shape.heads_per_slice; offset += chunk_step) {
-    const uint32 chunk = first_head + offset;
-    if (offset > 0) load_heads(chunk);
-
-    float scales[kHeads];
-    if (normalizes) {
+  // All but the stores while the page is looked up.
+  float norms[kHeads];
+  turn.norms_of(norms, k_parts);
+  HeadPart<KV, kVec> k_results[kHeads], v_results[kHeads];
 #pragma unroll
-      for (uint32 i = 0; i < kHeads; ++i) {
-        const uint32 head = chunk + i * shape.head_step;
-        scales[i] = 0.0f;
-        if (head >= end || head >= shape.num_qk_heads) continue;
-#pragma unroll
-        for (int u = 0; u < kUnits; ++u) {
-          const Unit at = unit(head, u);
-          float x[kVec];
-          a[i][u].to_floats(x);
-          if (at.count > 0) scales[i] += squares(x);
-          b[i][u].to_floats(x);
-          if (at.count > 1) scales[i] += squares(x);
-        }
-      }
-      group_reduce<Sum>(scales, team_size);
-#pragma unroll
-      for (uint32 i = 0; i < kHeads; ++i) {
-        scales[i] = rsqrtf(__fdividef(scales[i], params.norm.head_dim) + params.norm.eps);
-      }
+  for (int i = 0; i < kHeads; ++i) {
+    const uint32 head = begin + at.row + i * at.heads_at_once;
+    float k_scale = 1.0f, v_scale = 1.0f;
+    if (sizeof(KV) != sizeof(T) && head < end) {
+      k_scale = inverse_scale_of(params.k, head);
+      v_scale = inverse_scale_of(params.v, head);
     }
+    k_results[i] = turn.template apply<KV>(k_parts[i], norms[i], k_scale);
+    v_results[i] = v_parts[i].template scaled<KV>(v_scale);
+  }
+  KV* k_target =
+      static_cast<KV*>(params.k.target) + params.k.target_strides.offset(place.page, place.slot, 0);
+  KV* v_target =
+      static_cast<KV*>(params.v.target) + params.v.target_strides.offset(place.page, place.slot, 0);
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const uint32 head = begin + at.row + i * at.heads_at_once;
+    if (head >= end || !place.exists) continue;
+    k_results[i].store(k_target + head * params.k.target_strides.head, turn.units);
+    v_results[i].store(v_target + head * params.v.target_strides.head, v_units);
+  }
+}
 
-#pragma unroll
-    for (uint32 i = 0; i < kHeads; ++i) {
-      const uint32 head = chunk + i * shape.head_step;
-      if (head >= end) continue;
-      const bool is_q = head < shape.num_q_heads, is_v = head >= shape.num_qk_heads;
-      if (!is_q && !place.exists) continue;
-      const CacheSide& side = is_v ? params.v : params.k;
-      const uint32 kv_head = head - (is_v ? shape.num_qk_heads : shape.num_q_heads);
-      T* q_target = static_cast<T*>(params.q.output) + token * params.q.output_token_stride +
-                    head * params.q.output_head_stride;
-      KV* target = static_cast<KV*>(side.target) +
-                   side.target_strides.offset(place.page, place.slot, kv_head);
-      const float inverse_scale = is_q ? 1.0f : inverse_scale_of(side, kv_head);
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        const Unit at = unit(head, u);
-        float x[kVec], y[kVec];
-        a[i][u].to_floats(x);
-        b[i][u].to_floats(y);
-        if (normalizes && !is_v) {
-          const float* w = weights + (is_q ? 0 : kRopeAppendMaxHeadDim);
-          if (at.count > 0) scale_by(x, scales[i], w + at.first);
-          if (at.count > 1) scale_by(y, scales[i], w + at.second);
-        }
-        if (at.turns) Lanes::rotate(x, y, angles[u]);
-        if (is_q) {
-          if (at.count > 0) store_scaled(q_target + at.first, x, 1.0f);
-          if (at.count > 1) store_scaled(q_target + at.second, y, 1.0f);
-        } else {
-          if (at.count > 0) store_scaled(target + at.first, x, inverse_scale);
-          if (at.count > 1) store_scaled(target + at.second, y, inverse_scale);
-        }
-      }
-    }
+// Blocks an SM. Why so many: ptxas left alone takes a few more registers than 20 warps have. With
+// fewer than that it spills where it converts, and before sm_90.
+template <class T, class KV>
+inline constexpr int kRopeAppendBlocks = kSm >= 90 && sizeof(T) == sizeof(KV) ? 10 : 8;
+
+template <class T, class KV, int kVec, class Pairing>
+__global__ void __launch_bounds__(kRopeAppendWarps * 32, (kRopeAppendBlocks<T, KV>))
+    rope_append_paged_kv_cache(const __grid_constant__ RopeAppendParams params) {
+  __shared__ float2 tables[kRopeAppendWarps][kRopeAppendMaxPairs];
+  alignas(16) __shared__ float weights[kRopeAppendWarps][kRopeAppendMaxHeadDim];
+  __shared__ Turns<kRopeAppendMaxPairs> turns;
+  const RopeAppendShape& shape = params.shape;
+  const uint32 warp_in_block = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const uint32 warp = blockIdx.x * kRopeAppendWarps + warp_in_block;
+  const uint32 token = shape.num_slices.quotient(warp);
+  const uint32 team_log2 = 31 - __clz(shape.team_size);
+  const RopeAppendSlice at{token, warp - token * shape.num_slices.divisor,
+                           lane & (shape.team_size - 1), lane >> team_log2, kWarpSize >> team_log2};
+  pdl_wait();
+  if (token >= shape.nnz) {
+    turns.fill(params.frequencies, shape.num_pairs);
+    __syncthreads();
+  } else if (at.slice < shape.num_q_slices) {
+    rotate_queries<T, KV, kVec, Pairing>(params, at, turns, tables[warp_in_block],
+                                         weights[warp_in_block]);
+  } else {
+    append_keys_and_values<T, KV, kVec, Pairing>(params, at, turns, tables[warp_in_block],
+                                                 weights[warp_in_block]);
   }
 }
 

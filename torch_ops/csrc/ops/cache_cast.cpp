@@ -41,7 +41,7 @@ void check_source(const Side& side, int64_t nnz) {
   const Arg& arg = side.source;
   const PagedCache& cache = side.cache;
   check_same_device(arg, side.target);
-  if (side.target.tensor.dim() == 3) {
+  if (side.target.rank() == 3) {
     check_rank(arg, {2});
     check_shape(arg, std::array{nnz, cache.head_dim}, "[nnz, head_dim], as the cache's");
   } else {
@@ -55,7 +55,7 @@ void check_source(const Side& side, int64_t nnz) {
 }
 
 std::optional<size_t> conversion_of(const Side& side) {
-  const Dtype from = side.source.tensor.scalar_type(), to = side.target.tensor.scalar_type();
+  const Dtype from = side.source.dtype, to = side.target.dtype;
   if (from == to) return {};
   for (size_t i = 0; i < kConversions.size(); ++i) {
     if (kConversions[i].from == from && kConversions[i].to == to) return i;
@@ -68,13 +68,13 @@ std::optional<size_t> conversion_of(const Side& side) {
 }
 
 CacheSide cache_side(const Side& side, int64_t unit, bool converts) {
-  const Tensor& source = side.source.tensor;
+  const Arg& source = side.source;
   const PagedStrides& strides = side.cache.strides;
   CacheSide result{};
-  result.source = source.const_data_ptr();
+  result.source = source.data;
   result.target = side.target.tensor.mutable_data_ptr();
-  result.source_token_stride = source.stride(0) * unit;
-  result.source_head_stride = source.dim() == 3 ? source.stride(1) * unit : 0;
+  result.source_token_stride = source.strides[0] * unit;
+  result.source_head_stride = source.rank() == 3 ? source.strides[1] * unit : 0;
   result.target_strides = {strides.page * unit, strides.token * unit, strides.head * unit};
   set_scale(result, side, converts);
   return result;

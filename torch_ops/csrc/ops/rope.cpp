@@ -68,7 +68,7 @@ using ByCache = Source<PosIds, CosSinCache>;
 template <class Of>
 void add_rope_rows(std::vector<Row>& rows, const char* op) {
   for (const bool interleave : {false, true}) {
-    add_access_rows(rows, op, rope_name<Of>(interleave), kRopeMaxThreads);
+    add_access_rows(rows, op, rope_name<Of>(interleave), kRopeWarps * 32);
   }
 }
 
@@ -137,6 +137,7 @@ void check_tokens(const Arg& q) {
   fail(q.op, q.name, "fewer than 2^31 tokens", std::to_string(q.sizes[0]), "Split the call");
 }
 
+// A rotary_dim of -1 means whole heads.
 Rotation rotation_of(const Arg& q, const Arg& k, int64_t rotary_dim, bool interleave) {
   check_type(q, k);
   check_rank(q, {3});
@@ -146,6 +147,7 @@ Rotation rotation_of(const Arg& q, const Arg& k, int64_t rotary_dim, bool interl
               "[nnz, num_k_heads, head_dim], as q's");
   check_last_stride(k);
   check_tokens(q);
+  if (rotary_dim == -1) rotary_dim = q.sizes[2];
   check_rotary_dim(q.op, rotary_dim, q.sizes[2], kMaxRotaryDim);
   return {Heads(q), Heads(k), rotary_dim, interleave};
 }
@@ -162,25 +164,39 @@ Heads heads_of(const Arg& x, int64_t nnz, int64_t head_size) {
   return {x, head_size};
 }
 
+// Where the results go: two new tensors, or q and k themselves.
+struct Outputs {
+  void* q;
+  void* k;
+  bool in_place;
+};
+
 template <class Positions, class Angles>
-void rotate(const Rotation& rotation, const Tensor& q_out, const Tensor& k_out,
-            const Positions& positions, const auto& set_angles) {
+void rotate(const Rotation& rotation, const Outputs& outputs, const Positions& positions,
+            const auto& set_angles) {
   const auto& [q, k, rotary_dim, interleave] = rotation;
+  const auto& [q_out, k_out, in_place] = outputs;
   const int64_t nnz = rotation.nnz(), num_heads = q.num_heads + k.num_heads;
   if (nnz == 0 || num_heads == 0) return;
-  const bool in_place = q_out.get() == q.arg.tensor.get();
-  const int vec_size =
-      access_width({&q.arg.tensor, &k.arg.tensor, &q_out, &k_out}, {rotary_dim / 2, q.head_dim});
+  // New tensors are aligned like whole heads.
+  const int vec_size = access_width({&q.arg, &k.arg}, {rotary_dim / 2, q.head_dim});
   const int64_t num_copied = in_place ? 0 : q.head_dim - rotary_dim;
   const auto num_pairs = static_cast<uint32>(rotary_dim / 2);
-  const RopePlan plan = rope_plan(static_cast<uint32>(num_heads), num_pairs, vec_size);
-  const auto tensor = [&](const Heads& heads, const Tensor& output) -> RopeTensor {
-    return {.input = heads.arg.tensor.const_data_ptr(),
-            .output = output.mutable_data_ptr(),
-            .input_token_stride = heads.arg.strides[0],
-            .input_head_stride = heads.head_stride,
-            .output_token_stride = in_place ? heads.arg.strides[0] : output.stride(0),
-            .output_head_stride = in_place ? heads.head_stride : heads.head_dim};
+  const RopePlan plan =
+      rope_plan(static_cast<uint32>(num_heads), num_pairs, static_cast<uint32>(nnz), vec_size);
+  const int64_t num_warps = nnz * plan.num_slices;
+  if (num_warps > kMaxCount) {
+    fail(q.arg.op, q.arg.name, "fewer than 2^31 slices of heads", std::to_string(num_warps),
+         "Split the call");
+  }
+  const auto tensor = [&](const Heads& heads, void* output) -> RopeTensor {
+    return {
+        .input = heads.arg.data,
+        .output = output,
+        .input_token_stride = heads.arg.strides[0],
+        .input_head_stride = heads.head_stride,
+        .output_token_stride = in_place ? heads.arg.strides[0] : heads.num_heads * heads.head_dim,
+        .output_head_stride = in_place ? heads.head_stride : heads.head_dim};
   };
 
   RopeParams<Positions, Angles> params;
@@ -191,16 +207,15 @@ void rotate(const Rotation& rotation, const Tensor& q_out, const Tensor& k_out,
                   .num_heads = static_cast<uint32>(num_heads),
                   .num_pairs = num_pairs,
                   .num_copied_vecs = static_cast<uint32>(num_copied / vec_size),
-                  .tokens_per_block = plan.tokens_per_block,
-                  .head_step = plan.head_step,
-                  .lanes_per_head = make_divider(plan.lanes_per_head),
-                  .threads_per_token = make_divider(plan.threads_per_token)};
+                  .team_size = plan.team_size,
+                  .heads_per_slice = plan.heads_per_slice,
+                  .num_slices = make_divider(plan.num_slices),
+                  .num_units = make_divider(num_pairs / static_cast<uint32>(vec_size))};
   params.positions = positions;
   set_angles(params.angles);
-  const auto blocks =
-      static_cast<unsigned>((nnz + plan.tokens_per_block - 1) / plan.tokens_per_block);
+  const auto blocks = static_cast<unsigned>((num_warps + kRopeWarps - 1) / kRopeWarps);
   launch(rope_kernel<Source<Positions, Angles>>(q.arg.dtype, vec_size, interleave),
-         device(q.arg.tensor.get_device_index()), {.grid_x = blocks, .block = plan.block}, &params);
+         device(q.arg.gpu), {.grid_x = blocks, .block = kRopeWarps * 32}, &params);
 }
 
 void check_in_place(const Rotation& rotation) {
@@ -209,24 +224,24 @@ void check_in_place(const Rotation& rotation) {
   check_distinct(rotation.k.arg, rotation.q.arg);
 }
 
-// Both forms of every op: `run` writes to two tensors, new ones or its inputs.
+// Both forms of every op.
 std::tuple<Tensor, Tensor> fresh(const Rotation& rotation, const auto& run) {
   std::tuple<Tensor, Tensor> outputs{empty_like(rotation.q.arg), empty_like(rotation.k.arg)};
-  run(std::get<0>(outputs), std::get<1>(outputs));
+  run({std::get<0>(outputs).mutable_data_ptr(), std::get<1>(outputs).mutable_data_ptr(), false});
   return outputs;
 }
 
 void in_place(const Rotation& rotation, const auto& run) {
   check_in_place(rotation);
-  run(rotation.q.arg.tensor, rotation.k.arg.tensor);
+  run({rotation.q.arg.tensor.mutable_data_ptr(), rotation.k.arg.tensor.mutable_data_ptr(), true});
 }
 
 auto by_pos_ids(const Rotation& rotation, const Tensor& pos_ids, const AngleOptions& options) {
   const Arg& q = rotation.q.arg;
   const PosIds positions{indices_of({q.op, "pos_ids", pos_ids}, rotation.nnz(), "[nnz]", q)};
   check_angles(q.op, options);
-  return [=, &rotation](const Tensor& q_out, const Tensor& k_out) {
-    rotate<PosIds, Frequencies>(rotation, q_out, k_out, positions, [&](Frequencies& angles) {
+  return [=, &rotation](const Outputs& outputs) {
+    rotate<PosIds, Frequencies>(rotation, outputs, positions, [&](Frequencies& angles) {
       fill_frequencies(angles, static_cast<uint32>(rotation.rotary_dim / 2), options);
     });
   };
@@ -247,35 +262,34 @@ auto by_request(const Rotation& rotation, const Tensor& indptr, const Tensor& of
       indices_of({q.op, "offsets", offsets}, batch_size, "[batch_size]", q),
       static_cast<uint32>(batch_size)};
   check_angles(q.op, options);
-  return [=, &rotation](const Tensor& q_out, const Tensor& k_out) {
-    rotate<RequestOffsets, Frequencies>(
-        rotation, q_out, k_out, positions, [&](Frequencies& angles) {
-          fill_frequencies(angles, static_cast<uint32>(rotation.rotary_dim / 2), options);
-        });
+  return [=, &rotation](const Outputs& outputs) {
+    rotate<RequestOffsets, Frequencies>(rotation, outputs, positions, [&](Frequencies& angles) {
+      fill_frequencies(angles, static_cast<uint32>(rotation.rotary_dim / 2), options);
+    });
   };
 }
 
 std::tuple<Tensor, Tensor> apply_rope_pos_ids(const Tensor& q, const Tensor& k,
-                                              const Tensor& pos_ids, int64_t rotary_dim,
-                                              bool interleave, double rope_scale,
-                                              double rope_theta) {
+                                              const Tensor& pos_ids, double rope_theta,
+                                              int64_t rotary_dim, bool interleave,
+                                              double rope_scale) {
   constexpr const char* kOp = "apply_rope_pos_ids";
   const Rotation rotation = rotation_of({kOp, "q", q}, {kOp, "k", k}, rotary_dim, interleave);
   return fresh(rotation, by_pos_ids(rotation, pos_ids, {rope_scale, rope_theta}));
 }
 
 void apply_rope_pos_ids_inplace(const Tensor& q, const Tensor& k, const Tensor& pos_ids,
-                                int64_t rotary_dim, bool interleave, double rope_scale,
-                                double rope_theta) {
+                                double rope_theta, int64_t rotary_dim, bool interleave,
+                                double rope_scale) {
   constexpr const char* kOp = "apply_rope_pos_ids_inplace";
   const Rotation rotation = rotation_of({kOp, "q", q}, {kOp, "k", k}, rotary_dim, interleave);
   in_place(rotation, by_pos_ids(rotation, pos_ids, {rope_scale, rope_theta}));
 }
 
 std::tuple<Tensor, Tensor> apply_llama31_rope_pos_ids(const Tensor& q, const Tensor& k,
-                                                      const Tensor& pos_ids, int64_t rotary_dim,
-                                                      bool interleave, double rope_scale,
-                                                      double rope_theta, double low_freq_factor,
+                                                      const Tensor& pos_ids, double rope_theta,
+                                                      int64_t rotary_dim, bool interleave,
+                                                      double rope_scale, double low_freq_factor,
                                                       double high_freq_factor,
                                                       double old_context_len) {
   constexpr const char* kOp = "apply_llama31_rope_pos_ids";
@@ -285,8 +299,8 @@ std::tuple<Tensor, Tensor> apply_llama31_rope_pos_ids(const Tensor& q, const Ten
 }
 
 void apply_llama31_rope_pos_ids_inplace(const Tensor& q, const Tensor& k, const Tensor& pos_ids,
-                                        int64_t rotary_dim, bool interleave, double rope_scale,
-                                        double rope_theta, double low_freq_factor,
+                                        double rope_theta, int64_t rotary_dim, bool interleave,
+                                        double rope_scale, double low_freq_factor,
                                         double high_freq_factor, double old_context_len) {
   constexpr const char* kOp = "apply_llama31_rope_pos_ids_inplace";
   const Llama31Scaling scaling{low_freq_factor, high_freq_factor, old_context_len};
@@ -295,16 +309,16 @@ void apply_llama31_rope_pos_ids_inplace(const Tensor& q, const Tensor& k, const 
 }
 
 std::tuple<Tensor, Tensor> apply_rope(const Tensor& q, const Tensor& k, const Tensor& indptr,
-                                      const Tensor& offsets, int64_t rotary_dim, bool interleave,
-                                      double rope_scale, double rope_theta) {
+                                      const Tensor& offsets, double rope_theta, int64_t rotary_dim,
+                                      bool interleave, double rope_scale) {
   constexpr const char* kOp = "apply_rope";
   const Rotation rotation = rotation_of({kOp, "q", q}, {kOp, "k", k}, rotary_dim, interleave);
   return fresh(rotation, by_request(rotation, indptr, offsets, {rope_scale, rope_theta}));
 }
 
 void apply_rope_inplace(const Tensor& q, const Tensor& k, const Tensor& indptr,
-                        const Tensor& offsets, int64_t rotary_dim, bool interleave,
-                        double rope_scale, double rope_theta) {
+                        const Tensor& offsets, double rope_theta, int64_t rotary_dim,
+                        bool interleave, double rope_scale) {
   constexpr const char* kOp = "apply_rope_inplace";
   const Rotation rotation = rotation_of({kOp, "q", q}, {kOp, "k", k}, rotary_dim, interleave);
   in_place(rotation, by_request(rotation, indptr, offsets, {rope_scale, rope_theta}));
@@ -312,8 +326,8 @@ void apply_rope_inplace(const Tensor& q, const Tensor& k, const Tensor& indptr,
 
 std::tuple<Tensor, Tensor> apply_llama31_rope(const Tensor& q, const Tensor& k,
                                               const Tensor& indptr, const Tensor& offsets,
-                                              int64_t rotary_dim, bool interleave,
-                                              double rope_scale, double rope_theta,
+                                              double rope_theta, int64_t rotary_dim,
+                                              bool interleave, double rope_scale,
                                               double low_freq_factor, double high_freq_factor,
                                               double old_context_len) {
   constexpr const char* kOp = "apply_llama31_rope";
@@ -323,8 +337,8 @@ std::tuple<Tensor, Tensor> apply_llama31_rope(const Tensor& q, const Tensor& k,
 }
 
 void apply_llama31_rope_inplace(const Tensor& q, const Tensor& k, const Tensor& indptr,
-                                const Tensor& offsets, int64_t rotary_dim, bool interleave,
-                                double rope_scale, double rope_theta, double low_freq_factor,
+                                const Tensor& offsets, double rope_theta, int64_t rotary_dim,
+                                bool interleave, double rope_scale, double low_freq_factor,
                                 double high_freq_factor, double old_context_len) {
   constexpr const char* kOp = "apply_llama31_rope_inplace";
   const Llama31Scaling scaling{low_freq_factor, high_freq_factor, old_context_len};
@@ -338,8 +352,8 @@ struct ByTable {
   PosIds positions;
   CosSinCache table;
 
-  void operator()(const Tensor& q_out, const Tensor& k_out) const {
-    rotate<PosIds, CosSinCache>(rotation, q_out, k_out, positions,
+  void operator()(const Outputs& outputs) const {
+    rotate<PosIds, CosSinCache>(rotation, outputs, positions,
                                 [&](CosSinCache& angles) { angles = table; });
   }
 };
@@ -389,19 +403,22 @@ void apply_rope_with_cos_sin_cache_inplace(const Tensor& positions, const Tensor
 }  // namespace
 
 static void schemas(Library& m) {
-  const auto define = [&](const std::string& name, const std::string& sources,
-                          const std::string& options) {
-    const std::string rest = sources + "SymInt rotary_dim, bool interleave, " + options;
+  // The options that callers set most come first: those that are left out cost next to nothing.
+  const auto define = [&](const std::string& name, const std::string& sources, const char* theta,
+                          const std::string& scaling) {
+    const std::string rest = sources + "float rope_theta=" + theta +
+                             ", SymInt rotary_dim=-1, bool interleave=False, " + scaling;
     m.def((name + "(Tensor q, Tensor k, " + rest + ") -> (Tensor, Tensor)").c_str());
     m.def((name + "_inplace(Tensor(a!) q, Tensor(b!) k, " + rest + ") -> ()").c_str());
   };
-  const std::string plain = "float rope_scale, float rope_theta";
+  const std::string plain = "float rope_scale=1.";
   const std::string llama31 =
-      plain + ", float low_freq_factor, float high_freq_factor, float old_context_len";
-  define("apply_rope", "Tensor indptr, Tensor offsets, ", plain);
-  define("apply_rope_pos_ids", "Tensor pos_ids, ", plain);
-  define("apply_llama31_rope", "Tensor indptr, Tensor offsets, ", llama31);
-  define("apply_llama31_rope_pos_ids", "Tensor pos_ids, ", llama31);
+      "float rope_scale=8., float low_freq_factor=1., float high_freq_factor=4., "
+      "float old_context_len=8192.";
+  define("apply_rope", "Tensor indptr, Tensor offsets, ", "10000.", plain);
+  define("apply_rope_pos_ids", "Tensor pos_ids, ", "10000.", plain);
+  define("apply_llama31_rope", "Tensor indptr, Tensor offsets, ", "500000.", llama31);
+  define("apply_llama31_rope_pos_ids", "Tensor pos_ids, ", "500000.", llama31);
   m.def(
       "apply_rope_with_cos_sin_cache(Tensor positions, Tensor query, Tensor key, "
       "SymInt head_size, Tensor cos_sin_cache, bool is_neox=True) -> (Tensor, Tensor)");

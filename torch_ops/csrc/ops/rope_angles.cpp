@@ -95,7 +95,7 @@ CosSinCache cos_sin_cache_of(const Arg& cache, const Arg& as, int64_t nnz) {
     fail(cache.op, cache.name, "at least 1 position", shape_text(cache.tensor),
          "Make it as long as the longest context");
   }
-  return {.values = static_cast<const float*>(cache.tensor.const_data_ptr()),
+  return {.values = static_cast<const float*>(cache.data),
           .stride = cache.strides[0],
           .num_positions = cache.sizes[0],
           .num_pairs = static_cast<uint32>(cache.sizes[1] / 2)};

@@ -1,5 +1,5 @@
 // rope_append_paged_kv_cache and rope_append_paged_kv_cache_full: schemas, checks, choice of
-// kernel, launch. The first has the arguments of the common case, the second all of them.
+// kernel, launch. The first has the arguments of the common cases, the second all of them.
 
 #include <algorithm>
 #include <array>
@@ -18,7 +18,6 @@
 #include "runtime/ops.h"
 #include "runtime/overlap.h"
 #include "runtime/paged_cache.h"
-#include "runtime/vector_width.h"
 
 namespace ridgeline {
 namespace {
@@ -73,7 +72,7 @@ std::vector<Row> append_rows() {
       const auto add = [&](int vec_size, const char* why) {
         rows.push_back({.op = kOp,
                         .kernel = append_name(types, vec_size, interleave),
-                        .block = static_cast<int>(kRopeMaxThreads),
+                        .block = static_cast<int>(kRopeAppendWarps * 32),
                         .why = why});
       };
       add(wide_elements(types.from), "16-byte accesses");
@@ -99,7 +98,7 @@ Choice append_choose(const std::string&, const Config& config, int) {
 
 const RegisterFamily family({{kOp, "rope_append_paged_kv_cache_full"}, append_rows, append_choose});
 
-// What the narrow op has no argument for.
+// What some calls leave out.
 struct Options {
   const MaybeTensor& pos_ids;
   const MaybeTensor& q_weight;
@@ -147,8 +146,8 @@ HeadNorm head_norm(const Options& options, const Arg& q) {
     check_last_stride(weight);
   }
   check_same_dtype(k_weight, q_weight);
-  return {.q_weight = q_weight.tensor.const_data_ptr(),
-          .k_weight = k_weight.tensor.const_data_ptr(),
+  return {.q_weight = q_weight.data,
+          .k_weight = k_weight.data,
           .weights_are_float = q_weight.dtype == Dtype::Float,
           .head_dim = static_cast<float>(q.sizes[2]),
           .eps = static_cast<float>(options.norm_eps)};
@@ -178,29 +177,31 @@ int64_t set_angles(RopeAppendParams& params, const Options& options, const Arg& 
   return rotary_dim;
 }
 
-bool is_wide(const std::array<Side, 2>& sides, const Arg& q, const Arg& q_out, int64_t rotary_dim) {
+// Weights come four at a time then.
+bool is_wide(const std::array<Side, 2>& sides, const Arg& q, const Arg& q_out, const HeadNorm& norm,
+             int64_t rotary_dim) {
   const int vec_size = wide_elements(q.dtype);
-  VectorWidth sources, targets;
-  sources.add(q.tensor, q.sizes[2]);
-  sources.add(q_out.tensor, q.sizes[2]);
-  for (const Side& side : sides) {
-    sources.add(side.source.tensor, side.cache.head_dim);
-    targets.add(side.target.tensor, side.cache.head_dim);
-  }
-  const int target_bytes = vec_size * static_cast<int>(sides[0].target.tensor.element_size());
-  return sources.bytes() == 16 && targets.bytes() >= std::min(target_bytes, 16) &&
-         rotary_dim / 2 % vec_size == 0;
+  const int64_t target_bytes = std::min<int64_t>(vec_size * sides[0].target.element_size(), 16);
+  const auto weight_bytes = static_cast<uintptr_t>(
+      4 * (norm.weights_are_float ? sizeof(float) : static_cast<size_t>(q.element_size())));
+  return rotary_dim / 2 % vec_size == 0 && q.sizes[2] % vec_size == 0 && is_aligned16(q) &&
+         is_aligned16(q_out) && reinterpret_cast<uintptr_t>(norm.q_weight) % weight_bytes == 0 &&
+         reinterpret_cast<uintptr_t>(norm.k_weight) % weight_bytes == 0 &&
+         std::ranges::all_of(sides, [&](const Side& side) {
+           return side.cache.head_dim % vec_size == 0 && is_aligned16(side.source) &&
+                  is_aligned(side.target, target_bytes);
+         });
 }
 
 void run(const Arg& q, const std::array<Side, 2>& sides, const Tensor& batch_indices,
-         const Tensor& positions, const Tensor& kv_indices, const Tensor& kv_indptr,
-         const Arg& q_out, bool interleave, const Options& options) {
+         const Arg& positions, const Tensor& kv_indices, const Tensor& kv_indptr, const Arg& q_out,
+         bool interleave, const Options& options) {
   const auto& [k, v] = sides;
   check_cuda(k.target);
   check_paged_pair(k.target, k.cache, v.target, v.cache);
-  const int64_t nnz = positions.dim() == 1 ? positions.size(0) : 0;
+  const int64_t nnz = positions.rank() == 1 ? positions.sizes[0] : 0;
   RopeAppendParams params;
-  params.positions = indices_of({kOp, "positions", positions}, nnz, "[nnz]", k.target);
+  params.positions = indices_of(positions, nnz, "[nnz]", k.target);
   params.batch_indices =
       indices_of({kOp, "batch_indices", batch_indices}, nnz, "[nnz], as 'positions'", k.target);
   params.pos_ids = options.pos_ids ? indices_of({kOp, "pos_ids", *options.pos_ids}, nnz,
@@ -233,17 +234,21 @@ void run(const Arg& q, const std::array<Side, 2>& sides, const Tensor& batch_ind
   params.v = cache_side(v, 1, conversion.has_value());
   const auto num_q_heads = static_cast<uint32>(q.sizes[1]);
   const auto num_kv_heads = static_cast<uint32>(k.cache.num_heads);
-  const uint32 num_heads = num_q_heads + 2 * num_kv_heads;
-  if (nnz == 0 || num_heads == 0) return;
+  if (nnz == 0 || num_q_heads + num_kv_heads == 0) return;
 
-  const bool wide = is_wide(sides, q, q_out, rotary_dim);
+  const bool wide = is_wide(sides, q, q_out, params.norm, rotary_dim);
   const auto vec_size = static_cast<uint32>(wide ? wide_elements(q.dtype) : 1);
   const HeadUnits qk_units = head_units(static_cast<uint32>(q.sizes[2]), rotary_dim, vec_size);
   const HeadUnits v_units = head_units(static_cast<uint32>(v.cache.head_dim), 0, vec_size);
   const RopeAppendPlan plan =
-      rope_append_plan(num_heads, std::max(qk_units.count(), v_units.count()), rotary_dim / 2,
-                       static_cast<uint32>(nnz));
-  params.q = {.input = q.tensor.const_data_ptr(),
+      rope_append_plan(num_q_heads, num_kv_heads, std::max(qk_units.count(), v_units.count()),
+                       static_cast<uint32>(nnz), static_cast<int>(vec_size));
+  const int64_t num_warps = nnz * plan.num_slices;
+  if (num_warps > kMaxCount) {
+    fail(kOp, q.name, "fewer than 2^31 slices of heads", std::to_string(num_warps),
+         "Split the call");
+  }
+  params.q = {.input = q.data,
               .output = q_out.tensor.mutable_data_ptr(),
               .input_token_stride = q.strides[0],
               .input_head_stride = q.strides[1],
@@ -251,34 +256,30 @@ void run(const Arg& q, const std::array<Side, 2>& sides, const Tensor& batch_ind
               .output_head_stride = q_out.strides[1]};
   params.shape = {.nnz = static_cast<uint32>(nnz),
                   .num_q_heads = num_q_heads,
-                  .num_qk_heads = num_q_heads + num_kv_heads,
-                  .num_heads = num_heads,
+                  .num_kv_heads = num_kv_heads,
                   .num_pairs = rotary_dim / 2,
                   .qk_units = qk_units,
                   .v_units = v_units,
-                  .heads_per_slice = plan.heads_per_slice,
-                  .head_step = plan.head_step,
                   .team_size = plan.team_size,
-                  .tokens_per_block = plan.tokens_per_block,
-                  .threads_per_token = make_divider(plan.threads_per_token),
+                  .q_heads_per_slice = plan.q_heads_per_slice,
+                  .kv_heads_per_slice = plan.kv_heads_per_slice,
+                  .num_q_slices = plan.num_q_slices,
+                  .num_slices = make_divider(plan.num_slices),
                   .turning_units = make_divider(qk_units.num_turning)};
-  const auto blocks =
-      static_cast<unsigned>((nnz + plan.tokens_per_block - 1) / plan.tokens_per_block);
-  launch(append_kernel(q.dtype, conversion, wide, interleave),
-         device(k.target.tensor.get_device_index()),
-         {.grid_x = blocks, .grid_y = plan.num_slices, .block = plan.block}, &params);
+  const auto blocks = static_cast<unsigned>((num_warps + kRopeAppendWarps - 1) / kRopeAppendWarps);
+  launch(append_kernel(q.dtype, conversion, wide, interleave), device(k.target.gpu),
+         {.grid_x = blocks, .block = kRopeAppendWarps * 32}, &params);
 }
 
 void rope_append_full(const Tensor& q, const Tensor& k, const Tensor& v,
                       const Tensor& batch_indices, const Tensor& positions, const Tensor& k_cache,
                       const Tensor& v_cache, const Tensor& kv_indices, const Tensor& kv_indptr,
                       const Tensor& q_out, int64_t flags, double rope_theta,
-                      const MaybeTensor& pos_ids, const MaybeTensor& q_weight,
-                      const MaybeTensor& k_weight, double norm_eps,
-                      const MaybeTensor& cos_sin_cache, int64_t rotary_dim, double rope_scale,
+                      const MaybeTensor& q_weight, const MaybeTensor& k_weight, double norm_eps,
+                      const MaybeTensor& pos_ids, int64_t rotary_dim, double rope_scale,
                       double low_freq_factor, double high_freq_factor, double old_context_len,
-                      double k_scale, double v_scale, const MaybeTensor& k_scales,
-                      const MaybeTensor& v_scales) {
+                      const MaybeTensor& cos_sin_cache, double k_scale, double v_scale,
+                      const MaybeTensor& k_scales, const MaybeTensor& v_scales) {
   const Arg k_target{kOp, "k_cache", k_cache}, v_target{kOp, "v_cache", v_cache};
   AngleOptions angles{rope_scale, rope_theta};
   if (old_context_len != 0) {
@@ -294,7 +295,7 @@ void rope_append_full(const Tensor& q, const Tensor& k, const Tensor& v,
             v_target,
             paged_cache(v_target, kv_layout),
             {"v_scale", v_scale, v_scales}}},
-      batch_indices, positions, kv_indices, kv_indptr, {kOp, "q_out", q_out},
+      batch_indices, {kOp, "positions", positions}, kv_indices, kv_indptr, {kOp, "q_out", q_out},
       (flags & kInterleave) != 0,
       {pos_ids, q_weight, k_weight, norm_eps, cos_sin_cache, rotary_dim, angles});
 }
@@ -302,28 +303,29 @@ void rope_append_full(const Tensor& q, const Tensor& k, const Tensor& v,
 void rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& batch_indices,
                  const Tensor& positions, const Tensor& k_cache, const Tensor& v_cache,
                  const Tensor& kv_indices, const Tensor& kv_indptr, const Tensor& q_out,
-                 int64_t flags, double rope_theta) {
+                 int64_t flags, double rope_theta, const MaybeTensor& q_weight,
+                 const MaybeTensor& k_weight, double norm_eps) {
   const MaybeTensor none;
   rope_append_full(q, k, v, batch_indices, positions, k_cache, v_cache, kv_indices, kv_indptr,
-                   q_out, flags, rope_theta, none, none, none, 0.0, none, 0, 1.0, 0.0, 0.0, 0.0,
-                   1.0, 1.0, none, none);
+                   q_out, flags, rope_theta, q_weight, k_weight, norm_eps, none, 0, 1.0, 0.0, 0.0,
+                   0.0, none, 1.0, 1.0, none, none);
 }
 
 }  // namespace
 
+// Without a norm its arguments are left out: those with a default cost next to nothing then.
 static void schemas(Library& m) {
-  m.def(
-      "rope_append_paged_kv_cache(Tensor q, Tensor k, Tensor v, Tensor batch_indices, "
-      "Tensor positions, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor kv_indices, "
-      "Tensor kv_indptr, Tensor(c!) q_out, int flags, float rope_theta) -> ()");
-  m.def(
-      "rope_append_paged_kv_cache_full(Tensor q, Tensor k, Tensor v, Tensor batch_indices, "
-      "Tensor positions, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor kv_indices, "
-      "Tensor kv_indptr, Tensor(c!) q_out, int flags, float rope_theta, Tensor? pos_ids, "
-      "Tensor? q_weight, Tensor? k_weight, float norm_eps, Tensor? cos_sin_cache, "
-      "SymInt rotary_dim, float rope_scale, float low_freq_factor, float high_freq_factor, "
-      "float old_context_len, float k_scale, float v_scale, Tensor? k_scales, "
-      "Tensor? v_scales) -> ()");
+  const std::string required =
+      "(Tensor q, Tensor k, Tensor v, Tensor batch_indices, Tensor positions, Tensor(a!) k_cache, "
+      "Tensor(b!) v_cache, Tensor kv_indices, Tensor kv_indptr, Tensor(c!) q_out, int flags, "
+      "float rope_theta, Tensor? q_weight=None, Tensor? k_weight=None, float norm_eps=1e-6";
+  m.def(("rope_append_paged_kv_cache" + required + ") -> ()").c_str());
+  m.def(("rope_append_paged_kv_cache_full" + required +
+         ", Tensor? pos_ids=None, SymInt rotary_dim=0, float rope_scale=1., "
+         "float low_freq_factor=1., float high_freq_factor=4., float old_context_len=0., "
+         "Tensor? cos_sin_cache=None, float k_scale=1., float v_scale=1., Tensor? k_scales=None, "
+         "Tensor? v_scales=None) -> ()")
+            .c_str());
 }
 
 static void kernels(Library& m) {

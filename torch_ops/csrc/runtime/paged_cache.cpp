@@ -27,20 +27,19 @@ PagedCache paged_cache(const Arg& arg, int64_t kv_layout) {
   }
   check_rank(arg, {4});
   check_last_stride(arg);
-  const Tensor& t = arg.tensor;
-  const int64_t token_dim = kv_layout == 0 ? 1 : 2, head_dim = 3 - token_dim;
-  return counted(arg, {t.size(0),
-                       t.size(token_dim),
-                       t.size(head_dim),
-                       t.size(3),
-                       {t.stride(0), t.stride(token_dim), t.stride(head_dim)}});
+  const size_t token_dim = kv_layout == 0 ? 1 : 2, head_dim = 3 - token_dim;
+  return counted(arg, {arg.sizes[0],
+                       arg.sizes[token_dim],
+                       arg.sizes[head_dim],
+                       arg.sizes[3],
+                       {arg.strides[0], arg.strides[token_dim], arg.strides[head_dim]}});
 }
 
 PagedCache paged_latent_cache(const Arg& arg) {
   check_rank(arg, {3});
   check_last_stride(arg);
-  const Tensor& t = arg.tensor;
-  return counted(arg, {t.size(0), t.size(1), 1, t.size(2), {t.stride(0), t.stride(1), 0}});
+  return counted(
+      arg, {arg.sizes[0], arg.sizes[1], 1, arg.sizes[2], {arg.strides[0], arg.strides[1], 0}});
 }
 
 void check_paged_pair(const Arg& k_cache, const PagedCache& k, const Arg& v_cache,
@@ -70,21 +69,21 @@ Indices indices_of(const Arg& arg, int64_t size, const char* meaning, const Arg&
   check_rank(arg, {1});
   check_shape(arg, std::array{size}, meaning);
   check_last_stride(arg);
-  return {arg.tensor.const_data_ptr(), arg.tensor.scalar_type() == Dtype::Long};
+  return {arg.data, arg.dtype == Dtype::Long};
 }
 
 PageTable page_table(const Arg& kv_indices, const Arg& kv_indptr, const PagedCache& cache,
                      const Arg& as) {
   check_int32_vector(kv_indices, -1, "", as);
   check_int32_vector(kv_indptr, -1, "", as);
-  const int64_t batch_size = kv_indptr.tensor.size(0) - 1;
+  const int64_t batch_size = kv_indptr.sizes[0] - 1;
   if (batch_size < 0 || batch_size > kMaxCount) {
     fail(kv_indptr.op, kv_indptr.name, "shape [batch_size + 1]", shape_text(kv_indptr.tensor),
          "An empty batch has one number, 0");
   }
-  return {static_cast<const int32*>(kv_indices.tensor.const_data_ptr()),
-          static_cast<const int32*>(kv_indptr.tensor.const_data_ptr()),
-          static_cast<uint32>(std::min(kv_indices.tensor.size(0), kMaxCount)),
+  return {static_cast<const int32*>(kv_indices.data),
+          static_cast<const int32*>(kv_indptr.data),
+          static_cast<uint32>(std::min(kv_indices.sizes[0], kMaxCount)),
           static_cast<uint32>(batch_size),
           static_cast<uint32>(cache.num_pages),
           make_divider(static_cast<uint32>(cache.page_size))};
