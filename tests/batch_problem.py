@@ -169,8 +169,8 @@ class Inputs:
         index = self.index
         lens = index.get("kv_last_page_len", index.get("kv_lens"))
         return (
-            self.q, *self.cache, index.get("qo_indptr"), index.get("kv_indptr"),
-            index.get("kv_indices"), lens, schedule, flags, -1, -1, 0.125,
+            self.q, *self.cache, index.get("kv_indices"), schedule, index.get("qo_indptr"), flags,
+            -1, -1, 0.125, index.get("kv_indptr"), lens,
         )  # fmt: skip
 
     def schedule_operands(self, flags: int) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -274,6 +275,94 @@ def test_graph_replays_with_new_lengths(given: bool, rng: torch.Generator) -> No
     replays, eager = replayed(base, others, rng, given)
     for got, expected in zip(replays, eager, strict=True):
         assert torch.equal(got, expected)
+
+
+CUT = [
+    Batch(lengths=((1, 70_000),), heads=(8, 2), name="deep", max_q_len=1),
+    Batch(lengths=((1, 70_000),), heads=(16, 1), name="deep", max_q_len=1),
+    Batch(lengths=((1, 20_000), *((1, 90 + i) for i in range(40))), name="skewed", max_q_len=1),
+    Batch(lengths=((2, 30_000), (40, 9_000), (1, 70)), name="mixed", causal=True, padding=7),
+    Batch(lengths=((512, 512), (130, 3_000)), name="prefill", causal=True, form="ragged"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize("batch", CUT, ids=ids)
+def test_graphs_of_cut_tiles(
+    batch: Batch, dims: tuple[int, int], invariant: bool, rng: torch.Generator
+) -> None:
+    """Parts lie in the stream's memory, or in the graph's: the same bits, replay after replay."""
+    inputs = batch.with_(head_dims=dims, invariant=invariant).inputs(torch.device("cuda", 0), rng)
+    expected = [result.clone() for result in inputs.call()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = inputs.call()
+    for _ in range(3):
+        for result in results:
+            result.fill_(torch.nan)
+        graph.replay()
+        again = inputs.call()
+        for result, other, eager in zip(results, expected, again, strict=True):
+            assert torch.equal(result, other)
+            assert torch.equal(eager, other)
+
+
+@pytest.mark.gpu
+def test_streams_and_threads_at_a_time(rng: torch.Generator) -> None:
+    """Calls of several streams, and of several threads on one, share a work list."""
+    inputs = CUT[2].with_(head_dims=(128, 128)).inputs(torch.device("cuda", 0), rng)
+    work = inputs.schedule()
+    expected = inputs.call(schedule=work)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+
+    def calls(stream: torch.cuda.Stream) -> list[Any]:
+        with torch.cuda.stream(stream):
+            return [inputs.call(schedule=work) for _ in range(50)]
+
+    with ThreadPoolExecutor(6) as pool:
+        results = [call for part in pool.map(calls, streams * 2) for call in part]
+    torch.cuda.synchronize()
+    for out, lse in results:
+        assert torch.equal(out, expected[0])
+        assert torch.equal(lse, expected[1])
+
+
+@pytest.mark.gpu
+def test_the_memory_of_a_stream_grows(rng: torch.Generator) -> None:
+    """Once, and calls that come after the largest allocate nothing but results."""
+    device = torch.device("cuda", 0)
+    sizes = [CUT[0].with_(head_dims=(64, 64)), CUT[4].with_(head_dims=(128, 128))]
+    all_inputs = [batch.inputs(device, rng) for batch in sizes]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        expected = [inputs.call() for inputs in all_inputs]
+        for _ in range(3):
+            for inputs, results in zip(all_inputs, expected, strict=True):
+                work = inputs.schedule()
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                again = inputs.call(schedule=work, out=results[0].clone(), lse=results[1].clone())
+                results_size = sum(2 * (r.numel() * r.element_size() + 512) for r in again)
+                assert torch.cuda.max_memory_allocated() - before < results_size
+                assert torch.equal(again[0], results[0])
+                assert torch.equal(again[1], results[1])
+
+
+@pytest.mark.gpu
+def test_graph_trees_warm_up(rng: torch.Generator) -> None:
+    """torch.compile's own graphs refuse memory that a warm-up leaves in their pool."""
+    inputs = CUT[0].with_(head_dims=(128, 128)).inputs(torch.device("cuda", 0), rng)
+    expected = inputs.call()
+    torch._dynamo.reset()
+    call = torch.compile(lambda: inputs.call(), mode="reduce-overhead", fullgraph=True)
+    with torch.inference_mode():
+        for _ in range(4):
+            out, lse = call()
+            assert torch.equal(out, expected[0])
+            assert torch.equal(lse, expected[1])
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256)], ids=str)

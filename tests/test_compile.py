@@ -132,13 +132,28 @@ def merge_cases(device: torch.device) -> dict[str, list[Arguments]]:
 
 def batch_cases(device: torch.device) -> dict[str, list[Arguments]]:
     rng = torch.Generator().manual_seed(0)
-    cases: dict[str, list[Arguments]] = {"attention": [], "attention_full": []}
+    cases: dict[str, list[Arguments]] = {
+        name: [] for name in ("attention", "attention_lse", "attention_full", "attention_out")
+    }
     for form in ("paged", "ragged", "padded"):
         inputs = Batch(lengths=((3, 40), (0, 5), (1, 0)), form=form).inputs(device, rng)
         narrow = inputs.operands(flags=2)
         cases["attention"].append((narrow, {}))
+        cases["attention"].append(((*narrow[:9], None, *narrow[10:]), {}))
+        cases["attention_lse"].append((narrow, {}))
         cases["attention_full"].append(((*narrow, 0.0, 1, 1.0, 1e4, False), {}))
+        cases["attention_full"].append(((*narrow[:9], None, *narrow[10:]), {}))
+        out, lse = inputs.call()
+        wide = out.new_zeros((len(out), 6, 64))[:, 1:5]
+        cases["attention_out"].append(((wide, lse, *narrow, 0.0, 1), {}))
+        cases["attention_out"].append(((out, None, *narrow), {}))
         cases["attention_schedule"] = [(inputs.schedule_operands(flags=2), {})]
+    stacked = Batch(lengths=((3, 40), (0, 5), (1, 0)), stacked=True).inputs(device, rng)
+    pool = stacked.cache
+    operands = stacked.operands(flags=2)
+    index = operands[1 + len(pool) :]
+    for name in ("attention", "attention_lse"):
+        cases[name].append(((operands[0], pool, pool, *index), {}))
     return cases
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _check
-from ._attention_cpu import _DTYPES, _attend, check_values, one_of, refuse_given
+from . import _check, _overlap
+from ._attention_cpu import _DTYPES, _attend, _check_alignment, check_values, one_of, refuse_given
 from ._ops import cpu_impl, fake_impl
 
 # The argument `flags`, as csrc/ops/batch_attention.cpp has it.
@@ -28,6 +29,13 @@ _ITEM_WORDS = 4
 _INVARIANT_PIECES = 8
 _MIN_TALL_TILE = 64
 _TAG_SIZES = 1021
+
+
+# kv_indices, schedule, qo_indptr, flags, max_q_len, window_left, sm_scale, kv_indptr, kv_lens.
+Problem = tuple[
+    Tensor | None, Tensor | None, Tensor | None, int, int, int, float | None, Tensor | None,
+    Tensor | None,
+]  # fmt: skip
 
 
 def _list_length(
@@ -71,6 +79,14 @@ def _check_index(
         _check.shape(op, name, tensor, (length,), "[batch_size] or [batch_size + 1]")
 
 
+def _check_length_tensors(op: str, kv_indptr: Tensor | None, kv_lens: Tensor | None) -> None:
+    """Raise unless there is a tensor that tells where requests begin and end."""
+    if kv_indptr is None and kv_lens is None:
+        expected = "kv_indptr (ragged or paged keys) or kv_lens (padded keys)"
+        way_out = "Pass the tensor that tells where each request's keys are."
+        _check.fail(op, "kv_indptr", expected, "neither of them", way_out)
+
+
 def _check_lengths(
     op: str,
     like: tuple[str, Tensor],
@@ -87,10 +103,6 @@ def _check_lengths(
 ) -> int:
     """Check what shapes alone can tell; returns the batch size."""
     _check_index(op, "qo_indptr", qo_indptr, *like, None)
-    if kv_indptr is None and kv_lens is None:
-        expected = "kv_indptr (ragged or paged keys) or kv_lens (padded keys)"
-        way_out = "Pass the tensor that tells where each request's keys are."
-        _check.fail(op, "kv_indptr", expected, "neither of them", way_out)
     batch_size = num_tokens if qo_indptr is None else qo_indptr.shape[0] - 1
     if batch_size < 0:
         way_out = "An empty batch has [0]."
@@ -123,20 +135,29 @@ def _check_inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    qo_indptr: Tensor | None,
-    kv_indptr: Tensor | None,
     kv_indices: Tensor | None,
-    kv_lens: Tensor | None,
-    schedule: Tensor | None,
-    flags: int,
-    max_q_len: int,
-    window_left: int,
-) -> None:
-    """Check what shapes, dtypes and devices alone can tell (fakes call it as well)."""
+    schedule: Tensor | None = None,
+    qo_indptr: Tensor | None = None,
+    flags: int = 0,
+    max_q_len: int = -1,
+    window_left: int = -1,
+    _sm_scale: float | None = None,
+    kv_indptr: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    *_options: object,
+    **_named: object,
+) -> tuple[Tensor, Tensor]:
+    """Check what shapes, dtypes and devices alone can tell (fakes call it as well).
+
+    Returns keys and values; stacked ones (5 dimensions) apart.
+    """
     if not 0 <= flags <= 15:
         _check.fail(op, "flags", "a sum of 1, 2, 4 and 8", flags, "Call ridgeline.attention.")
     paged = kv_indices is not None
-    ragged = not paged and kv_indptr is not None
+    k, v = _half(op, "k", k, 0), _half(op, "v", v, 1)
+    # A list knows where requests begin and end, so with one the rank of the keys alone tells.
+    listed = schedule is not None and kv_indptr is None and kv_lens is None
+    ragged = not paged and (k.dim() == 3 if listed else kv_indptr is not None)
     _check.dtype(op, "q", q, _DTYPES)
     _check.rank(op, "q", q, 3)
     for name, tensor in (("k", k), ("v", v)):
@@ -152,7 +173,7 @@ def _check_inputs(
         expected = f"the leading dimensions of 'k', {list(k.shape[:-1])}"
         _check.fail(op, "v", expected, list(v.shape[:-1]), "Pass one value for each key.")
     _check_index(op, "kv_indices", kv_indices, "q", q, None)
-    if paged and (kv_indptr is None or kv_lens is None):
+    if paged and not listed and (kv_indptr is None or kv_lens is None):
         name = "kv_indptr" if kv_indptr is None else "kv_last_page_len"
         way_out = "A page table is kv_indptr, kv_indices and kv_last_page_len (or kv_lens)."
         _check.fail(op, name, "a tensor, since kv_indices is one", "None", way_out)
@@ -162,6 +183,8 @@ def _check_inputs(
         _check.fail(op, "kv_lens", expected, "a tensor", way_out)
     num_kv_heads, page_size = _heads_and_page(k, paged, flags)
     head_dims = (q.shape[-1], v.shape[-1])
+    if not listed:
+        _check_length_tensors(op, kv_indptr, kv_lens)
     batch_size = _check_lengths(
         op, ("q", q), qo_indptr, kv_indptr, kv_lens, q.shape[0], q.shape[1], num_kv_heads,
         head_dims, page_size, max_q_len, window_left,
@@ -180,6 +203,18 @@ def _check_inputs(
             "ridgeline.schedule and the arguments of this call"
         )
         _check.shape(op, "schedule", schedule, (expected_length,), meaning)
+    return k, v
+
+
+def _half(op: str, name: str, cache: Tensor, half: int) -> Tensor:
+    """Keys or values of a stacked cache, with a dimension of 2 after the first; or the tensor."""
+    if cache.dim() != 5:
+        return cache
+    if cache.shape[1] != 2:
+        expected = "a (k, v) tuple, or one tensor [num_pages, 2, ...] of 5 dimensions"
+        way_out = "Pass the keys and the values as a tuple."
+        _check.fail(op, name, expected, f"shape {list(cache.shape)}", way_out)
+    return cache.select(1, half)
 
 
 def _heads_and_page(k: Tensor, paged: bool, flags: int) -> tuple[int, int]:
@@ -189,18 +224,50 @@ def _heads_and_page(k: Tensor, paged: bool, flags: int) -> tuple[int, int]:
 
 
 @fake_impl("attention")
-def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *options: object, **_named: object) -> Tensor:
-    _check_inputs("attention", q, k, v, *options[:8])  # type: ignore[arg-type]
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any) -> Tensor:
+    _, v = _check_inputs("attention", q, k, v, *options, **named)
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
+@fake_impl("attention_lse")
 @fake_impl("attention_full")
 def _attention_full_fake(
-    q: Tensor, k: Tensor, v: Tensor, *options: object, **_named: object
+    q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any
 ) -> tuple[Tensor, Tensor]:
-    _check_inputs("attention_full", q, k, v, *options[:8])  # type: ignore[arg-type]
+    _, v = _check_inputs("attention_full", q, k, v, *options, **named)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     return out, q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def _check_results(op: str, out: Tensor, lse: Tensor | None, q: Tensor, v: Tensor) -> None:
+    """Check results that the caller gives, as far as shapes, dtypes and devices tell."""
+    _check.same_device(op, "out", out, "q", q)
+    _check.same_dtype(op, "out", out, "q", q)
+    meaning = "[num_tokens, num_qo_heads, head_dim_vo]"
+    _check.shape(op, "out", out, (*q.shape[:2], v.shape[-1]), meaning)
+    _check.last_stride(op, "out", out)
+    if lse is None:
+        return
+    _check.same_device(op, "lse", lse, "q", q)
+    _check.dtype(op, "lse", lse, (torch.float32,))
+    _check.shape(op, "lse", lse, q.shape[:2], "[num_tokens, num_qo_heads]")
+    if not lse.is_contiguous():
+        got = f"strides {list(lse.stride())}"
+        _check.fail(op, "lse", "a contiguous tensor", got, "Pass one, and copy from it.")
+
+
+@fake_impl("attention_out")
+def _attention_out_fake(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *options: Any,
+    **named: Any,
+) -> None:
+    _, v = _check_inputs("attention_out", q, k, v, *options, **named)
+    _check_results("attention_out", out, lse, q, v)
 
 
 def _schedule_like(
@@ -228,6 +295,7 @@ def _empty_schedule(
     max_q_len: int,
     window_left: int,
 ) -> Tensor:
+    _check_length_tensors("attention_schedule", kv_indptr, kv_lens)
     like = _schedule_like(qo_indptr, kv_indptr, kv_lens)
     head_dims = (head_dim_qk, head_dim_vo)
     batch_size = _check_lengths(
@@ -335,24 +403,41 @@ def _attention_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    qo_indptr: Tensor | None,
-    kv_indptr: Tensor | None,
     kv_indices: Tensor | None,
-    kv_lens: Tensor | None,
-    schedule: Tensor | None,
-    flags: int,
-    max_q_len: int,
-    window_left: int,
-    sm_scale: float,
+    schedule: Tensor | None = None,
+    qo_indptr: Tensor | None = None,
+    flags: int = 0,
+    max_q_len: int = -1,
+    window_left: int = -1,
+    sm_scale: float | None = None,
+    kv_indptr: Tensor | None = None,
+    kv_lens: Tensor | None = None,
 ) -> Tensor:
-    _check_inputs(
-        "attention", q, k, v, qo_indptr, kv_indptr, kv_indices, kv_lens, schedule, flags,
-        max_q_len, window_left,
+    problem = (
+        kv_indices, schedule, qo_indptr, flags, max_q_len, window_left, sm_scale, kv_indptr, kv_lens
     )  # fmt: skip
-    return _attend_batch(
-        q, k, v, qo_indptr, kv_indptr, kv_indices, kv_lens, flags, max_q_len, window_left, 0.0,
-        sm_scale, None,
-    )[0]  # fmt: skip
+    return _attend_checked("attention", q, k, v, problem)[0]
+
+
+@cpu_impl("attention_lse")
+def _attention_lse_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_indices: Tensor | None,
+    schedule: Tensor | None = None,
+    qo_indptr: Tensor | None = None,
+    flags: int = 0,
+    max_q_len: int = -1,
+    window_left: int = -1,
+    sm_scale: float | None = None,
+    kv_indptr: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    problem = (
+        kv_indices, schedule, qo_indptr, flags, max_q_len, window_left, sm_scale, kv_indptr, kv_lens
+    )  # fmt: skip
+    return _attend_checked("attention_lse", q, k, v, problem)
 
 
 @cpu_impl("attention_full")
@@ -360,20 +445,20 @@ def _attention_full_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    qo_indptr: Tensor | None,
-    kv_indptr: Tensor | None,
     kv_indices: Tensor | None,
-    kv_lens: Tensor | None,
-    schedule: Tensor | None,
-    flags: int,
-    max_q_len: int,
-    window_left: int,
-    sm_scale: float,
-    logits_soft_cap: float,
-    pos_encoding_mode: int,
-    rope_scale: float,
-    rope_theta: float,
-    use_fp16_qk_reduction: bool,
+    schedule: Tensor | None = None,
+    qo_indptr: Tensor | None = None,
+    flags: int = 0,
+    max_q_len: int = -1,
+    window_left: int = -1,
+    sm_scale: float | None = None,
+    kv_indptr: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    logits_soft_cap: float = 0.0,
+    pos_encoding_mode: int = 0,
+    rope_scale: float = 1.0,
+    rope_theta: float = 1e4,
+    use_fp16_qk_reduction: bool = False,
     custom_mask: Tensor | None = None,
     mask_indptr: Tensor | None = None,
     q_scale: Tensor | None = None,
@@ -383,16 +468,83 @@ def _attention_full_cpu(
     extra_tensors: list[Tensor] | None = None,
     extra_scalars: list[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    op = "attention_full"
-    _check_inputs(
-        op, q, k, v, qo_indptr, kv_indptr, kv_indices, kv_lens, schedule, flags, max_q_len,
-        window_left,
-    )  # fmt: skip
-    check_values(op, window_left, logits_soft_cap, rope_scale, rope_theta)
     refuse_given(
-        op, custom_mask=custom_mask, mask_indptr=mask_indptr, q_scale=q_scale, k_scale=k_scale,
-        v_scale=v_scale, sinks=sinks, extra_tensors=extra_tensors, extra_scalars=extra_scalars,
+        "attention_full", custom_mask=custom_mask, mask_indptr=mask_indptr, q_scale=q_scale,
+        k_scale=k_scale, v_scale=v_scale, sinks=sinks, extra_tensors=extra_tensors,
+        extra_scalars=extra_scalars,
     )  # fmt: skip
+    problem = (
+        kv_indices, schedule, qo_indptr, flags, max_q_len, window_left, sm_scale, kv_indptr, kv_lens
+    )  # fmt: skip
+    return _attend_checked(
+        "attention_full", q, k, v, problem, logits_soft_cap, pos_encoding_mode, rope_scale,
+        rope_theta, use_fp16_qk_reduction,
+    )  # fmt: skip
+
+
+@cpu_impl("attention_out")
+def _attention_out_cpu(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_indices: Tensor | None,
+    schedule: Tensor | None = None,
+    qo_indptr: Tensor | None = None,
+    flags: int = 0,
+    max_q_len: int = -1,
+    window_left: int = -1,
+    sm_scale: float | None = None,
+    kv_indptr: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    logits_soft_cap: float = 0.0,
+    pos_encoding_mode: int = 0,
+    rope_scale: float = 1.0,
+    rope_theta: float = 1e4,
+    use_fp16_qk_reduction: bool = False,
+) -> None:
+    op = "attention_out"
+    problem = (
+        kv_indices, schedule, qo_indptr, flags, max_q_len, window_left, sm_scale, kv_indptr, kv_lens
+    )  # fmt: skip
+    keys, values = _check_inputs(op, q, k, v, *problem)
+    _check_results(op, out, lse, q, values)
+    _check_alignment(op, out=out)
+    for name, result in (("out", out), ("lse", lse)):
+        if result is not None:
+            _overlap.writable(op, name, result)
+            for as_name, other in (("q", q), ("k", keys), ("v", values)):
+                _overlap.distinct(op, name, result, as_name, other)
+    if lse is not None:
+        _overlap.distinct(op, "lse", lse, "out", out)
+    result, logs = _attend_checked(
+        op, q, k, v, problem, logits_soft_cap, pos_encoding_mode, rope_scale, rope_theta,
+        use_fp16_qk_reduction,
+    )  # fmt: skip
+    out.copy_(result)
+    if lse is not None:
+        lse.copy_(logs)
+
+
+def _attend_checked(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    problem: Problem,
+    logits_soft_cap: float = 0.0,
+    pos_encoding_mode: int = 0,
+    rope_scale: float = 1.0,
+    rope_theta: float = 1e4,
+    use_fp16_qk_reduction: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Check the arguments of an op and compute its results."""
+    k, v = _check_inputs(op, q, k, v, *problem)
+    kv_indices, _, qo_indptr, flags, max_q_len, window_left, sm_scale, kv_indptr, kv_lens = problem
+    # The CPU makes no list, so it needs what a list would know.
+    _check_length_tensors(op, kv_indptr, kv_lens)
+    check_values(op, window_left, logits_soft_cap, rope_scale, rope_theta)
     if pos_encoding_mode == 2:
         _check.not_yet(op, "pos_encoding_mode", "2 (ALIBI)", "Pass 0 (NONE) or 1 (ROPE_LLAMA).")
     one_of(op, "pos_encoding_mode", pos_encoding_mode, (0, 1))
@@ -401,9 +553,10 @@ def _attention_full_cpu(
         way_out = "Leave it out, or convert q, k and v to float16."
         _check.fail(op, "use_fp16_qk_reduction", "False unless q is float16", got, way_out)
     rope = (rope_scale, rope_theta) if pos_encoding_mode == 1 else None
+    scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     return _attend_batch(
         q, k, v, qo_indptr, kv_indptr, kv_indices, kv_lens, flags, max_q_len, window_left,
-        logits_soft_cap, sm_scale, rope,
+        logits_soft_cap, scale, rope,
     )  # fmt: skip
 
 

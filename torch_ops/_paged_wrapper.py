@@ -8,9 +8,9 @@ from torch import Tensor
 
 from . import _check
 from ._attention_cpu import one_of
-from ._wrapper import Options, Result, Wrapper
+from ._batch_ops import Cache, Result, pair
+from ._wrapper import Options, Wrapper
 from ._wrapper_options import refuse_run_options
-from .batch_attention import Cache, _pair
 
 
 class PagedWrapper(Wrapper):
@@ -126,7 +126,10 @@ class PagedWrapper(Wrapper):
         ):
             self._refuse(args, q_scale, k_scale, v_scale, sinks, enable_pdl, q_len_per_req)
         options = self._options if window_left is None else self._with_window(window_left)
-        k, v = caches_of(self, paged_kv_cache)
+        if type(paged_kv_cache) is tuple and len(paged_kv_cache) == 2:
+            k, v = paged_kv_cache
+        else:
+            k, v = pair(self._where("run"), paged_kv_cache)
         return self._run(
             q, k, v, options, out, lse, return_lse, schedule, lse_base, lse_layout
         )  # fmt: skip
@@ -150,7 +153,7 @@ class PagedWrapper(Wrapper):
     ) -> Any:
         """A run with options of its own, as the older verbs have it."""
         refuse_run_options(self._where("forward"), (), **scales)
-        k, v = caches_of(self, paged_kv_cache)
+        k, v = pair(self._where("run"), paged_kv_cache)
         return self._run(q, k, v, options, None, None, return_lse, schedule, "ln", "NH")
 
     def _refuse(
@@ -173,15 +176,3 @@ class PagedWrapper(Wrapper):
             expected = f"{self._q_len_per_req}, as in plan"
             way_out = "Pass it to the plan of a decode wrapper."
             _check.fail(where, "q_len_per_req", expected, q_len_per_req, way_out)
-
-
-def caches_of(wrapper: Wrapper, paged_kv_cache: Cache) -> tuple[Tensor, Tensor]:
-    """Keys and values of a paged cache in either of its forms."""
-    if isinstance(paged_kv_cache, Tensor):
-        if paged_kv_cache.dim() == 5 and paged_kv_cache.shape[1] == 2:
-            # Why not two selects: one call costs half as much.
-            k, v = paged_kv_cache.unbind(1)
-            return k, v
-    elif len(paged_kv_cache) == 2:
-        return paged_kv_cache
-    return _pair(wrapper._where("run"), paged_kv_cache)

@@ -7,9 +7,8 @@ runs of a plan or of a CUDA-graph capture (`_list_for`), and calls the narrow op
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,20 +16,28 @@ from torch import Tensor
 from . import _check
 from ._attention_cpu import check_values, one_of
 from ._batch_attention_cpu import BATCH_INVARIANT, CAUSAL, HND, validate_contents
+from ._batch_ops import (
+    NARROW,
+    NARROW_EAGER,
+    POS_ENCODING_MODES,
+    SCHEDULE,
+    LogitOptions,
+    Problem,
+    Result,
+    attend,
+    trimmed,
+)
 from ._capture import current_capture, is_capturing
 from ._older_verbs import OlderVerbs
 from ._ops import is_compiling, is_grad_enabled, refuse_grad
 from ._wrapper_options import dtypes_of, refuse_backend
-from .batch_attention import _FULL, _NARROW, _POS_ENCODING_MODES, _SCHEDULE, _into
 
-_LOG2_E = math.log2(math.e)
 # Most work lists kept at a time; a step needs one for each mask that its layers use.
 _MAX_LISTS = 16
 
 # Index tensors, in the order of the ops' arguments.
 _INDEX = ("qo_indptr", "kv_indptr", "kv_indices", "kv_lens")
 Index = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-Result = Tensor | tuple[Tensor, Tensor]
 
 
 class Options(NamedTuple):
@@ -38,10 +45,8 @@ class Options(NamedTuple):
 
     flags: int
     window_left: int
-    sm_scale: float
-    # Soft cap, pos_encoding_mode, rope_scale, rope_theta, use_fp16_qk_reduction of the full op;
-    # None where the narrow one serves.
-    full: tuple[float, int, float, float, bool] | None
+    sm_scale: float | None
+    logits: LogitOptions | None  # None where they have their defaults
 
 
 class Shape(NamedTuple):
@@ -93,7 +98,8 @@ class Wrapper(OlderVerbs):
         self._schedules_in_plan = not self._use_cuda_graph
         self._on_gpu = False
         self._index: Index | None = None
-        self._options = Options(0, -1, 1.0, None)
+        self._options = Options(0, -1, None, None)
+        self._problem: Problem = ()
         self._unvalidated = False
         self._lists: dict[tuple[int, ...], Tensor] = {}
         self._capture = -1
@@ -175,12 +181,14 @@ class Wrapper(OlderVerbs):
         self._q_dtype = dtype
         self._shape = shape
         self._options = options
-        self._max_q_len = -1 if max_q_len is None else max_q_len
+        # Without qo_indptr every request has one query, whatever the number.
+        self._max_q_len = -1 if max_q_len is None or qo_indptr is None else max_q_len
+        self._problem = self._problem_of(options)
         self._unvalidated = validate
         self._lists = {}
         self._captured_lists = {}
         if num_tokens is not None and self._schedules_in_plan:
-            self._list_for(num_tokens, options)
+            self._list_for((num_tokens, options.flags, options.window_left))
 
     def _device_for(self, index: Mapping[str, tuple[str, Tensor]]) -> torch.device:
         """Device of the plan: the one that was given, else that of a tensor on a GPU."""
@@ -246,87 +254,86 @@ class Wrapper(OlderVerbs):
             refuse_grad(self._where("run"), q, k, v)
         if q.dtype != self._q_dtype or self._unvalidated:
             self._check_run(q, k, options)
+        compiling = is_compiling()
         if schedule is None:
-            schedule = self._list_for(q.shape[0], options)
-        flags, window_left, sm_scale, full = options
-        args: tuple[Any, ...]
-        args = (q, k, v, *index, schedule, flags, self._max_q_len, window_left, sm_scale)  # type: ignore[misc]
-        if (
-            full is None
-            and not return_lse
-            and lse is None
-            and (lse_base == "ln" and lse_layout == "NH")
-        ):
-            result: Tensor = self._call(_NARROW, args)
-            return result if out is None else _into(self._where("run"), "out", out, result)
-        one_of(self._where("run"), "lse_base", lse_base, ("ln", "log2"))
-        one_of(self._where("run"), "lse_layout", lse_layout, ("NH", "HN"))
-        both: tuple[Tensor, Tensor]
-        both = self._call(_FULL, (*args, *((0.0, 0, 1.0, 1e4, False) if full is None else full)))
-        result, logs = both
-        if lse_base == "log2":
-            logs = logs * _LOG2_E
-        if lse_layout == "HN":
-            logs = logs.t().contiguous()
-        result = result if out is None else _into(self._where("run"), "out", out, result)
-        logs = logs if lse is None else _into(self._where("run"), "lse", lse, logs)
-        return (result, logs) if return_lse else result
-
-    def _call(self, op: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Call an op; what differs from the plan is named as the plan names it."""
+            if compiling:
+                schedule = self._make_list(q.shape[0], options.flags, options.window_left)
+            else:
+                key = (q.shape[0], options.flags, options.window_left)
+                # Why looked at here: a call costs 0.1 us, and most runs find their list.
+                if not (self._on_gpu and is_capturing()):
+                    schedule = self._lists.get(key)
+                if schedule is None:
+                    schedule = self._list_for(key)
+        problem = self._problem if options is self._options else self._problem_of(options)
+        if lse_base != "ln" or lse_layout != "NH":
+            one_of(self._where("run"), "lse_base", lse_base, ("ln", "log2"))
+            one_of(self._where("run"), "lse_layout", lse_layout, ("NH", "HN"))
         try:
-            return op(*args)
+            if out is None and lse is None and not return_lse and options.logits is None:
+                op = NARROW if compiling else NARROW_EAGER
+                result: Tensor = op(q, k, v, index[2], schedule, *problem)  # type: ignore[index]
+                return result
+            return attend(
+                self._where("run"), (q, k, v), (index[2], schedule, *problem), options.logits,  # type: ignore[index]
+                out, lse, return_lse, lse_base, lse_layout,
+            )  # fmt: skip
         except (RuntimeError, ValueError, TypeError):
-            self._explain(*args[:3])
+            self._explain(q, k, v)
             raise
 
-    def _list_for(self, num_tokens: int, options: Options) -> Tensor | None:
-        """The work list that the runs of this plan, or of this capture, share.
+    def _list_for(self, key: tuple[int, int, int]) -> Tensor:
+        """The work list of a number of queries, flags and window, made when first asked for.
 
-        Made when first asked for. None: the run has to make its own.
+        The runs of this plan share it, or those of this capture where the driver tells which it is.
         """
-        flags, window_left = options[:2]
-        if is_compiling():
-            return self._make_list(num_tokens, flags, window_left)
-        lists = self._lists
-        key: tuple[int, ...] = (num_tokens, flags, window_left)
-        if self._on_gpu and is_capturing():
-            assert self._device is not None
-            found = current_capture(self._device)
-            if found is None:
-                return None
-            capture, stream = found
-            if capture != self._capture:
-                self._capture, self._captured_lists = capture, {}
-                if not self._use_cuda_graph:
-                    # The graph reads these tensors at every replay, whatever is planned later.
-                    assert self._index is not None
-                    self._captured_indices.append(self._index)
-            lists = self._captured_lists
-            # Why the stream: another one of the capture need not wait for the one that made it.
-            key = (*key, stream)
+        if not (self._on_gpu and is_capturing()):
+            return self._shared_list(self._lists, key)
+        assert self._device is not None
+        found = current_capture(self._device)
+        if found is None:
+            return self._make_list(*key)
+        capture, stream = found
+        if capture != self._capture:
+            self._capture, self._captured_lists = capture, {}
+            if not self._use_cuda_graph:
+                # The graph reads these tensors at every replay, whatever is planned later.
+                assert self._index is not None
+                self._captured_indices.append(self._index)
+        # Why the stream: another one of the capture need not wait for the one that made it.
+        return self._shared_list(self._captured_lists, (*key, stream))
+
+    def _shared_list(self, lists: dict[tuple[int, ...], Tensor], key: tuple[int, ...]) -> Tensor:
         work = lists.get(key)
         if work is None:
             if len(lists) >= _MAX_LISTS:
                 lists.clear()
-            work = lists[key] = self._make_list(num_tokens, flags, window_left)
+            work = lists[key] = self._make_list(*key[:3])
         return work
 
     def _make_list(self, num_tokens: int, flags: int, window_left: int) -> Tensor:
         assert self._index is not None
         qo_indptr, kv_indptr, _, kv_lens = self._index
         shape = self._shape
-        work: Tensor = _SCHEDULE(
+        work: Tensor = SCHEDULE(
             qo_indptr, kv_indptr, kv_lens, flags & ~HND, shape.page_size, num_tokens,
             shape.num_qo_heads, shape.num_kv_heads, shape.head_dim_qk, shape.head_dim_vo,
             self._max_q_len, window_left,
         )  # fmt: skip
         return work
 
+    def _problem_of(self, options: Options) -> Problem:
+        """The ops' arguments behind the work list; on a GPU that knows where requests are."""
+        assert self._index is not None
+        qo_indptr, kv_indptr, _, kv_lens = self._index
+        lengths = (None, None) if self._on_gpu else (kv_indptr, kv_lens)
+        flags, window_left, sm_scale, _ = options
+        problem = (qo_indptr, flags, self._max_q_len, window_left, sm_scale, *lengths)
+        return trimmed(None, None, *problem)[2:]
+
     def _options_of(
         self,
         where: str,
-        head_dim_qk: int,
         *,
         causal: bool = False,
         window_left: int = -1,
@@ -343,7 +350,7 @@ class Wrapper(OlderVerbs):
         if pos_encoding_mode == "ALIBI":
             way_out = 'Use "NONE" or "ROPE_LLAMA".'
             _check.not_yet(where, "pos_encoding_mode", pos_encoding_mode, way_out)
-        one_of(where, "pos_encoding_mode", pos_encoding_mode, tuple(_POS_ENCODING_MODES))
+        one_of(where, "pos_encoding_mode", pos_encoding_mode, tuple(POS_ENCODING_MODES))
         for name, value in (("rope_scale", rope_scale), ("rope_theta", rope_theta)):
             if value is not None and pos_encoding_mode == "NONE":
                 way_out = 'Pass pos_encoding_mode="ROPE_LLAMA", or leave it out.'
@@ -361,11 +368,11 @@ class Wrapper(OlderVerbs):
             + lens_flag
         )
         plain = cap == 0.0 and pos_encoding_mode == "NONE" and not use_fp16_qk_reduction
-        mode = _POS_ENCODING_MODES[pos_encoding_mode]
+        mode = POS_ENCODING_MODES[pos_encoding_mode]
         return Options(
             flags,
             window_left,
-            (head_dim_qk or 1) ** -0.5 if sm_scale is None else float(sm_scale),
+            None if sm_scale is None else float(sm_scale),
             None if plain else (cap, mode, *rope, bool(use_fp16_qk_reduction)),
         )
 
@@ -392,6 +399,10 @@ class Wrapper(OlderVerbs):
 
     def _explain(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Raise where tensors differ from what the plan was told."""
+        if k.dim() == 5:
+            k = k.select(1, 0)
+        if v.dim() == 5:
+            v = v.select(1, 0)
         if q.dim() != 3 or k.dim() not in (3, 4) or v.dim() != k.dim():
             return
         shape = self._shape

@@ -6,7 +6,6 @@ _batch_attention_cpu.py.
 
 from __future__ import annotations
 
-import math
 from typing import Literal, overload
 
 from torch import Tensor
@@ -20,17 +19,10 @@ from ._batch_attention_cpu import (
     LENS_ARE_TOKENS,
     validate_contents,
 )
-from ._ops import find_op, refuse_grad
+from ._batch_ops import NARROW, POS_ENCODING_MODES, SCHEDULE, Cache, attend, pair, trimmed
+from ._ops import refuse_grad
 
 __all__ = ["attention", "schedule"]
-
-_NARROW = find_op("attention")
-_FULL = find_op("attention_full")
-_SCHEDULE = find_op("attention_schedule")
-
-_POS_ENCODING_MODES = {"NONE": 0, "ROPE_LLAMA": 1}
-
-Cache = Tensor | tuple[Tensor, Tensor]
 
 
 @overload
@@ -198,7 +190,9 @@ def attention(
         Check the contents of the index tensors first, which waits for the GPU. Without it wrong
         contents give wrong results, but reads and writes stay within the tensors.
     out, lse : Tensor, optional
-        Where results go.
+        Where results go; the kernel writes them itself. `out` may have any strides that are
+        multiples of 16 bytes, but for the last dimension, which is dense; `lse` is contiguous
+        (with `lse_layout` "HN" it is copied into). Neither overlaps another argument.
     return_lse : bool
         Also return the log-sum-exp of the logits.
     lse_base : {"ln", "log2"}
@@ -226,7 +220,7 @@ def attention(
     torch.Size([3, 8, 64])
     """
     op = "attention"
-    k, v = _pair(op, kv_cache)
+    k, v = pair(op, kv_cache)
     if kv_last_page_len is not None and (kv_lens is not None or kv_indices is None):
         expected = "None beside kv_lens, or without kv_indices"
         _check.fail(op, "kv_last_page_len", expected, "a tensor", "Pass one of the two.")
@@ -237,13 +231,12 @@ def attention(
     if validate:
         validate_contents(op, q, k, qo_indptr, kv_indptr, kv_indices, lens, flags)
     cap = 0.0 if logits_soft_cap is None else logits_soft_cap
-    scale = (q.size(-1) or 1) ** -0.5 if sm_scale is None else sm_scale
     longest = -1 if max_q_len is None else max_q_len
-    inputs = (q, k, v, qo_indptr, kv_indptr, kv_indices, lens, schedule, flags, longest)
-    wants_lse = return_lse or lse is not None
+    problem = trimmed(
+        kv_indices, schedule, qo_indptr, flags, longest, window_left, sm_scale, kv_indptr, lens
+    )
     if (
-        not wants_lse
-        and cap == 0.0
+        cap == 0.0
         and pos_encoding_mode == "NONE"
         and (rope_scale is None and rope_theta is None)
         and (custom_mask is None and sinks is None)
@@ -252,8 +245,10 @@ def attention(
         and (window_left >= -1 and lse_base == "ln" and lse_layout == "NH")
     ):
         refuse_grad(op, q, k, v)
-        result: Tensor = _NARROW(*inputs, window_left, scale)
-        return result if out is None else _into(op, "out", out, result)
+        if out is None and lse is None and not return_lse:
+            result: Tensor = NARROW(q, k, v, *problem)
+            return result
+        return attend(op, (q, k, v), problem, None, out, lse, return_lse, lse_base, lse_layout)
 
     refuse_given(
         op, custom_mask=custom_mask, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, sinks=sinks
@@ -261,7 +256,7 @@ def attention(
     if pos_encoding_mode == "ALIBI":
         way_out = 'Use "NONE" or "ROPE_LLAMA".'
         _check.not_yet(op, "pos_encoding_mode", pos_encoding_mode, way_out)
-    one_of(op, "pos_encoding_mode", pos_encoding_mode, tuple(_POS_ENCODING_MODES))
+    one_of(op, "pos_encoding_mode", pos_encoding_mode, tuple(POS_ENCODING_MODES))
     one_of(op, "lse_base", lse_base, ("ln", "log2"))
     one_of(op, "lse_layout", lse_layout, ("NH", "HN"))
     for name, value in (("rope_scale", rope_scale), ("rope_theta", rope_theta)):
@@ -271,18 +266,8 @@ def attention(
     rope = (1.0 if rope_scale is None else rope_scale, 1e4 if rope_theta is None else rope_theta)
     check_values(op, window_left, cap, *rope)
     refuse_grad(op, q, k, v)
-    both: tuple[Tensor, Tensor] = _FULL(
-        *inputs, window_left, scale, cap, _POS_ENCODING_MODES[pos_encoding_mode], *rope,
-        use_fp16_qk_reduction,
-    )  # fmt: skip
-    result, logs = both
-    if lse_base == "log2":
-        logs = logs * math.log2(math.e)
-    if lse_layout == "HN":
-        logs = logs.t().contiguous()
-    result = result if out is None else _into(op, "out", out, result)
-    logs = logs if lse is None else _into(op, "lse", lse, logs)
-    return (result, logs) if return_lse else result
+    options = (cap, POS_ENCODING_MODES[pos_encoding_mode], *rope, use_fp16_qk_reduction)
+    return attend(op, (q, k, v), problem, options, out, lse, return_lse, lse_base, lse_layout)
 
 
 def schedule(
@@ -353,26 +338,13 @@ def schedule(
         num_qo_tokens = given.shape[0] - (1 if kv_indptr is not None else 0)
     tokens = kv_lens is not None and kv_indptr is not None
     flags = _flags(op, "NHD", causal, batch_invariant, tokens)
-    list_: Tensor = _SCHEDULE(
+    list_: Tensor = SCHEDULE(
         qo_indptr, kv_indptr, lens, flags, 1 if page_size is None else page_size,
         num_qo_tokens, num_qo_heads, num_kv_heads, head_dim_qk,
         head_dim_qk if head_dim_vo is None else head_dim_vo,
         -1 if max_q_len is None else max_q_len, window_left,
     )  # fmt: skip
     return list_
-
-
-def _pair(op: str, kv_cache: Cache) -> tuple[Tensor, Tensor]:
-    if isinstance(kv_cache, Tensor):
-        if kv_cache.dim() != 5 or kv_cache.shape[1] != 2:
-            expected = "a (k, v) tuple, or one tensor [num_pages, 2, ...] of 5 dimensions"
-            way_out = "Pass the keys and the values as a tuple."
-            _check.fail(op, "kv_cache", expected, f"shape {list(kv_cache.shape)}", way_out)
-        return kv_cache[:, 0], kv_cache[:, 1]
-    if not isinstance(kv_cache, (tuple, list)) or len(kv_cache) != 2:
-        expected = "a (k, v) tuple, or one tensor [num_pages, 2, ...] of 5 dimensions"
-        _check.fail(op, "kv_cache", expected, type(kv_cache).__name__, "Pass one of these.")
-    return kv_cache[0], kv_cache[1]
 
 
 def _flags(op: str, kv_layout: str, causal: bool, invariant: bool, lens_are_tokens: bool) -> int:
@@ -383,11 +355,3 @@ def _flags(op: str, kv_layout: str, causal: bool, invariant: bool, lens_are_toke
         + (BATCH_INVARIANT if invariant else 0)
         + (LENS_ARE_TOKENS if lens_are_tokens else 0)
     )
-
-
-def _into(op: str, name: str, target: Tensor, result: Tensor) -> Tensor:
-    """Copy a result into the caller's buffer."""
-    _check.shape(op, name, target, result.shape, "that of the result")
-    _check.same_device(op, name, target, "q", result)
-    _check.dtype(op, name, target, (result.dtype,))
-    return target.copy_(result)

@@ -8,10 +8,9 @@ from torch import Tensor
 from . import _check
 from ._attention_cpu import refuse_given
 from ._batch_attention_cpu import LENS_ARE_TOKENS
-from ._paged_wrapper import caches_of
+from ._batch_ops import Cache, pair
 from ._wrapper import Shape, Wrapper
 from ._wrapper_options import last_of
-from .batch_attention import Cache
 
 __all__ = ["BatchAttention"]
 
@@ -83,7 +82,7 @@ class BatchAttention(Wrapper):
             As in `BatchPrefillWithPagedKVCacheWrapper.plan`.
         """
         options = self._options_of(
-            self._where("plan"), head_dim_qk, causal=causal, sm_scale=sm_scale,
+            self._where("plan"), causal=causal, sm_scale=sm_scale,
             logits_soft_cap=logits_soft_cap, batch_invariant=batch_invariant,
             lens_flag=LENS_ARE_TOKENS,
         )  # fmt: skip
@@ -148,8 +147,8 @@ class BatchAttention(Wrapper):
                 expected, way_out = "a positive number, or 0", "0 is the plan's."
                 where = self._where("run")
                 _check.fail(where, "logits_soft_cap", expected, logits_soft_cap, way_out)
-            options = options._replace(full=(float(logits_soft_cap), 0, 1.0, 1e4, False))
-        k, v = caches_of(self, kv_cache)
+            options = options._replace(logits=(float(logits_soft_cap), 0, 1.0, 1e4, False))
+        k, v = pair(self._where("run"), kv_cache)
         result = self._run(q, k, v, options, out, lse, True, schedule, lse_base, lse_layout)
         assert isinstance(result, tuple)
         return result

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from . import _check
 from ._attention_cpu import one_of, refuse_given
+from ._batch_ops import LOG2_E, Cache, Result, into
 from ._older_verbs import OlderVerbs
-from ._wrapper import _LOG2_E, Result
 from .attention import single_prefill_with_kv_cache_return_lse
-from .batch_attention import Cache, _into
 from .decode_wrapper import BatchDecodeWithPagedKVCacheWrapper
 from .merge import merge_state_in_place
 from .prefill_wrapper import BatchPrefillWithPagedKVCacheWrapper
@@ -265,17 +264,18 @@ class MultiLevelCascadeAttentionWrapper(OlderVerbs):
             self._one_each(where, "schedule", lists, len(self._levels))
         if len(self._levels) == 1 and not return_lse and lse is None:
             return self._levels[0].run(q, paged_kv_cache, out=out, schedule=lists[0])
-        merged, logs = self._levels[-1].run(q, paged_kv_cache, return_lse=True, schedule=lists[-1])
+        logs: Tensor | None = None if lse_layout == "HN" else lse
+        merged, logs = self._levels[-1].run(
+            q, paged_kv_cache, out=out, lse=logs, return_lse=True, schedule=lists[-1]
+        )
         for level, work in zip(self._levels[:-1], lists[:-1], strict=True):
             merge_state_in_place(
                 merged, logs, *level.run(q, paged_kv_cache, return_lse=True, schedule=work)
             )
         if lse_base == "log2":
-            logs = logs * _LOG2_E
+            logs = logs.mul_(LOG2_E)
         if lse_layout == "HN":
-            logs = logs.t().contiguous()
-        merged = merged if out is None else _into(where, "out", out, merged)
-        logs = logs if lse is None else _into(where, "lse", lse, logs)
+            logs = logs.t().contiguous() if lse is None else into(where, "lse", lse, logs.t())
         return (merged, logs) if return_lse else merged
 
     forward = run

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from . import _check
 from ._attention_cpu import one_of, refuse_given
+from ._batch_ops import Cache
 from ._paged_wrapper import PagedWrapper
 from ._wrapper import Options, Shape
 from ._wrapper_options import invariant
-from .batch_attention import Cache
 
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",
@@ -148,7 +148,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             _check.fail(where, "q_len_per_req", "at least 1", q_len_per_req, "Leave it out.")
         same = invariant(where, batch_invariant, fixed_split_size, disable_split_kv)
         options = self._options_of(
-            where, head_dim, causal=q_len_per_req > 1, window_left=window_left,
+            where, causal=q_len_per_req > 1, window_left=window_left,
             logits_soft_cap=logits_soft_cap, sm_scale=sm_scale, rope_scale=rope_scale,
             pos_encoding_mode=pos_encoding_mode, rope_theta=rope_theta, batch_invariant=same,
         )  # fmt: skip
@@ -233,7 +233,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
     ) -> Options:
         self._planned()
         options = self._options_of(
-            self._where("forward"), self._shape.head_dim_qk, window_left=window_left,
+            self._where("forward"), window_left=window_left,
             logits_soft_cap=logits_soft_cap, sm_scale=sm_scale, rope_scale=rope_scale,
             pos_encoding_mode=pos_encoding_mode, rope_theta=rope_theta,
         )  # fmt: skip

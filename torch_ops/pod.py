@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ._attention_cpu import one_of
+from ._batch_ops import Cache, Result
 from ._older_verbs import OlderVerbs
 from ._paged_wrapper import PagedWrapper
-from ._wrapper import Options, Result
+from ._wrapper import Options
 from ._wrapper_options import refuse_run_options
 from .attention import single_prefill_with_kv_cache
-from .batch_attention import Cache
 from .decode_wrapper import BatchDecodeWithPagedKVCacheWrapper
 from .prefill_wrapper import BatchPrefillWithPagedKVCacheWrapper
 
@@ -55,9 +55,7 @@ def _changed(part: PagedWrapper, plan: dict[str, Any], causal: bool, **given: An
         return part._options
     part._planned()
     changes = {name: value for name, value in given.items() if value is not None}
-    return part._options_of(
-        part._where("run"), part._shape.head_dim_qk, causal=causal, **{**plan, **changes}
-    )
+    return part._options_of(part._where("run"), causal=causal, **{**plan, **changes})
 
 
 class PODWithPagedKVCacheWrapper(_Pod):

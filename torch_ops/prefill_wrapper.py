@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ._attention_cpu import one_of, refuse_given
 from ._batch_attention_cpu import BATCH_INVARIANT
+from ._batch_ops import Cache, Result
 from ._paged_wrapper import PagedWrapper
-from ._wrapper import Options, Result, Shape, Wrapper
+from ._wrapper import Options, Shape, Wrapper
 from ._wrapper_options import invariant, last_of, refuse_run_options
-from .batch_attention import Cache
 
 __all__ = ["BatchPrefillWithPagedKVCacheWrapper", "BatchPrefillWithRaggedKVCacheWrapper"]
 
@@ -155,7 +155,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         where = self._where("plan")
         refuse_given(where, custom_mask=custom_mask, packed_custom_mask=packed_custom_mask)
         options = self._options_of(
-            where, head_dim_qk, causal=causal, window_left=window_left, sm_scale=sm_scale,
+            where, causal=causal, window_left=window_left, sm_scale=sm_scale,
             logits_soft_cap=logits_soft_cap, pos_encoding_mode=pos_encoding_mode,
             rope_scale=rope_scale, rope_theta=rope_theta,
             use_fp16_qk_reduction=use_fp16_qk_reduction,
@@ -326,7 +326,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         where = self._where("plan")
         refuse_given(where, custom_mask=custom_mask, packed_custom_mask=packed_custom_mask)
         options = self._options_of(
-            where, head_dim_qk, causal=causal, window_left=window_left, sm_scale=sm_scale,
+            where, causal=causal, window_left=window_left, sm_scale=sm_scale,
             logits_soft_cap=logits_soft_cap, pos_encoding_mode=pos_encoding_mode,
             rope_scale=rope_scale, rope_theta=rope_theta,
             use_fp16_qk_reduction=use_fp16_qk_reduction,
@@ -496,7 +496,7 @@ def _forward_options(
     """Options of the older verbs; what only `plan` takes stays as planned."""
     wrapper._planned()
     return wrapper._options_of(
-        wrapper._where("forward"), wrapper._shape.head_dim_qk, causal=causal,
+        wrapper._where("forward"), causal=causal,
         window_left=window_left, logits_soft_cap=logits_soft_cap, sm_scale=sm_scale,
         rope_scale=rope_scale, rope_theta=rope_theta, pos_encoding_mode=pos_encoding_mode,
         use_fp16_qk_reduction=use_fp16_qk_reduction,

@@ -3,16 +3,14 @@
 
 #include <array>
 #include <atomic>
-#include <cmath>
-#include <numbers>
 #include <optional>
 #include <string>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "attention/params.h"
 #include "ops/attention_choice.h"
+#include "ops/attention_options.h"
 #include "runtime/alloc.h"
 #include "runtime/check.h"
 #include "runtime/kernel.h"
@@ -21,19 +19,13 @@
 namespace ridgeline {
 namespace {
 
-constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kMaxCount = (int64_t{1} << 31) - 1;
 constexpr int kMaxCandidates = 16;
 
 struct Options {
   bool causal;
   int64_t window_left;
-  double logits_soft_cap;
-  double sm_scale;
-  bool rotates = false;
-  double rope_scale = 1.0;
-  double rope_theta = 1e4;
-  bool fp16_logits = false;
+  LogitOptions logits;
 };
 
 // Sizes and strides of a call, with k and v as [kv_len, num_kv_heads, head_dim] in either layout.
@@ -51,22 +43,6 @@ void check_head_dim(const Arg& arg) {
        std::to_string(head_dim), "Pad q, k and v with zeros to the next multiple of 8");
 }
 
-void check_dtypes(const Arg& q, const Arg& k, const Arg& v, const Device& gpu) {
-  if (q.dtype == Dtype::Float) {
-    fail(q.op, q.name, "dtype torch.float16 or torch.bfloat16 on a GPU", "torch.float32",
-         "Convert q, k and v with .to(torch.float16): tensor cores sum in float32 all the same");
-  }
-  check_dtype(q, {Dtype::Half, Dtype::BFloat16});
-  check_same_dtype(k, q);
-  check_same_dtype(v, q);
-  if (q.dtype == Dtype::BFloat16 && gpu.sm < 80) {
-    fail(q.op, q.name,
-         "dtype torch.float16 on GPUs before compute capability 8.0, which have no bf16 tensor "
-         "cores",
-         "torch.bfloat16", "Convert q, k and v with .to(torch.float16)");
-  }
-}
-
 Shape check_inputs(const Arg& q, const Arg& k, const Arg& v, int64_t kv_layout) {
   if (kv_layout != 0 && kv_layout != 1) {
     fail(q.op, "kv_layout", "0 (NHD) or 1 (HND)", std::to_string(kv_layout), "Pass one of these");
@@ -74,7 +50,7 @@ Shape check_inputs(const Arg& q, const Arg& k, const Arg& v, int64_t kv_layout) 
   check_cuda(q);
   check_same_device(k, q);
   check_same_device(v, q);
-  check_dtypes(q, k, v, device(q.gpu));
+  check_attention_dtypes(q, k, v, device(q.gpu));
   check_rank(q, {2, 3});
   check_rank(k, {3});
   check_rank(v, {3});
@@ -118,26 +94,6 @@ Shape check_inputs(const Arg& q, const Arg& k, const Arg& v, int64_t kv_layout) 
   return shape;
 }
 
-void check_options(const char* op, const Options& options) {
-  if (options.window_left < -1) {
-    fail(op, "window_left", "at least -1", std::to_string(options.window_left), "-1 turns it off");
-  }
-  if (!(options.logits_soft_cap >= 0.0)) {
-    fail(op, "logits_soft_cap", "a positive number, or 0", std::to_string(options.logits_soft_cap),
-         "0 turns it off");
-  }
-  for (const auto& [name, value] :
-       {std::pair{"rope_scale", options.rope_scale}, std::pair{"rope_theta", options.rope_theta}}) {
-    if (!(value > 0.0)) {
-      fail(op, name, "a positive number", std::to_string(value), "Leave it out for the default");
-    }
-  }
-}
-
-double scale_or_default(const std::optional<double>& sm_scale, const Shape& shape) {
-  return sm_scale ? *sm_scale : 1.0 / std::sqrt(static_cast<double>(shape.head_dim_qk));
-}
-
 // The kernels of this family by place in the table, found by name on first use.
 Kernel& attention_kernel(int candidate, bool bf16, int variant) {
   static std::array<std::atomic<Kernel*>, kMaxCandidates * 2 * kNumAttentionVariants> kernels{};
@@ -162,37 +118,36 @@ AttentionParams make_params(const Arg& q, const Arg& k, const Arg& v, const Tens
   // A window that reaches every key is none; so it fits 32 bits.
   const int64_t window =
       options.window_left > shape.kv_len + shape.qo_len ? -1 : options.window_left;
-  return {
-      .q = q.data,
-      .k = k.data,
-      .v = v.data,
-      .out = out.mutable_data_ptr(),
-      .lse = lse,
-      .partial_out = nullptr,
-      .partial_stats = nullptr,
-      .q_stride_token = q_rank == 3 ? q.strides[0] : 0,
-      .q_stride_head = q.strides[q_rank - 2],
-      .k_stride_token = k.strides[shape.kv_len_dim],
-      .k_stride_head = k.strides[shape.kv_head_dim],
-      .v_stride_token = v.strides[shape.kv_len_dim],
-      .v_stride_head = v.strides[shape.kv_head_dim],
-      .out_stride_token = shape.num_qo_heads * shape.head_dim_vo,
-      .out_stride_head = shape.head_dim_vo,
-      .qo_len = static_cast<int>(shape.qo_len),
-      .kv_len = static_cast<int>(shape.kv_len),
-      .num_qo_heads = static_cast<int>(shape.num_qo_heads),
-      .head_dim_qk = static_cast<int>(shape.head_dim_qk),
-      .head_dim_vo = static_cast<int>(shape.head_dim_vo),
-      .num_q_tiles = plan.num_q_tiles,
-      .window_left = static_cast<int>(window),
-      .causal = options.causal,
-      .num_kv_heads = make_divider(static_cast<uint32>(shape.num_kv_heads)),
-      .num_splits = make_divider(static_cast<uint32>(plan.num_splits)),
-      .group_size = make_divider(static_cast<uint32>(shape.num_qo_heads / shape.num_kv_heads)),
-      .sm_scale = static_cast<float>(options.sm_scale),
-      .logits_soft_cap = static_cast<float>(options.logits_soft_cap),
-      .rope_turns = 0.5 * std::numbers::inv_pi / options.rope_scale,
-      .rope_ratio = options.rotates ? std::pow(options.rope_theta, -2.0 / shape.head_dim_qk) : 1.0};
+  return {.q = q.data,
+          .k = k.data,
+          .v = v.data,
+          .out = out.mutable_data_ptr(),
+          .lse = lse,
+          .partial_out = nullptr,
+          .partial_stats = nullptr,
+          .q_stride_token = q_rank == 3 ? q.strides[0] : 0,
+          .q_stride_head = q.strides[q_rank - 2],
+          .k_stride_token = k.strides[shape.kv_len_dim],
+          .k_stride_head = k.strides[shape.kv_head_dim],
+          .v_stride_token = v.strides[shape.kv_len_dim],
+          .v_stride_head = v.strides[shape.kv_head_dim],
+          .out_stride_token = shape.num_qo_heads * shape.head_dim_vo,
+          .out_stride_head = shape.head_dim_vo,
+          .qo_len = static_cast<int>(shape.qo_len),
+          .kv_len = static_cast<int>(shape.kv_len),
+          .num_qo_heads = static_cast<int>(shape.num_qo_heads),
+          .head_dim_qk = static_cast<int>(shape.head_dim_qk),
+          .head_dim_vo = static_cast<int>(shape.head_dim_vo),
+          .num_q_tiles = plan.num_q_tiles,
+          .window_left = static_cast<int>(window),
+          .causal = options.causal,
+          .num_kv_heads = make_divider(static_cast<uint32>(shape.num_kv_heads)),
+          .num_splits = make_divider(static_cast<uint32>(plan.num_splits)),
+          .group_size = make_divider(static_cast<uint32>(shape.num_qo_heads / shape.num_kv_heads)),
+          .sm_scale = static_cast<float>(options.logits.sm_scale),
+          .logits_soft_cap = static_cast<float>(options.logits.logits_soft_cap),
+          .rope_turns = rope_turns(options.logits),
+          .rope_ratio = rope_ratio(options.logits, shape.head_dim_qk)};
 }
 
 // Launches the kernel, and the one that adds up the parts when there are several.
@@ -209,8 +164,8 @@ void run(const Arg& q, const Arg& k, const Arg& v, const Tensor& out, float* lse
                                     .num_kv_heads = shape.num_kv_heads,
                                     .causal = options.causal,
                                     .window_left = options.window_left,
-                                    .rotates = options.rotates,
-                                    .fp16_logits = options.fp16_logits};
+                                    .rotates = options.logits.rotates,
+                                    .fp16_logits = options.logits.fp16_logits};
   const AttentionPlan plan =
       plan_attention(problem, {gpu.sm, gpu.num_sms, gpu.max_dynamic_smem + 1024});
   AttentionParams params = make_params(q, k, v, out, lse, shape, options, plan);
@@ -264,9 +219,12 @@ Tensor single_attention(const Tensor& q, const Tensor& k, const Tensor& v, bool 
   constexpr const char* kOp = "single_attention";
   const Arg query(kOp, "q", q), keys(kOp, "k", k), values(kOp, "v", v);
   const Shape shape = check_inputs(query, keys, values, kv_layout);
-  const Options options = {causal && shape.qo_len > 1, window_left, logits_soft_cap,
-                           scale_or_default(sm_scale, shape)};
-  check_options(kOp, options);
+  check_window(kOp, window_left);
+  check_soft_cap(kOp, logits_soft_cap);
+  const Options options = {causal && shape.qo_len > 1,
+                           window_left,
+                           {.sm_scale = scale_or_default(sm_scale, shape.head_dim_qk),
+                            .logits_soft_cap = logits_soft_cap}};
   const Tensor out = empty_out(query, shape.head_dim_vo);
   run(query, keys, values, out, nullptr, shape, options);
   return out;
@@ -280,41 +238,20 @@ std::tuple<Tensor, Tensor> single_attention_full(
     const Tensor& q, const Tensor& k, const Tensor& v, bool causal, std::optional<double> sm_scale,
     int64_t kv_layout, int64_t window_left, double logits_soft_cap, int64_t pos_encoding_mode,
     double rope_scale, double rope_theta, bool use_fp16_qk_reduction,
-    const std::optional<Tensor>& custom_mask, const std::optional<Tensor>& mask_indptr,
-    const std::optional<Tensor>& q_scale, const std::optional<Tensor>& k_scale,
-    const std::optional<Tensor>& v_scale, const std::optional<Tensor>& sinks,
+    const MaybeTensor& custom_mask, const MaybeTensor& mask_indptr, const MaybeTensor& q_scale,
+    const MaybeTensor& k_scale, const MaybeTensor& v_scale, const MaybeTensor& sinks,
     const std::optional<std::vector<Tensor>>& extra_tensors,
     const std::optional<std::vector<double>>& extra_scalars) {
   constexpr const char* kOp = "single_attention_full";
-  for (const auto& [name, given] :
-       {std::pair{"custom_mask", custom_mask.has_value()},
-        std::pair{"mask_indptr", mask_indptr.has_value()},
-        std::pair{"q_scale", q_scale.has_value()}, std::pair{"k_scale", k_scale.has_value()},
-        std::pair{"v_scale", v_scale.has_value()}, std::pair{"sinks", sinks.has_value()},
-        std::pair{"extra_tensors", extra_tensors.has_value()},
-        std::pair{"extra_scalars", extra_scalars.has_value()}}) {
-    if (given) not_yet(kOp, name, "a value other than None");
-  }
-  if (pos_encoding_mode == 2) not_yet(kOp, "pos_encoding_mode", "2 (ALIBI)");
-  if (pos_encoding_mode != 0 && pos_encoding_mode != 1) {
-    fail(kOp, "pos_encoding_mode", "0 (NONE) or 1 (ROPE_LLAMA)", std::to_string(pos_encoding_mode),
-         "Pass one of these");
-  }
+  refuse_later(kOp, custom_mask, mask_indptr, q_scale, k_scale, v_scale, sinks, extra_tensors,
+               extra_scalars);
   const Arg query(kOp, "q", q), keys(kOp, "k", k), values(kOp, "v", v);
   const Shape shape = check_inputs(query, keys, values, kv_layout);
-  if (use_fp16_qk_reduction && query.dtype != Dtype::Half) {
-    fail(kOp, "use_fp16_qk_reduction", "False unless q is float16", "True with bfloat16",
-         "Leave it out, or convert q, k and v to float16");
-  }
-  const Options options = {causal,
-                           window_left,
-                           logits_soft_cap,
-                           scale_or_default(sm_scale, shape),
-                           pos_encoding_mode == 1,
-                           rope_scale,
-                           rope_theta,
-                           use_fp16_qk_reduction};
-  check_options(kOp, options);
+  check_window(kOp, window_left);
+  const Options options = {
+      causal, window_left,
+      logit_options(query, scale_or_default(sm_scale, shape.head_dim_qk), logits_soft_cap,
+                    pos_encoding_mode, rope_scale, rope_theta, use_fp16_qk_reduction)};
   const Tensor out = empty_out(query, shape.head_dim_vo);
   const Tensor lse = empty(query.gpu, query.sizes.first(query.sizes.size() - 1), Dtype::Float);
   run(query, keys, values, out, static_cast<float*>(lse.mutable_data_ptr()), shape, options);

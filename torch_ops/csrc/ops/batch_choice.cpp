@@ -152,11 +152,12 @@ std::vector<Row> batch_rows() {
                     .why = tall ? "lengths to a balanced work list, tiles of any height"
                                 : "the same for tiles of 16 rows"});
   }
-  for (const char* op : {"attention", "attention_full"}) {
+  for (const char* op : {"attention", "attention_lse", "attention_full", "attention_out"}) {
     for (int dims = 0; dims < kNumBatchDims; ++dims) {
       for (int kernel = 0; kernel < kNumBatchKernels; ++kernel) {
         for (int variant = 0; variant < kNumBatchVariants; ++variant) {
-          if (variant == 0 || std::string(op) == "attention_full") {
+          if (variant == 0 ||
+              (std::string(op) != "attention" && std::string(op) != "attention_lse")) {
             add_rows(rows, op, dims, kernel, variant);
           }
         }
@@ -173,7 +174,8 @@ std::vector<Row> batch_rows() {
   return rows;
 }
 
-const RegisterFamily family({{"attention", "attention_full", "attention_schedule"},
+const RegisterFamily family({{"attention", "attention_lse", "attention_full", "attention_out",
+                              "attention_schedule"},
                              batch_rows,
                              choose_batch});
 

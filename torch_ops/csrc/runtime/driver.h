@@ -48,6 +48,7 @@ enum class DeviceAttribute : int {
 };
 enum class FunctionAttribute : int { kMaxDynamicSharedMemory = 8 };
 enum class PointerAttribute : int { kDevicePointer = 3 };
+enum class CaptureStatus : int { kNone = 0, kActive = 1, kInvalidated = 2 };
 enum class CaptureMode : int { kGlobal = 0, kThreadLocal = 1, kRelaxed = 2 };
 
 struct Driver {
@@ -63,6 +64,7 @@ struct Driver {
   CUresult (*ctx_push_current)(CUcontext context);
   CUresult (*ctx_pop_current)(CUcontext* context);
   CUresult (*pointer_get_attribute)(void* value, PointerAttribute attribute, uint64_t address);
+  CUresult (*stream_is_capturing)(CUstream stream, CaptureStatus* status);
   CUresult (*thread_exchange_capture_mode)(CaptureMode* mode);
   CUresult (*library_load_data)(CUlibrary* library, const void* code, int* jit_options,
                                 void** jit_values, unsigned num_jit_options, int* library_options,

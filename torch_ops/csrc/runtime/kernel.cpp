@@ -32,19 +32,6 @@ class RelaxedCapture {
   CaptureMode mode_ = CaptureMode::kRelaxed;
 };
 
-CUstream current_stream(int device_index) {
-  if (!aoti_torch_get_current_cuda_stream) {
-    throw std::runtime_error(
-        "this build of torch has no CUDA. Install a CUDA build of torch, or use CPU tensors");
-  }
-  void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream(device_index, &stream) != AOTI_TORCH_SUCCESS) {
-    throw std::runtime_error("torch gave no current stream for GPU " +
-                             std::to_string(device_index));
-  }
-  return static_cast<CUstream>(stream);
-}
-
 }  // namespace
 
 const Kernel::Module& Kernel::module(const Device& device) {
@@ -118,7 +105,7 @@ void launch(Kernel& kernel, const Device& device, const Launch& how, const void*
                             1,
                             1,
                             how.dynamic_smem,
-                            current_stream(device.index),
+                            current_stream(device),
                             attributes.data(),
                             num_attributes};
   void* arguments[] = {const_cast<void*>(params)};
@@ -126,6 +113,19 @@ void launch(Kernel& kernel, const Device& device, const Launch& how, const void*
   if (error != kCudaSuccess) {
     throw std::runtime_error("launching kernel " + kernel.name() + ": " + driver_error(error));
   }
+}
+
+CUstream current_stream(const Device& device) {
+  if (!aoti_torch_get_current_cuda_stream) {
+    throw std::runtime_error(
+        "this build of torch has no CUDA. Install a CUDA build of torch, or use CPU tensors");
+  }
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream(device.index, &stream) != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error("torch gave no current stream for GPU " +
+                             std::to_string(device.index));
+  }
+  return static_cast<CUstream>(stream);
 }
 
 }  // namespace ridgeline

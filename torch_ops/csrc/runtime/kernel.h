@@ -60,4 +60,7 @@ struct Launch {
 // the kernel's one parameter. An empty grid launches nothing.
 void launch(Kernel& kernel, const Device& device, const Launch& how, const void* params);
 
+// Torch's current stream of the device.
+CUstream current_stream(const Device& device);
+
 }  // namespace ridgeline

@@ -1,0 +1,308 @@
+#include "ops/batch_launch.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <bit>
+#include <string>
+
+#include "ops/batch_choice.h"
+#include "runtime/alloc.h"
+#include "runtime/kernel.h"
+#include "runtime/workspace.h"
+
+namespace ridgeline {
+namespace {
+
+const int* ints(const MaybeTensor& tensor) {
+  return tensor ? static_cast<const int*>(tensor->const_data_ptr()) : nullptr;
+}
+
+BatchProblem problem_of(const Lengths& of) {
+  BatchProblem problem;
+  problem.head_dim_qk = static_cast<int>(of.head_dim_qk);
+  problem.head_dim_vo = static_cast<int>(of.head_dim_vo);
+  problem.batch_size = of.batch_size;
+  problem.num_tokens = of.num_tokens;
+  const int64_t most = of.qo_indptr ? of.num_tokens : 1;
+  problem.max_q_len = of.max_q_len < 0 ? most : std::min(of.max_q_len, most);
+  problem.num_qo_heads = of.num_qo_heads;
+  problem.num_kv_heads = of.num_kv_heads;
+  problem.invariant = (of.flags & kInvariant) != 0;
+  return problem;
+}
+
+int window_of(int64_t window_left) {
+  return window_left >= kMaxBatchCount ? -1 : static_cast<int>(window_left);
+}
+
+// Of everything that a list depends on beside the contents of the index tensors.
+int tag_of(const Lengths& of, const BatchProblem& problem, const BatchPlan& plan) {
+  uint64_t hash = 14695981039346656037ull;
+  const int64_t given[] = {plan.dims,
+                           plan.kernel,
+                           plan.num_ctas,
+                           plan.slot_rows,
+                           of.batch_size,
+                           of.num_tokens,
+                           of.num_qo_heads,
+                           of.num_kv_heads,
+                           problem.max_q_len,
+                           of.flags & ~kHnd,
+                           of.window_left,
+                           int64_t(of.form),
+                           is_paged(of.form) ? of.page_size : 1};
+  for (const int64_t value : given) {
+    hash = (hash ^ static_cast<uint64_t>(value)) * 1099511628211ull;
+  }
+  return static_cast<int>(static_cast<uint32_t>(hash ^ (hash >> 32)) | 1u);
+}
+
+BatchGpu gpu_of(const Device& gpu) {
+  return {gpu.sm, gpu.num_sms, gpu.max_dynamic_smem + 1024};
+}
+
+void launch_schedule(const Lengths& of, const BatchProblem& problem, const BatchPlan& plan,
+                     const Device& gpu, int* list) {
+  static Kernel& of_low = kernel(schedule_name(false));
+  static Kernel& of_tall = kernel(schedule_name(true));
+  const ListLayout layout = list_layout(problem.batch_size, problem.num_tokens, of.group_size(),
+                                        problem.num_kv_heads, problem.invariant);
+  if (layout.max_records > kMaxBatchCount) {
+    fail(of.op, "q", "fewer than 2^30 tiles of work", std::to_string(layout.max_records),
+         "Split the call");
+  }
+  const int num_teams = plan.num_ctas / plan.team_size;
+  const int64_t num_bundles = of.num_kv_heads / plan.team_size;
+  const ScheduleParams params = {.qo_indptr = ints(of.qo_indptr),
+                                 .kv_indptr = ints(of.kv_indptr),
+                                 .kv_lens = ints(of.kv_lens),
+                                 .list = list,
+                                 .records_at = layout.records_at,
+                                 .requests_at = layout.requests_at,
+                                 .items_at = layout.items_at,
+                                 .costs_at = layout.costs_at,
+                                 .item_starts_at = layout.item_starts_at,
+                                 .max_items = static_cast<int>(layout.max_items),
+                                 .batch_size = static_cast<int>(problem.batch_size),
+                                 .num_tokens = static_cast<int>(problem.num_tokens),
+                                 .max_q_len = static_cast<int>(problem.max_q_len),
+                                 .form = of.form,
+                                 .page_size = static_cast<int>(of.page_size),
+                                 .causal = (of.flags & kCausal) != 0,
+                                 .window_left = window_of(of.window_left),
+                                 .num_teams = num_teams,
+                                 .team_count = make_divider(static_cast<uint32>(num_teams)),
+                                 .team_size = plan.team_size,
+                                 .num_bundles = make_divider(static_cast<uint32>(num_bundles)),
+                                 .max_tiles = plan.max_tiles,
+                                 .num_heights = plan.low == plan.high ? 1 : 2,
+                                 .heights = {tile_height(plan.dims, plan.low, gpu.sm),
+                                             tile_height(plan.dims, plan.high, gpu.sm)},
+                                 .group_size = make_divider(static_cast<uint32>(of.group_size())),
+                                 .invariant = problem.invariant,
+                                 .slot_rows = plan.slot_rows,
+                                 .tag = tag_of(of, problem, plan)};
+  const bool tall = plan.high > 16;
+  const int threads = schedule_threads(tall);
+  const int64_t ctas = (layout.max_items * num_bundles + num_teams) / threads + 1;
+  launch(tall ? of_tall : of_low, gpu,
+         {.grid_x = static_cast<unsigned>(std::min<int64_t>(ctas, kMaxScheduleCtas)),
+          .block = static_cast<unsigned>(threads)},
+         &params);
+}
+
+struct Units {
+  uint32 page, token, unit;
+};
+
+// Strides of a pool in units that divide them, so that places in it fit 32 bits.
+Units units_of(const Arg& arg, const Cache& cache) {
+  const int64_t page = cache.outer > 1 ? arg.strides[cache.outer_dim] : 0;
+  const int64_t token = cache.tokens > 1 ? arg.strides[cache.token_dim] : 0;
+  const int64_t both = page | token;
+  const int64_t unit = both == 0 ? 1 : std::min(both & -both, int64_t{1} << 30);
+  if (page < 0 || token < 0 ||
+      (page / unit) * cache.outer + (token / unit) * cache.tokens >= int64_t{1} << 32) {
+    fail(arg.op, arg.name,
+         "a pool of fewer than 2^32 times the largest power of two that divides "
+         "its strides",
+         "strides of " + std::to_string(page) + " and " + std::to_string(token) + " elements",
+         "Use a head_dim times heads that is a multiple of a larger power of two");
+  }
+  return {static_cast<uint32>(page / unit), static_cast<uint32>(token / unit),
+          static_cast<uint32>(unit)};
+}
+
+Kernel& attention_kernel(const BatchPlan& plan, bool paged, bool bf16, int variant) {
+  static std::array<std::atomic<Kernel*>, kNumBatchDims * kNumBatchKernels * kNumBatchVariants * 4>
+      kernels{};
+  auto& slot =
+      kernels[((plan.dims * kNumBatchKernels + plan.kernel) * kNumBatchVariants + variant) * 4 +
+              paged * 2 + bf16];
+  Kernel* found = slot.load(std::memory_order_acquire);
+  if (!found) {
+    found = &kernel(batch_name(plan.dims, plan.kernel, paged, bf16, variant));
+    slot.store(found, std::memory_order_release);
+  }
+  return *found;
+}
+
+Kernel& combine_kernel(bool bf16) {
+  static Kernel& of_half = kernel(batch_combine_name(false));
+  static Kernel& of_bf16 = kernel(batch_combine_name(true));
+  return bf16 ? of_bf16 : of_half;
+}
+
+BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const BatchOptions& options,
+                                 const Cache& cache, const BatchPlan& plan,
+                                 const ListLayout& layout, const BatchResults& results,
+                                 const int* list) {
+  const Arg &q = in.q, &k = in.k, &v = in.v;
+  const KvForm form = of.form;
+  BatchAttentionParams params = {};
+  AttentionParams& attention = params.attention;
+  attention.q = q.data;
+  attention.k = k.data;
+  attention.v = v.data;
+  attention.out = results.out;
+  attention.lse = results.lse;
+  attention.q_stride_token = q.strides[0];
+  attention.q_stride_head = q.strides[1];
+  attention.k_stride_token = k.strides[cache.token_dim];
+  attention.k_stride_head = k.strides[cache.head_dim];
+  attention.v_stride_token = v.strides[cache.token_dim];
+  attention.v_stride_head = v.strides[cache.head_dim];
+  attention.out_stride_token = results.out_stride_token;
+  attention.out_stride_head = results.out_stride_head;
+  attention.num_qo_heads = static_cast<int>(of.num_qo_heads);
+  attention.head_dim_qk = static_cast<int>(of.head_dim_qk);
+  attention.head_dim_vo = static_cast<int>(of.head_dim_vo);
+  attention.window_left = window_of(options.window_left);
+  attention.causal = options.has(kCausal);
+  attention.num_kv_heads = make_divider(static_cast<uint32>(of.num_kv_heads));
+  attention.num_splits = make_divider(1);
+  attention.group_size = make_divider(static_cast<uint32>(of.group_size()));
+  attention.sm_scale = static_cast<float>(options.logits.sm_scale);
+  attention.logits_soft_cap = static_cast<float>(options.logits.logits_soft_cap);
+  attention.rope_turns = rope_turns(options.logits);
+  attention.rope_ratio = rope_ratio(options.logits, of.head_dim_qk);
+
+  params.list = list;
+  params.records_at = layout.records_at;
+  params.form = form;
+  params.page_size = make_divider(static_cast<uint32>(of.page_size));
+  if (is_paged(form)) {
+    params.kv_indices = ints(in.kv_indices);
+    params.num_indices = cache.outer == 0 ? 0 : static_cast<int>(in.kv_indices->size(0));
+    params.num_pages = static_cast<int>(cache.outer);
+    const Units keys = units_of(in.k, cache);
+    const Units values = units_of(in.v, cache);
+    params.k_page_units = keys.page;
+    params.k_token_units = keys.token;
+    params.k_unit = keys.unit;
+    params.v_page_units = values.page;
+    params.v_token_units = values.token;
+    params.v_unit = values.unit;
+  } else if (form == KvForm::kRagged) {
+    params.num_indices = static_cast<int>(cache.tokens);
+    params.k_origin_stride = attention.k_stride_token;
+    params.v_origin_stride = attention.v_stride_token;
+  } else {
+    params.num_indices = static_cast<int>(cache.outer);
+    params.max_kv_len = cache.outer == 0 ? 0 : static_cast<int>(cache.tokens);
+    params.k_origin_stride = k.strides[0];
+    params.v_origin_stride = v.strides[0];
+  }
+  params.max_records = static_cast<int>(layout.max_records);
+  params.num_ctas = plan.num_ctas;
+  params.team_size = make_divider(static_cast<uint32>(plan.team_size));
+  params.slot_rows = plan.slot_rows;
+  params.num_tokens = static_cast<int>(of.num_tokens);
+  params.last_partial_row = static_cast<int>(plan.num_partial_rows) - plan.high;
+  return params;
+}
+
+}  // namespace
+
+void launch_schedule(const Lengths& of, const Device& gpu, const Tensor& list) {
+  const BatchProblem problem = problem_of(of);
+  launch_schedule(of, problem, plan_batch(problem, gpu_of(gpu)), gpu,
+                  static_cast<int*>(list.mutable_data_ptr()));
+}
+
+void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& options,
+                      const Cache& cache, const BatchResults& results) {
+  const char* op = of.op;
+  if (of.num_tokens == 0) return;
+  const Device& gpu = device(in.q.gpu);
+  BatchProblem problem = problem_of(of);
+  problem.bf16 = in.q.dtype == Dtype::BFloat16;
+  problem.paged = in.kv_indices.has_value();
+  problem.rotates = options.logits.rotates;
+  problem.fp16_logits = options.logits.fp16_logits;
+  const BatchPlan plan = plan_batch(problem, gpu_of(gpu));
+  if (plan.num_partial_rows > kMaxBatchCount) {
+    fail(op, "batch_invariant", "a batch whose partial results have at most 2^30 rows",
+         std::to_string(plan.num_partial_rows), "Split the call");
+  }
+
+  const ListLayout layout = list_layout(of.batch_size, of.num_tokens, of.group_size(),
+                                        of.num_kv_heads, problem.invariant);
+  std::optional<Tensor> own_list;
+  const int* list = nullptr;
+  if (in.schedule) {
+    const Arg given{op, "schedule", *in.schedule};
+    check_list(given, of, in.q);
+    list = static_cast<const int*>(given.data);
+  } else {
+    own_list = empty(in.q.gpu, {list_length(of)}, Dtype::Int);
+    auto* made = static_cast<int*>(own_list->mutable_data_ptr());
+    launch_schedule(of, problem, plan, gpu, made);
+    list = made;
+  }
+
+  BatchAttentionParams params = make_params(in, of, options, cache, plan, layout, results, list);
+  params.tag = tag_of(of, problem, plan);
+  AttentionParams& attention = params.attention;
+  const Workspace parts(gpu, plan.num_partial_rows * (of.head_dim_vo + 2) * int64_t{sizeof(float)});
+  attention.partial_out = static_cast<float*>(parts.data());
+  attention.partial_stats = attention.partial_out + plan.num_partial_rows * of.head_dim_vo;
+  // Why no programmatic launch: CTAs that come while another kernel holds an SM crowd onto the
+  // others, and each has an equal share of the work.
+  launch(attention_kernel(plan, problem.paged, problem.bf16, batch_variant(problem)), gpu,
+         {.grid_x = static_cast<unsigned>(
+              std::max<int64_t>(plan.num_ctas, plan.max_tiles * of.num_kv_heads)),
+          .block = static_cast<unsigned>(plan.block),
+          .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
+         &params);
+
+  const BatchCombineParams combine = {
+      .partial_out = attention.partial_out,
+      .partial_stats = attention.partial_stats,
+      .out = attention.out,
+      .lse = attention.lse,
+      .list = params.list,
+      .qo_indptr = problem.max_q_len < of.num_tokens ? ints(of.qo_indptr) : nullptr,
+      .out_stride_token = attention.out_stride_token,
+      .out_stride_head = attention.out_stride_head,
+      .batch_size = static_cast<int>(problem.batch_size),
+      .max_q_len = static_cast<int>(problem.max_q_len),
+      .max_cut_tiles = static_cast<int>(layout.max_cut_tiles),
+      .num_partial_rows = static_cast<int>(plan.num_partial_rows),
+      .num_tokens = params.num_tokens,
+      .num_qo_heads = attention.num_qo_heads,
+      .head_dim_vo = attention.head_dim_vo,
+      .group_size = attention.group_size,
+      .team_size = params.team_size,
+      .slot_rows = make_divider(static_cast<uint32>(plan.slot_rows)),
+      .exponent_scale = exponent_scale(attention.sm_scale, attention.logits_soft_cap),
+      .tag = params.tag};
+  launch(combine_kernel(problem.bf16), gpu,
+         {.grid_x = static_cast<unsigned>(2 * gpu.num_sms),
+          .block = kCombineThreads,
+          .pdl = gpu.sm >= 90},
+         &combine);
+}
+
+}  // namespace ridgeline
