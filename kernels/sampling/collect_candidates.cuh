@@ -12,6 +12,7 @@
 #pragma once
 
 #include "common/arch.cuh"
+#include "common/opaque.cuh"
 #include "common/pdl.cuh"
 #include "sampling/order.cuh"
 #include "sampling/rows.cuh"
@@ -19,7 +20,7 @@
 
 namespace ridgeline {
 
-constexpr uint32 kHeldCandidates = 2048;
+constexpr uint32 kHeldCandidates = 1536;
 
 struct CollectScratch {
   union {
@@ -125,39 +126,80 @@ __device__ __forceinline__ bool append(CollectScratch& scratch, const Order& ord
                                        const float (&x)[kHeld], const float (&slice_max)[2],
                                        uint32 first, uint32 bound) {
   const float least = value_of(bound);
-  bool full = false;
+  uint32 num_mine = 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (!(slice_max[half] >= least)) continue;
 #pragma unroll
-    for (int i = 0; i < kHeld / 2; ++i) {
-      const int j = half * (kHeld / 2) + i;
-      if (x[j] >= least) {
-        const uint32 place = atomicAdd(&scratch.num_listed, 1u);
-        full |= place >= kHeldCandidates;
-        if (place < kHeldCandidates) {
-          const uint32 index = first + held_index<kVec>(j, threadIdx.x % kWarpSize);
-          scratch.list[place] = order.composite(x[j], index);
-        }
+    for (int i = 0; i < kHeld / 2; ++i) num_mine += x[half * (kHeld / 2) + i] >= least;
+  }
+  uint32 place = 0;
+  if (num_mine > 0) {
+    place = atomicAdd(&scratch.num_listed, num_mine);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (!(slice_max[half] >= least)) continue;
+#pragma unroll
+      for (int i = 0; i < kHeld / 2; ++i) {
+        const int j = half * (kHeld / 2) + i;
+        if (!(x[j] >= least)) continue;
+        const uint32 index = first + held_index<kVec>(j, threadIdx.x % kWarpSize);
+        if (place < kHeldCandidates) scratch.list[place] = order.composite(x[j], index);
+        ++place;
       }
     }
   }
-  return !__syncthreads_or(full);
+  return !__syncthreads_or(place > kHeldCandidates);
+}
+
+// Which row and which of its parts this block takes. Why opaque: to divide again costs less than two
+// registers while a row is read.
+__device__ __forceinline__ uint32 row_of(uint32 num_parts) {
+  return static_cast<uint32>(opaque(static_cast<int>(blockIdx.x))) / num_parts;
+}
+__device__ __forceinline__ uint32 part_of(uint32 num_parts) {
+  return static_cast<uint32>(opaque(static_cast<int>(blockIdx.x))) % num_parts;
+}
+
+// What the list holds from `bound` on becomes the part's; `complete` false: there is none.
+__device__ __forceinline__ void write_list(const Scratch& memory, const Order& order, uint32 bound,
+                                           bool complete, CollectScratch& scratch) {
+  const uint32 row = row_of(memory.num_parts), part = part_of(memory.num_parts);
+  if (complete) {
+    uint64* written = list_of(memory, row) + part * kPartCapacity;
+    const uint32 num_listed = scratch.num_listed;
+    for (uint32 i = threadIdx.x; i < num_listed; i += kCollectThreads) {
+      const uint64 entry = scratch.list[i];
+      if (entry < order.last_of(bound)) continue;
+      const uint32 to = atomicAdd(&scratch.num_written, 1u);
+      if (to < kPartCapacity) written[to] = entry;
+    }
+    __syncthreads();
+    complete = scratch.num_written <= kPartCapacity;
+  }
+  if (threadIdx.x == 0) {
+    memory.parts[static_cast<int64>(row) * memory.num_parts + part] = {
+        complete ? scratch.num_written : kOverflow, bound};
+  }
 }
 
 template <class Kind, int kVec, bool kCounts>
-__device__ __forceinline__ void collect(const CollectParams& params, CollectScratch& scratch) {
+__device__ __forceinline__ void collect(const CollectParams& params, CollectScratch& scratch,
+                                        Staging<kVec, typename Kind::Element>& staging) {
   const RowInput& input = params.input;
   const uint32 num_parts = params.scratch.num_parts;
-  const uint32 row = blockIdx.x / num_parts, part = blockIdx.x % num_parts;
+  const uint32 row = row_of(num_parts);
   const uint32 warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const uint32 num_segments = num_segments_of(input.vocab);
   const uint32 num_slices = num_slices_of(input.vocab);
-  const uint32 first_slice = part * params.scratch.slices_per_part;
+  const uint32 first_slice = part_of(num_parts) * params.scratch.slices_per_part;
   const uint32 left = num_slices - first_slice;
   const uint32 count =
       left < params.scratch.slices_per_part ? left : params.scratch.slices_per_part;
   const typename Kind::Element* data = row_data<typename Kind::Element>(input, row);
+  const SegmentReader<kVec, typename Kind::Element> reader{data, input.vocab, Kind::padding(),
+                                                           staging};
+  reader.fetch((first_slice * kSegmentsPerSlice + warp) * kSegmentSize);
   SegmentStats* segments = params.scratch.segments + static_cast<int64>(row) * num_segments;
   const RowFilters filters(params.filters, row, input.vocab);
   pdl_launch_dependents();
@@ -178,14 +220,11 @@ __device__ __forceinline__ void collect(const CollectParams& params, CollectScra
   for (uint32 i = 0; i < count; ++i) {
     const uint32 segment = (first_slice + i) * kSegmentsPerSlice + warp;
     float x[kHeld];
-    load_segment<kVec>(data, segment * kSegmentSize, input.vocab, lane, Kind::padding(), x);
-    float slice_max[2] = {Kind::padding(), Kind::padding()};
-#pragma unroll
-    for (int j = 0; j < kHeld; ++j) {
-      slice_max[2 * j / kHeld] = fmaxf(slice_max[2 * j / kHeld], x[j]);
-    }
+    reader.take(segment * kSegmentSize, x);
+    if (i + 1 < count) reader.fetch((segment + kSegmentsPerSlice) * kSegmentSize);
+    const float slice_max[2] = {lane_max<0, kHeld / 2>(x), lane_max<kHeld / 2, kHeld>(x)};
     const SegmentStats stats =
-        segment_stats<Kind>(x, fmaxf(slice_max[0], slice_max[1]), filters.rate);
+        segment_stats<Kind>(x, max_or_nan(slice_max[0], slice_max[1]), filters.rate);
     if (lane == 0 && segment < num_segments) segments[segment] = stats;
     bad |= stats.max != stats.max;
     if (counts) {
@@ -210,35 +249,23 @@ __device__ __forceinline__ void collect(const CollectParams& params, CollectScra
 
   collects = !__syncthreads_or(bad || !collects);
   if (counts) {
-    if (part == 0 && threadIdx.x == 0) params.scratch.references[row] = bins.reference;
+    if (part_of(num_parts) == 0 && threadIdx.x == 0) {
+      params.scratch.references[row_of(num_parts)] = bins.reference;
+    }
     uint32* histogram = params.scratch.histograms + static_cast<int64>(blockIdx.x) * kWeightBins;
     for (uint32 i = threadIdx.x; i < kWeightBins; i += kCollectThreads) {
       histogram[i] = scratch.histogram[i];
     }
   }
-  if (collects) {
-    uint64* written = list_of(params.scratch, row) + part * kPartCapacity;
-    const uint32 num_listed = scratch.num_listed;
-    for (uint32 i = threadIdx.x; i < num_listed; i += kCollectThreads) {
-      const uint64 entry = scratch.list[i];
-      if (entry < order.last_of(bound)) continue;
-      const uint32 to = atomicAdd(&scratch.num_written, 1u);
-      if (to < kPartCapacity) written[to] = entry;
-    }
-    __syncthreads();
-    collects = scratch.num_written <= kPartCapacity;
-  }
-  if (threadIdx.x == 0) {
-    params.scratch.parts[static_cast<int64>(row) * num_parts + part] = {
-        collects ? scratch.num_written : kOverflow, bound};
-  }
+  write_list(params.scratch, order, bound, collects, scratch);
 }
 
 template <class Kind, int kVec>
 __global__ void __launch_bounds__(kCollectThreads, kVec > 1 && kSm >= 90 ? 4 : 3)
     collect_candidates(const __grid_constant__ CollectParams params) {
   __shared__ CollectScratch scratch;
-  collect<Kind, kVec, false>(params, scratch);
+  __shared__ Staging<kVec, typename Kind::Element> staging;
+  collect<Kind, kVec, false>(params, scratch, staging);
 }
 
 // With histograms of the rows whose top-k is none or large.
@@ -246,7 +273,8 @@ template <class Kind, int kVec>
 __global__ void __launch_bounds__(kCollectThreads, kVec > 1 ? 3 : 1)
     collect_histograms(const __grid_constant__ CollectParams params) {
   __shared__ CollectScratch scratch;
-  collect<Kind, kVec, true>(params, scratch);
+  __shared__ Staging<kVec, typename Kind::Element> staging;
+  collect<Kind, kVec, true>(params, scratch, staging);
 }
 
 }  // namespace ridgeline

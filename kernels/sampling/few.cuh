@@ -1,9 +1,10 @@
-// The draw of a row whose top-k is among its candidates (k up to kMaxCollectedK), in few steps.
+// The largest candidates of a row whose top-k is among them (k up to kMaxCollectedK), and the draw
+// from these, in few steps.
 //
-// A histogram of the candidates' keys leaves little more than k of them. A thread takes one of
-// these and compares it with all others: how many come before it, and what they weigh, tells
-// whether top-k, top-p and min-p keep it; then, what those of lower index weigh, whether it is the
-// token. All sums are of integers.
+// A histogram of the candidates' keys leaves little more than k of them, unless there are few. A
+// thread takes one of these and compares it with all others: how many come before it, and what they
+// weigh, tells whether top-k, top-p and min-p keep it; then, what those of lower index weigh,
+// whether it is the token. All sums are of integers.
 #pragma once
 
 #include "sampling/filter.cuh"
@@ -12,6 +13,7 @@ namespace ridgeline {
 
 constexpr int kFewBinBits = 10;
 constexpr uint32 kFewBins = 1u << kFewBinBits;
+constexpr uint32 kFew = 96;  // candidates are compared without a histogram
 static_assert(kFewBins == 2 * kRowThreads, "a thread sums two bins");
 
 struct FewScratch {
@@ -36,11 +38,10 @@ __device__ __forceinline__ uint32 bin_of_kth(uint32 k, FewScratch& scratch) {
   return scratch.least_bin;
 }
 
-// Fills composites and masses; false when too many elements are as large as the k-th.
-template <class Weigher>
-__device__ __forceinline__ bool list_largest(const CandidateSource& source, const Weigher& weigher,
-                                             uint32 bound, uint32 top, uint32 k,
-                                             FewScratch& scratch) {
+// Fills composites; false when too many elements are as large as the k-th. `top`: the largest key.
+__device__ __forceinline__ bool list_largest(const CandidateSource& source, const Complete& lists,
+                                             uint32 top, uint32 k, FewScratch& scratch) {
+  const uint32 bound = lists.bound;
   const uint32 range = top > bound ? top - bound : 0;
   const int bits = 32 - __clz(static_cast<int>(range));
   const int shift = bits > kFewBinBits ? bits - kFewBinBits : 0;
@@ -49,20 +50,23 @@ __device__ __forceinline__ bool list_largest(const CandidateSource& source, cons
     return above >> shift;
   };
   const uint64 floor = source.order.last_of(bound);
-  for (uint32 i = threadIdx.x; i < kFewBins; i += kRowThreads) scratch.counts[i] = 0;
+  uint32 least_bin = 0;
   if (threadIdx.x == 0) scratch.num_listed = 0;
-  __syncthreads();
+  if (lists.count > kFew) {
+    for (uint32 i = threadIdx.x; i < kFewBins; i += kRowThreads) scratch.counts[i] = 0;
+    __syncthreads();
+    source.for_each([&](uint64 composite, float) {
+      if (composite >= floor) atomicAdd(&scratch.counts[bin_of(composite)], 1u);
+    });
+    __syncthreads();
+    least_bin = bin_of_kth(k, scratch);
+  } else {
+    __syncthreads();
+  }
   source.for_each([&](uint64 composite, float) {
-    if (composite >= floor) atomicAdd(&scratch.counts[bin_of(composite)], 1u);
-  });
-  __syncthreads();
-  const uint32 least_bin = bin_of_kth(k, scratch);
-  source.for_each([&](uint64 composite, float x) {
     if (composite < floor || bin_of(composite) < least_bin) return;
     const uint32 place = atomicAdd(&scratch.num_listed, 1u);
-    if (place >= kRowThreads) return;
-    scratch.composites[place] = composite;
-    scratch.masses[place] = mass_of(weigher.weight(x));
+    if (place < kRowThreads) scratch.composites[place] = composite;
   });
   __syncthreads();
   return scratch.num_listed <= kRowThreads;
@@ -74,13 +78,16 @@ struct FewDraw {
 };
 
 // After list_largest; `least` is what min-p keeps at least.
-__device__ __forceinline__ FewDraw draw_of_few(const Order& order, uint32 k, double top_p,
-                                               bool joint, uint64 row_mass, uint64 least,
-                                               uint64 random, FewScratch& scratch) {
+template <class Weigher>
+__device__ __forceinline__ FewDraw draw_of_few(const Order& order, const Weigher& weigher, uint32 k,
+                                               double top_p, bool joint, uint64 row_mass,
+                                               uint64 least, uint64 random, FewScratch& scratch) {
   const uint32 count = scratch.num_listed;
   const bool listed = threadIdx.x < count;
   const uint64 composite = listed ? scratch.composites[threadIdx.x] : 0;
-  const uint64 mass = listed ? scratch.masses[threadIdx.x] : 0;
+  const uint64 mass = listed ? mass_of(weigher.weight(order.value(composite))) : 0;
+  if (listed) scratch.masses[threadIdx.x] = mass;
+  __syncthreads();
   uint32 rank = 0;
   uint64 before = 0;
   if (listed) {

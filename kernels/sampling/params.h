@@ -158,6 +158,15 @@ struct ApplyParams {
   void* output;  // [num_rows, vocab], the input's type, contiguous
 };
 
+struct TopKParams {
+  RowInput input;
+  Scratch scratch;
+  void* values;    // [num_rows, k], the input's type
+  int64* indices;  // [num_rows, k]
+  uint32 k;        // kMaxCollectedK at most
+  uint32 sorted;   // the larger first; else by index
+};
+
 struct GatherParams {
   RowInput input;
   const RowCut* cuts;  // [num_rows]

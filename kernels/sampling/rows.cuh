@@ -1,6 +1,9 @@
 // A row's place in memory, its settings, and its segments in registers.
 #pragma once
 
+#include "common/arch.cuh"
+#include "common/cp_async.cuh"
+#include "common/ldmatrix.cuh"
 #include "common/reduce.cuh"
 #include "sampling/weight.cuh"
 
@@ -85,59 +88,195 @@ template <int kVec, class T>
 __device__ __forceinline__ void load_segment(const T* row, uint32 first, uint32 vocab, uint32 lane,
                                              float padding, float (&x)[kHeld]) {
   Vec<T, kVec> fetched[kHeld / kVec];
+  const T* mine = row + first + lane * kVec;
+  if (first + kSegmentSize <= vocab) {
 #pragma unroll
-  for (int i = 0; i < kHeld / kVec; ++i) {
-    const uint32 index = first + held_index<kVec>(i * kVec, lane);
-    if (index < vocab) {
-      fetched[i] = load<kVec>(row + index);
-    } else {
+    for (int i = 0; i < kHeld / kVec; ++i) fetched[i] = load<kVec>(mine + i * kWarpSize * kVec);
+  } else {
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) fetched[i].elements[j] = from_float<T>(padding);
+    for (int i = 0; i < kHeld / kVec; ++i) {
+      if (first + held_index<kVec>(i * kVec, lane) < vocab) {
+        fetched[i] = load<kVec>(mine + i * kWarpSize * kVec);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) fetched[i].elements[j] = from_float<T>(padding);
+      }
     }
   }
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) x[j] = to_float(fetched[j / kVec].elements[j % kVec]);
 }
 
+// Shared memory in which a block of kCollectThreads threads has its next segments on the way. Every
+// thread reads back only what it has asked for itself, so that no barrier is needed.
+template <int kVec, class T>
+struct Staging {
+  static constexpr bool kUsed = kVec > 1 && kSm >= 80;
+  static constexpr int kChunks = kUsed ? kHeld / kVec : 1;
+  static constexpr int kThreads = kUsed ? kCollectThreads : 1;
+  uint4 chunks[kChunks][kThreads];
+};
+
+// A warp's segments of one row, each of which is fetched while the one before is worked on.
+template <int kVec, class T>
+struct SegmentReader {
+  using Stage = Staging<kVec, T>;
+  const T* row;
+  uint32 vocab;
+  float padding;
+  Stage& stage;
+
+  // The segment that the next take() returns; from `vocab` on there is only padding.
+  __device__ __forceinline__ void fetch(uint32 first) const {
+    if constexpr (Stage::kUsed) {
+      const uint32 lane = threadIdx.x % kWarpSize;
+      const uint32 to = shared_address(&stage.chunks[0][threadIdx.x]);
+      constexpr uint32 kStep = sizeof(stage.chunks[0]);
+      const T* mine = row + first + lane * kVec;
+      if (first + kSegmentSize <= vocab) {
+#pragma unroll
+        for (int i = 0; i < Stage::kChunks; ++i) {
+          cp_async_16(to + i * kStep, mine + i * kWarpSize * kVec, true);
+        }
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < Stage::kChunks; ++i) {
+          if (first + (i * kWarpSize + lane) * kVec < vocab) {
+            cp_async_16(to + i * kStep, mine + i * kWarpSize * kVec, true);
+          } else {
+            Vec<T, kVec> padded;
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) padded.elements[j] = from_float<T>(padding);
+            stage.chunks[i][threadIdx.x] = padded.words[0];
+          }
+        }
+      }
+      cp_async_commit();
+    }
+  }
+
+  __device__ __forceinline__ void take(uint32 first, float (&x)[kHeld]) const {
+    if constexpr (Stage::kUsed) {
+      cp_async_wait<0>();
+#pragma unroll
+      for (int i = 0; i < Stage::kChunks; ++i) {
+        Vec<T, kVec> chunk;
+        chunk.words[0] = stage.chunks[i][threadIdx.x];
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) x[i * kVec + j] = to_float(chunk.elements[j]);
+      }
+    } else {
+      load_segment<kVec>(row, first, vocab, threadIdx.x % kWarpSize, padding, x);
+    }
+  }
+};
+
+// The larger, or NaN if there is one.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+
+// Of no NaN.
 __device__ __forceinline__ float warp_max(float x) {
+#if __CUDA_ARCH__ >= 800
+  // Larger integers for larger numbers; twice is nothing.
+  const auto ordered = [](int bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
+  return __int_as_float(ordered(__reduce_max_sync(kFullWarp, ordered(__float_as_int(x)))));
+#else
 #pragma unroll
   for (uint32 offset = kWarpSize / 2; offset > 0; offset /= 2) {
     x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, offset));
   }
   return x;
+#endif
 }
 
-__device__ __forceinline__ uint64 warp_sum(uint64 x) {
+__device__ __forceinline__ uint32 warp_max(uint32 x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(kFullWarp, x);
+#else
+#pragma unroll
+  for (uint32 offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    const uint32 other = __shfl_xor_sync(kFullWarp, x, offset);
+    x = x > other ? x : other;
+  }
+  return x;
+#endif
+}
+
+__device__ __forceinline__ uint32 warp_sum(uint32 x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kFullWarp, x);
+#else
 #pragma unroll
   for (uint32 offset = kWarpSize / 2; offset > 0; offset /= 2) {
     x += __shfl_xor_sync(kFullWarp, x, offset);
   }
   return x;
+#endif
 }
 
-// What all lanes make of their elements, the largest of which is `lane_max`.
-template <class Kind>
-__device__ __forceinline__ SegmentStats segment_stats(const float (&x)[kHeld], float lane_max,
-                                                      float rate) {
-  bool bad = false;
+__device__ __forceinline__ uint64 warp_sum(uint64 x) {
+#if __CUDA_ARCH__ >= 800
+  // 27 bits of 32 numbers fit 32 bits.
+  constexpr int kBits = 27;
+  constexpr uint32 kMask = (1u << kBits) - 1;
+  const uint64 low = warp_sum(static_cast<uint32>(x) & kMask);
+  const uint64 middle = warp_sum(static_cast<uint32>(x >> kBits) & kMask);
+  const uint64 high = warp_sum(static_cast<uint32>(x >> (2 * kBits)));
+  return low + (middle << kBits) + (high << (2 * kBits));
+#else
 #pragma unroll
-  for (int j = 0; j < kHeld; ++j) bad |= Kind::is_bad(x[j]);
-  const float max = warp_max(lane_max);
+  for (uint32 offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    x += __shfl_xor_sync(kFullWarp, x, offset);
+  }
+  return x;
+#endif
+}
+
+// Of all lanes' weights, a segment's at most.
+__device__ __forceinline__ uint64 warp_mass(const Mass& mass) {
+  return Mass{warp_sum(mass.high), warp_sum(mass.low)}.sum();
+}
+
+// NaN if there is one.
+template <int kFirst = 0, int kLast = kHeld>
+__device__ __forceinline__ float lane_max(const float (&x)[kHeld]) {
+  float max = x[kFirst];
+#pragma unroll
+  for (int j = kFirst + 1; j < kLast; ++j) max = max_or_nan(max, x[j]);
+  return max;
+}
+
+// What all lanes make of their elements, the largest of which is `mine_max`, or NaN.
+template <class Kind>
+__device__ __forceinline__ SegmentStats segment_stats(const float (&x)[kHeld], float mine_max,
+                                                      float rate) {
+  float mine_min = 0.0f;
+  if constexpr (!Kind::kNegative) {
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) mine_min = fminf(mine_min, x[j]);
+  }
+  if (__any_sync(kFullWarp, Kind::is_bad(mine_min, mine_max))) {
+    return {__uint_as_float(0x7fffffffu), 0, 0};
+  }
+  const float max = warp_max(mine_max);
   const typename Kind::Weigher weigher = Kind::weigher(max, rate);
   Mass mass;
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) mass.add(weigher.weight(x[j]));
-  const uint64 sum = warp_sum(mass.sum());
-  if (__any_sync(kFullWarp, bad)) return {__uint_as_float(0x7fffffffu), 0, 0};
-  return {max, 0, sum};
+  return {max, 0, warp_mass(mass)};
 }
 
 template <class Kind>
 __device__ __forceinline__ SegmentStats segment_stats(const float (&x)[kHeld], float rate) {
-  float lane_max = Kind::padding();
-#pragma unroll
-  for (int j = 0; j < kHeld; ++j) lane_max = fmaxf(lane_max, x[j]);
-  return segment_stats<Kind>(x, lane_max, rate);
+  return segment_stats<Kind>(x, lane_max(x), rate);
 }
 
 }  // namespace ridgeline
