@@ -181,6 +181,7 @@ struct SoftmaxParams {
   const SegmentStats* segments;  // null in the kernel that finds them itself
   float* output;                 // [num_rows, vocab], contiguous
   uint32 num_held;               // segments that shared memory holds
+  uint32 rows_per_cluster;
 };
 
 struct ChainParams {

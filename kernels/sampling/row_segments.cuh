@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kCollectThreads, kVec > 1 && kSm >= 80 ? 4 : 3
     if (segment + kSegmentsPerSlice < end) {
       reader.fetch((segment + kSegmentsPerSlice) * kSegmentSize);
     }
-    const SegmentStats stats = segment_stats<Kind>(x, rate);
+    const SegmentStats stats = segment_stats<Kind>(x, lane_max(x), rate);
     if (lane == 0) segments[segment] = stats;
   }
 }

@@ -107,20 +107,19 @@ __device__ __forceinline__ void load_segment(const T* row, uint32 first, uint32 
   for (int j = 0; j < kHeld; ++j) x[j] = to_float(fetched[j / kVec].elements[j % kVec]);
 }
 
-// Shared memory in which a block of kCollectThreads threads has its next segments on the way. Every
-// thread reads back only what it has asked for itself, so that no barrier is needed.
-template <int kVec, class T>
+// Shared memory in which a block has its next segments on the way. Every thread reads back only
+// what it has asked for itself, so that no barrier is needed.
+template <int kVec, class T, int kThreads = kCollectThreads>
 struct Staging {
   static constexpr bool kUsed = kVec > 1 && kSm >= 80;
   static constexpr int kChunks = kUsed ? kHeld / kVec : 1;
-  static constexpr int kThreads = kUsed ? kCollectThreads : 1;
-  uint4 chunks[kChunks][kThreads];
+  uint4 chunks[kChunks][kUsed ? kThreads : 1];
 };
 
 // A warp's segments of one row, each of which is fetched while the one before is worked on.
-template <int kVec, class T>
+template <int kVec, class T, int kThreads = kCollectThreads>
 struct SegmentReader {
-  using Stage = Staging<kVec, T>;
+  using Stage = Staging<kVec, T, kThreads>;
   const T* row;
   uint32 vocab;
   float padding;
@@ -254,10 +253,11 @@ __device__ __forceinline__ float lane_max(const float (&x)[kHeld]) {
   return max;
 }
 
-// What all lanes make of their elements, the largest of which is `mine_max`, or NaN.
-template <class Kind>
+// What all lanes make of their elements, the largest of which is `mine_max`, or NaN. Calls use(j,
+// weight) for each, unless the segment is bad; weights are relative to the segment's largest.
+template <class Kind, class Use>
 __device__ __forceinline__ SegmentStats segment_stats(const float (&x)[kHeld], float mine_max,
-                                                      float rate) {
+                                                      float rate, const Use& use) {
   float mine_min = 0.0f;
   if constexpr (!Kind::kNegative) {
 #pragma unroll
@@ -270,13 +270,24 @@ __device__ __forceinline__ SegmentStats segment_stats(const float (&x)[kHeld], f
   const typename Kind::Weigher weigher = Kind::weigher(max, rate);
   Mass mass;
 #pragma unroll
-  for (int j = 0; j < kHeld; ++j) mass.add(weigher.weight(x[j]));
+  for (int j = 0; j < kHeld; ++j) {
+    const float weight = weigher.weight(x[j]);
+    mass.add(weight);
+    use(j, weight);
+  }
   return {max, 0, warp_mass(mass)};
 }
 
 template <class Kind>
-__device__ __forceinline__ SegmentStats segment_stats(const float (&x)[kHeld], float rate) {
-  return segment_stats<Kind>(x, lane_max(x), rate);
+__device__ __forceinline__ SegmentStats segment_stats(const float (&x)[kHeld], float mine_max,
+                                                      float rate) {
+  return segment_stats<Kind>(x, mine_max, rate, [](int, float) {});
+}
+
+// Puts the weights in the elements' place.
+template <class Kind>
+__device__ __forceinline__ SegmentStats weigh_segment(float (&x)[kHeld], float rate) {
+  return segment_stats<Kind>(x, lane_max(x), rate, [&](int j, float weight) { x[j] = weight; });
 }
 
 }  // namespace ridgeline

@@ -52,11 +52,21 @@ Tensor softmax(const Tensor& logits, const std::optional<Tensor>& temperature,
   const bool wide = access_width({&logits}, {logits.size(1)}) > 1;
   const uint32 num_segments = num_segments_of(rows.vocab);
   SoftmaxParams params{rows, filters.temperature, nullptr,
-                       static_cast<float*>(output.mutable_data_ptr()), 0};
+                       static_cast<float*>(output.mutable_data_ptr()), 0, 1};
   const uint32 cluster = std::bit_ceil((num_segments + kClusterSegments - 1) / kClusterSegments);
   if (wide && gpu.sm >= 90 && cluster <= kMaxCluster) {
+    // Rows in succession overlap reads with writes; some waves are left, for balance.
+    constexpr uint32 kWaves = 4, kBlocksPerSm = 2;
+    const uint32 num_places = static_cast<uint32>(gpu.num_sms) * kBlocksPerSm * kWaves;
+    params.rows_per_cluster = std::max(1u, rows.num_rows * cluster / num_places);
+    const uint32 num_clusters =
+        (rows.num_rows + params.rows_per_cluster - 1) / params.rows_per_cluster;
+    const unsigned staged = kClusterSegments * kSegmentSize * 16 / wide_vec(kind);
     launch(*kernels.clusters[idx], gpu,
-           {.grid_x = rows.num_rows * cluster, .block = kClusterThreads, .cluster = cluster},
+           {.grid_x = num_clusters * cluster,
+            .block = kClusterThreads,
+            .dynamic_smem = staged,
+            .cluster = cluster},
            &params);
     return output;
   }
