@@ -108,7 +108,7 @@ def _top_k_mask_logits(logits: Tensor, top_k: Tensor | None, top_k_val: int) -> 
 
 
 @cpu_impl("top_k")
-def _top_k(input: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
+def _top_k(input: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:  # noqa: A002
     _check_rows("top_k", "input", input, LOGITS_DTYPES)
     vocab = input.shape[1]
     if not 1 <= k <= vocab:

@@ -662,7 +662,7 @@ def _like_input(input: Tensor, *_: object) -> Tensor:
 
 
 @fake_impl("top_k")
-def _top_k_fake(input: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def _top_k_fake(input: Tensor, k: int, *_: object) -> tuple[Tensor, Tensor]:
     shape = (input.shape[0], k)
     return input.new_empty(shape), input.new_empty(shape, dtype=torch.int64)
 

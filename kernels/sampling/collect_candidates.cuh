@@ -152,8 +152,8 @@ __device__ __forceinline__ bool append(CollectScratch& scratch, const Order& ord
   return !__syncthreads_or(place > kHeldCandidates);
 }
 
-// Which row and which of its parts this block takes. Why opaque: to divide again costs less than two
-// registers while a row is read.
+// Which row and which of its parts this block takes. Why opaque: to divide again costs less than
+// two registers while a row is read.
 __device__ __forceinline__ uint32 row_of(uint32 num_parts) {
   return static_cast<uint32>(opaque(static_cast<int>(blockIdx.x))) / num_parts;
 }

@@ -44,9 +44,8 @@ struct RowDraw {
       const float value = Kind::min_p_bound(summary.max, filters.min_p, filters.temperature);
       least = source.order.last_of(key_of(fminf(value, summary.max)));
     }
-    const FewDraw drawn =
-        draw_of_few(source.order, weigher, filters.k, filters.top_p, params.filters.joint,
-                    summary.mass, least, random, scratch);
+    const FewDraw drawn = draw_of_few(source.order, weigher, filters.k, filters.top_p,
+                                      params.filters.joint, summary.mass, least, random, scratch);
     if (drawn.found) {
       const float x = source.order.value(drawn.composite);
       write_drawn(params, row, {source.order.index(drawn.composite), weigher.log_weight(x)},

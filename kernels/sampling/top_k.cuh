@@ -1,5 +1,5 @@
-// The k largest elements of a row and their indices, k up to kMaxCollectedK: the larger first and of
-// equal ones the lower index, or all by index.
+// The k largest elements of a row and their indices, k up to kMaxCollectedK: the larger first and
+// of equal ones the lower index, or all by index.
 //
 // input [num_inputs, vocab]; values [num_rows, k] of the input's type and indices [num_rows, k],
 // contiguous. A block of kRowThreads threads takes a row, behind collect_candidates. A thread takes

@@ -51,8 +51,8 @@ Tensor softmax(const Tensor& logits, const std::optional<Tensor>& temperature,
   const Device& gpu = device(logits.get_device_index());
   const bool wide = access_width({&logits}, {logits.size(1)}) > 1;
   const uint32 num_segments = num_segments_of(rows.vocab);
-  SoftmaxParams params{rows, filters.temperature, nullptr,
-                       static_cast<float*>(output.mutable_data_ptr()), 0, 1};
+  SoftmaxParams params{
+      rows, filters.temperature, nullptr, static_cast<float*>(output.mutable_data_ptr()), 0, 1};
   const uint32 cluster = std::bit_ceil((num_segments + kClusterSegments - 1) / kClusterSegments);
   if (wide && gpu.sm >= 90 && cluster <= kMaxCluster) {
     // Rows in succession overlap reads with writes; some waves are left, for balance.
@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor> top_k(const Tensor& input, int64_t k, bool sorted) {
   auto* to = static_cast<int64*>(indices.mutable_data_ptr());
   if (k <= kMaxCollectedK) {
     launch_collect(gpu, kind, input, {rows, filters, scratch.get()});
-    const TopKParams params{rows, scratch.get(),           values.mutable_data_ptr(),
+    const TopKParams params{rows, scratch.get(),          values.mutable_data_ptr(),
                             to,   static_cast<uint32>(k), sorted};
     launch(few.of(kind), gpu, how, &params);
     return {values, indices};
