@@ -28,12 +28,22 @@ struct CollectScratch {
     uint32 histogram[kWeightBins];
   };
   float maxima[kSegmentsPerSlice];
-  uint32 counts[2][kSegmentsPerSlice];  // of a warp, two rounds in turn
+  alignas(16) uint32 counts[2][kSegmentsPerSlice];  // of a warp, two rounds in turn
   uint32 least[kSegmentsPerSlice];
   uint32 most[kSegmentsPerSlice];
   uint32 num_listed;
   uint32 num_written;
 };
+
+// The sum of what the warps count, each number below 2^32 in all.
+__device__ __forceinline__ uint32 sum_of_warps(uint32 mine, uint32 (&counts)[kSegmentsPerSlice]) {
+  if (threadIdx.x % kWarpSize == 0) counts[threadIdx.x / kWarpSize] = mine;
+  __syncthreads();
+  uint32 total = 0;
+#pragma unroll
+  for (uint32 i = 0; i < kSegmentsPerSlice; ++i) total += counts[i];
+  return total;
+}
 
 // A key that at least k of the block's groups (two keys a thread) reach, or `floor` if fewer reach
 // that; nearly the largest such key.
@@ -41,15 +51,8 @@ __device__ __forceinline__ uint32 bound_of(const float (&group_max)[2], uint32 k
                                            CollectScratch& scratch) {
   const uint32 warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const uint32 keys[2] = {key_of(group_max[0]), key_of(group_max[1])};
-  uint32 least = keys[0] < keys[1] ? keys[0] : keys[1];
-  uint32 most = keys[0] < keys[1] ? keys[1] : keys[0];
-#pragma unroll
-  for (uint32 offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    const uint32 other_least = __shfl_xor_sync(kFullWarp, least, offset);
-    const uint32 other_most = __shfl_xor_sync(kFullWarp, most, offset);
-    least = least < other_least ? least : other_least;
-    most = most > other_most ? most : other_most;
-  }
+  uint32 least = warp_min(keys[0] < keys[1] ? keys[0] : keys[1]);
+  uint32 most = warp_max(keys[0] < keys[1] ? keys[1] : keys[0]);
   if (lane == 0) {
     scratch.least[warp] = least;
     scratch.most[warp] = most;
@@ -64,22 +67,30 @@ __device__ __forceinline__ uint32 bound_of(const float (&group_max)[2], uint32 k
   if (most <= low) return low;
   uint32 high = most;  // one above, at the first step, would be reached by none
   const uint32 enough = k + k / 8 + 1;
-  for (int round = 0; round < 24 && low < high; ++round) {
-    const uint32 middle = low + (high - low + 1) / 2;
-    const uint32 count = __popc(__ballot_sync(kFullWarp, keys[0] >= middle)) +
-                         __popc(__ballot_sync(kFullWarp, keys[1] >= middle));
-    uint32* counts = scratch.counts[round % 2];
-    if (lane == 0) counts[warp] = count;
-    __syncthreads();
-    uint32 total = 0;
+  const auto count_from = [&](uint32 key) {
+    return static_cast<uint32>(__popc(__ballot_sync(kFullWarp, keys[0] >= key)) +
+                               __popc(__ballot_sync(kFullWarp, keys[1] >= key)));
+  };
+  // A quarter of the range remains of each round. Counts, 512 at most, take 10 bits each.
+  for (int round = 0; round < 12 && low < high; ++round) {
+    const uint32 width = high - low;
+    const uint32 pivots[3] = {low + width / 4 + 1, low + width / 2 + 1, high - width / 4};
+    const uint32 mine =
+        count_from(pivots[0]) | count_from(pivots[1]) << 10 | count_from(pivots[2]) << 20;
+    const uint32 totals = sum_of_warps(mine, scratch.counts[round % 2]);
+    uint32 reached = 0;
 #pragma unroll
-    for (uint32 i = 0; i < kSegmentsPerSlice; ++i) total += counts[i];
-    if (total < k) {
-      high = middle - 1;
-    } else {
-      low = middle;
-      if (total <= enough) break;
+    for (int i = 2; i >= 0; --i) {
+      const uint32 total = totals >> (10 * i) & 1023;
+      if (reached > 0) continue;
+      if (total >= k) {
+        low = pivots[i];
+        reached = total;
+      } else {
+        high = pivots[i] - 1;
+      }
     }
+    if (reached > 0 && reached <= enough) break;
   }
   return low;
 }
@@ -121,32 +132,23 @@ __device__ __forceinline__ void prune(CollectScratch& scratch, const Order& orde
 }
 
 // Adds this slice's elements from `bound` on to the list. False when it is full. Synchronises.
-template <int kVec>
-__device__ __forceinline__ bool append(CollectScratch& scratch, const Order& order,
-                                       const float (&x)[kHeld], const float (&slice_max)[2],
-                                       uint32 first, uint32 bound) {
+template <int kVec, class T>
+__device__ __forceinline__ bool append(CollectScratch& scratch, const Order& order, const T* data,
+                                       const float (&x)[kHeld], uint32 first, uint32 bound) {
   const float least = value_of(bound);
-  uint32 num_mine = 0;
+  uint32 mine = 0;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (!(slice_max[half] >= least)) continue;
-#pragma unroll
-    for (int i = 0; i < kHeld / 2; ++i) num_mine += x[half * (kHeld / 2) + i] >= least;
-  }
+  for (int j = 0; j < kHeld; ++j) mine |= x[j] >= least ? 1u << j : 0;
   uint32 place = 0;
-  if (num_mine > 0) {
-    place = atomicAdd(&scratch.num_listed, num_mine);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (!(slice_max[half] >= least)) continue;
-#pragma unroll
-      for (int i = 0; i < kHeld / 2; ++i) {
-        const int j = half * (kHeld / 2) + i;
-        if (!(x[j] >= least)) continue;
-        const uint32 index = first + held_index<kVec>(j, threadIdx.x % kWarpSize);
-        if (place < kHeldCandidates) scratch.list[place] = order.composite(x[j], index);
-        ++place;
-      }
+  if (mine != 0) {
+    place = atomicAdd(&scratch.num_listed, static_cast<uint32>(__popc(mine)));
+    // Why read again: registers have no index, and 32 copies of this code would take longer to
+    // fetch than the few elements that there are.
+    for (; mine != 0; mine &= mine - 1, ++place) {
+      const int j = __ffs(static_cast<int>(mine)) - 1;
+      const uint32 index = first + held_index<kVec>(j, threadIdx.x % kWarpSize);
+      if (place < kHeldCandidates)
+        scratch.list[place] = order.composite(to_float(data[index]), index);
     }
   }
   return !__syncthreads_or(place > kHeldCandidates);
@@ -189,7 +191,7 @@ __device__ __forceinline__ void collect(const CollectParams& params, CollectScra
   const RowInput& input = params.input;
   const uint32 num_parts = params.scratch.num_parts;
   const uint32 row = row_of(num_parts);
-  const uint32 warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const uint32 lane = threadIdx.x % kWarpSize;
   const uint32 num_segments = num_segments_of(input.vocab);
   const uint32 num_slices = num_slices_of(input.vocab);
   const uint32 first_slice = part_of(num_parts) * params.scratch.slices_per_part;
@@ -199,7 +201,8 @@ __device__ __forceinline__ void collect(const CollectParams& params, CollectScra
   const typename Kind::Element* data = row_data<typename Kind::Element>(input, row);
   const SegmentReader<kVec, typename Kind::Element> reader{data, input.vocab, Kind::padding(),
                                                            staging};
-  reader.fetch((first_slice * kSegmentsPerSlice + warp) * kSegmentSize);
+  const uint32 first_segment = first_slice * kSegmentsPerSlice + threadIdx.x / kWarpSize;
+  reader.fetch(first_segment * kSegmentSize);
   SegmentStats* segments = params.scratch.segments + static_cast<int64>(row) * num_segments;
   const RowFilters filters(params.filters, row, input.vocab);
   pdl_launch_dependents();
@@ -218,11 +221,13 @@ __device__ __forceinline__ void collect(const CollectParams& params, CollectScra
   if (threadIdx.x == 0) scratch.num_listed = scratch.num_written = 0;
 
   for (uint32 i = 0; i < count; ++i) {
-    const uint32 segment = (first_slice + i) * kSegmentsPerSlice + warp;
+    const uint32 segment = first_segment + i * kSegmentsPerSlice;
     float x[kHeld];
     reader.take(segment * kSegmentSize, x);
     if (i + 1 < count) reader.fetch((segment + kSegmentsPerSlice) * kSegmentSize);
     const float slice_max[2] = {lane_max<0, kHeld / 2>(x), lane_max<kHeld / 2, kHeld>(x)};
+    group_max[0] = fmaxf(group_max[0], slice_max[0]);
+    group_max[1] = fmaxf(group_max[1], slice_max[1]);
     const SegmentStats stats =
         segment_stats<Kind>(x, max_or_nan(slice_max[0], slice_max[1]), filters.rate);
     if (lane == 0 && segment < num_segments) segments[segment] = stats;
@@ -233,15 +238,13 @@ __device__ __forceinline__ void collect(const CollectParams& params, CollectScra
       for (int j = 0; j < kHeld; ++j) atomicAdd(&scratch.histogram[bins.of(x[j])], 1u);
     }
     if (!collects) continue;
-    group_max[0] = fmaxf(group_max[0], slice_max[0]);
-    group_max[1] = fmaxf(group_max[1], slice_max[1]);
     // Slices in which the bound rises: 1, 2, 4, 8, ... are enough, unless the row rises too.
     bool rises = (i & (i + 1)) == 0 || i + 1 == count;
 #pragma unroll 1
     for (int attempt = 0; attempt < 2; ++attempt) {
       if (rises) bound = bound_of(group_max, filters.k, bound, scratch);
-      if (attempt > 0) prune(scratch, order, bound, (first_slice + i) * kSliceSize);
-      collects = append<kVec>(scratch, order, x, slice_max, segment * kSegmentSize, bound);
+      if (attempt > 0) prune(scratch, order, bound, segment / kSegmentsPerSlice * kSliceSize);
+      collects = append<kVec>(scratch, order, data, x, segment * kSegmentSize, bound);
       if (collects) break;
       rises = true;
     }

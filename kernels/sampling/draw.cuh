@@ -89,9 +89,11 @@ __global__ void __launch_bounds__(kRowThreads, 2) draw(const __grid_constant__ D
   const uint64 random = random_bits(params.keys, row, 0);
   const SegmentStats* segments = params.scratch.segments + static_cast<int64>(row) * num_segments;
   const CandidateSource source = candidates_of(params.scratch, row, order);
+  clear(scratch.few);
   pdl_wait();
   const Complete lists = complete_from(source);
-  const RowSummary summary = summarize<Kind>(segments, num_segments, filters.rate);
+  const RowSummary summary =
+      summarize<Kind>(segments, num_segments, filters.rate, scratch.few.block);
   if (!summary.valid) {
     if (threadIdx.x == 0) write_invalid(params, row);
     return;

@@ -35,8 +35,9 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   pdl_launch_dependents();
   pdl_wait();
   const uint32 num_segments = num_segments_of(input.vocab);
-  const RowSummary summary = summarize<Kind>(
-      params.scratch.segments + static_cast<int64>(row) * num_segments, num_segments, filters.rate);
+  const RowSummary summary =
+      summarize<Kind>(params.scratch.segments + static_cast<int64>(row) * num_segments,
+                      num_segments, filters.rate, scratch.block);
   Between& between = params.scratch.between[row];
   const bool collected = filters.k > 0 && filters.k <= kMaxCollectedK;
   if (collected || !filters.any() || !summary.valid) {

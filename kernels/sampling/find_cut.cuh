@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     cut = counted_cut<Kind>(params, row, filters.k, Kind::weigher(0.0f, filters.rate), scratch);
   } else {
     const SegmentStats* segments = params.scratch.segments + static_cast<int64>(row) * num_segments;
-    const RowSummary summary = summarize<Kind>(segments, num_segments, filters.rate);
+    const RowSummary summary = summarize<Kind>(segments, num_segments, filters.rate, scratch.block);
     cut = weighed_cut<Kind>(params, row, filters, summary, scratch);
   }
   pdl_launch_dependents();

@@ -209,6 +209,10 @@ __device__ __forceinline__ uint32 warp_max(uint32 x) {
 #endif
 }
 
+__device__ __forceinline__ uint32 warp_min(uint32 x) {
+  return ~warp_max(~x);
+}
+
 __device__ __forceinline__ uint32 warp_sum(uint32 x) {
 #if __CUDA_ARCH__ >= 800
   return __reduce_add_sync(kFullWarp, x);

@@ -35,28 +35,32 @@ __device__ __forceinline__ void list_of_whole(const RowSource<typename Kind::Ele
   __syncthreads();
 }
 
-// Where this thread's composite goes, if it is one of the k largest; k or more: nowhere.
-__device__ __forceinline__ uint32 place_of(const Order& order, uint32 k, bool sorted,
-                                           FewScratch& scratch) {
+// Where the composite of this thread's team goes, if it is one of the k largest; else k or more.
+__device__ __forceinline__ uint32 place_of(const FewTeam& team, const Order& order, uint32 k,
+                                           bool sorted, FewScratch& scratch) {
   const uint32 count = scratch.num_listed;
-  const bool listed = threadIdx.x < count;
-  const uint64 composite = listed ? scratch.composites[threadIdx.x] : 0;
-  uint32 rank = listed ? 0 : k;
-  if (listed) {
+  const bool listed = team.candidate < count;
+  const uint64 composite = listed ? scratch.composites[team.candidate] : 0;
+  uint32 rank = 0;
 #pragma unroll 4
-    for (uint32 i = 0; i < count; ++i) rank += scratch.composites[i] > composite;
-  }
+  for (uint32 i = team.rank; i < count; i += team.size) rank += scratch.composites[i] > composite;
+  rank = team.sum(rank);
+  if (!listed) rank = k;
   if (sorted) return rank;
-  __syncthreads();
   const uint64 mask = order.index_mask();
-  // The lower the index, the larger these bits.
-  if (listed) scratch.composites[threadIdx.x] = rank < k ? composite & mask : 0;
   __syncthreads();
-  if (rank >= k) return k;
+  // The lower the index, the larger these bits.
+  if (listed && team.rank == 0) {
+    scratch.composites[team.candidate] = rank < k ? composite & mask : 0;
+  }
+  __syncthreads();
   uint32 place = 0;
 #pragma unroll 4
-  for (uint32 i = 0; i < count; ++i) place += scratch.composites[i] > (composite & mask);
-  return place;
+  for (uint32 i = team.rank; i < count; i += team.size) {
+    place += scratch.composites[i] > (composite & mask);
+  }
+  place = team.sum(place);
+  return rank < k ? place : k;
 }
 
 template <class Kind>
@@ -70,20 +74,25 @@ __global__ void __launch_bounds__(kRowThreads, 2) top_k(const __grid_constant__ 
   const T* data = row_data<T>(input, row);
   const SegmentStats* segments = params.scratch.segments + static_cast<int64>(row) * num_segments;
   const CandidateSource source = candidates_of(params.scratch, row, order);
+  clear(scratch.few);
   pdl_wait();
   const Complete lists = complete_from(source);
-  float max = Kind::padding();
-  for (uint32 i = threadIdx.x % kWarpSize; i < num_segments; i += kWarpSize) {
-    max = fmaxf(max, segments[i].max);
+  uint32 top = 0;
+  for (uint32 i = threadIdx.x; i < num_segments; i += kRowThreads) {
+    const uint32 key = key_of(segments[i].max);
+    top = top > key ? top : key;
   }
-  if (!lists.all || !list_largest(source, lists, key_of(warp_max(max)), k, scratch.few) ||
+  top = block_max(top, scratch.few.block);
+  if (!lists.all || !list_largest(source, lists, top, k, scratch.few) ||
       scratch.few.num_listed < k) {
     __syncthreads();
     list_of_whole<Kind>({data, input.vocab, order}, k, scratch);
   }
-  const uint32 index = order.index(scratch.few.composites[threadIdx.x]);
-  const uint32 place = place_of(order, k, params.sorted, scratch.few);
-  if (place >= k) return;
+  const FewTeam team(scratch.few.num_listed);
+  const bool listed = team.candidate < scratch.few.num_listed;
+  const uint32 index = order.index(listed ? scratch.few.composites[team.candidate] : 0);
+  const uint32 place = place_of(team, order, k, params.sorted, scratch.few);
+  if (place >= k || team.rank != 0) return;
   const int64 at = static_cast<int64>(row) * k + place;
   static_cast<T*>(params.values)[at] = data[index];
   params.indices[at] = index;
