@@ -20,7 +20,7 @@
 
 namespace ridgeline {
 
-constexpr uint32 kHeldCandidates = 1536;
+constexpr uint32 kHeldCandidates = 2048;
 
 struct CollectScratch {
   union {
@@ -186,8 +186,7 @@ __device__ __forceinline__ void write_list(const Scratch& memory, const Order& o
 }
 
 template <class Kind, int kVec, bool kCounts>
-__device__ __forceinline__ void collect(const CollectParams& params, CollectScratch& scratch,
-                                        Staging<kVec, typename Kind::Element>& staging) {
+__device__ __forceinline__ void collect(const CollectParams& params, CollectScratch& scratch) {
   const RowInput& input = params.input;
   const uint32 num_parts = params.scratch.num_parts;
   const uint32 row = row_of(num_parts);
@@ -199,10 +198,7 @@ __device__ __forceinline__ void collect(const CollectParams& params, CollectScra
   const uint32 count =
       left < params.scratch.slices_per_part ? left : params.scratch.slices_per_part;
   const typename Kind::Element* data = row_data<typename Kind::Element>(input, row);
-  const SegmentReader<kVec, typename Kind::Element> reader{data, input.vocab, Kind::padding(),
-                                                           staging};
   const uint32 first_segment = first_slice * kSegmentsPerSlice + threadIdx.x / kWarpSize;
-  reader.fetch(first_segment * kSegmentSize);
   SegmentStats* segments = params.scratch.segments + static_cast<int64>(row) * num_segments;
   const RowFilters filters(params.filters, row, input.vocab);
   pdl_launch_dependents();
@@ -223,8 +219,8 @@ __device__ __forceinline__ void collect(const CollectParams& params, CollectScra
   for (uint32 i = 0; i < count; ++i) {
     const uint32 segment = first_segment + i * kSegmentsPerSlice;
     float x[kHeld];
-    reader.take(segment * kSegmentSize, x);
-    if (i + 1 < count) reader.fetch((segment + kSegmentsPerSlice) * kSegmentSize);
+    load_segment<kVec>(data, segment * kSegmentSize, input.vocab, lane, Kind::padding(),
+                       params.read_once, x);
     const float slice_max[2] = {lane_max<0, kHeld / 2>(x), lane_max<kHeld / 2, kHeld>(x)};
     group_max[0] = fmaxf(group_max[0], slice_max[0]);
     group_max[1] = fmaxf(group_max[1], slice_max[1]);
@@ -267,8 +263,7 @@ template <class Kind, int kVec>
 __global__ void __launch_bounds__(kCollectThreads, kVec > 1 && kSm >= 90 ? 4 : 3)
     collect_candidates(const __grid_constant__ CollectParams params) {
   __shared__ CollectScratch scratch;
-  __shared__ Staging<kVec, typename Kind::Element> staging;
-  collect<Kind, kVec, false>(params, scratch, staging);
+  collect<Kind, kVec, false>(params, scratch);
 }
 
 // With histograms of the rows whose top-k is none or large.
@@ -276,8 +271,7 @@ template <class Kind, int kVec>
 __global__ void __launch_bounds__(kCollectThreads, kVec > 1 ? 3 : 1)
     collect_histograms(const __grid_constant__ CollectParams params) {
   __shared__ CollectScratch scratch;
-  __shared__ Staging<kVec, typename Kind::Element> staging;
-  collect<Kind, kVec, true>(params, scratch, staging);
+  collect<Kind, kVec, true>(params, scratch);
 }
 
 }  // namespace ridgeline

@@ -12,7 +12,7 @@
 
 namespace ridgeline {
 
-constexpr uint32 kHeldBetween = 1536;
+constexpr uint32 kHeldBetween = 2048;
 
 struct ListScratch {
   uint64 list[kHeldBetween];
@@ -30,9 +30,7 @@ __device__ __noinline__ void list_directly(Between& between, uint64* list, uint3
 template <class Kind, int kVec>
 __global__ void __launch_bounds__(kCollectThreads, kVec > 1 ? 3 : 1)
     list_between(const __grid_constant__ NarrowParams params) {
-  using T = typename Kind::Element;
   __shared__ ListScratch scratch;
-  __shared__ Staging<kVec, T> staging;
   const RowInput& input = params.input;
   const uint32 num_parts = params.scratch.num_parts;
   const uint32 row = blockIdx.x / num_parts, part = blockIdx.x % num_parts;
@@ -43,9 +41,7 @@ __global__ void __launch_bounds__(kCollectThreads, kVec > 1 ? 3 : 1)
   const uint32 count =
       left < params.scratch.slices_per_part ? left : params.scratch.slices_per_part;
   const RowFilters filters(params.filters, row, input.vocab);
-  const SegmentReader<kVec, T> reader{row_data<T>(input, row), input.vocab, Kind::padding(),
-                                      staging};
-  reader.fetch((first_slice * kSegmentsPerSlice + warp) * kSegmentSize);
+  const auto* data = row_data<typename Kind::Element>(input, row);
   pdl_launch_dependents();
   if (threadIdx.x == 0) scratch.num_listed = 0;
   pdl_wait();
@@ -70,8 +66,7 @@ __global__ void __launch_bounds__(kCollectThreads, kVec > 1 ? 3 : 1)
     const uint32 segment = (first_slice + i) * kSegmentsPerSlice + warp;
     if (segment >= num_segments) break;
     float x[kHeld];
-    reader.take(segment * kSegmentSize, x);
-    if (i + 1 < count) reader.fetch((segment + kSegmentsPerSlice) * kSegmentSize);
+    load_segment<kVec>(data, segment * kSegmentSize, input.vocab, lane, Kind::padding(), false, x);
     Mass kept, dropped, gap;
     bool has_other = false;
 #pragma unroll

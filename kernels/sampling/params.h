@@ -123,6 +123,7 @@ struct CollectParams {
   RowInput input;
   Filters filters;
   Scratch scratch;
+  uint32 read_once;  // by no launch behind this one, but for a few elements
 };
 
 struct NarrowParams {
@@ -185,7 +186,6 @@ struct SoftmaxParams {
   const SegmentStats* segments;  // null in the kernel that finds them itself
   float* output;                 // [num_rows, vocab], contiguous
   uint32 num_held;               // segments that shared memory holds
-  uint32 rows_per_cluster;
 };
 
 struct ChainParams {

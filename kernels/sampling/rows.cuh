@@ -2,8 +2,6 @@
 #pragma once
 
 #include "common/arch.cuh"
-#include "common/cp_async.cuh"
-#include "common/ldmatrix.cuh"
 #include "common/reduce.cuh"
 #include "sampling/weight.cuh"
 
@@ -83,20 +81,44 @@ __device__ __forceinline__ uint32 held_index(int j, uint32 lane) {
   return (j / kVec * kWarpSize + lane) * kVec + j % kVec;
 }
 
+// 16 bytes of a row. `once`: nobody reads them again soon, so they leave L2 to what others wrote.
+template <int kVec, class T>
+__device__ __forceinline__ Vec<T, kVec> load_piece(const T* source, bool once) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (kVec > 1) {
+    Vec<T, kVec> v;
+    uint4& w = v.words[0];
+    uint64 policy;
+    if (once) {
+      asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    } else {
+      asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    }
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+                 : "l"(source), "l"(policy));
+    return v;
+  }
+#endif
+  return load<kVec>(source);
+}
+
 // With kVec > 1 the vocabulary is a multiple of kVec.
 template <int kVec, class T>
 __device__ __forceinline__ void load_segment(const T* row, uint32 first, uint32 vocab, uint32 lane,
-                                             float padding, float (&x)[kHeld]) {
+                                             float padding, bool once, float (&x)[kHeld]) {
   Vec<T, kVec> fetched[kHeld / kVec];
   const T* mine = row + first + lane * kVec;
   if (first + kSegmentSize <= vocab) {
 #pragma unroll
-    for (int i = 0; i < kHeld / kVec; ++i) fetched[i] = load<kVec>(mine + i * kWarpSize * kVec);
+    for (int i = 0; i < kHeld / kVec; ++i) {
+      fetched[i] = load_piece<kVec>(mine + i * kWarpSize * kVec, once);
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < kHeld / kVec; ++i) {
       if (first + held_index<kVec>(i * kVec, lane) < vocab) {
-        fetched[i] = load<kVec>(mine + i * kWarpSize * kVec);
+        fetched[i] = load_piece<kVec>(mine + i * kWarpSize * kVec, once);
       } else {
 #pragma unroll
         for (int j = 0; j < kVec; ++j) fetched[i].elements[j] = from_float<T>(padding);
@@ -106,69 +128,6 @@ __device__ __forceinline__ void load_segment(const T* row, uint32 first, uint32 
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) x[j] = to_float(fetched[j / kVec].elements[j % kVec]);
 }
-
-// Shared memory in which a block has its next segments on the way. Every thread reads back only
-// what it has asked for itself, so that no barrier is needed.
-template <int kVec, class T, int kThreads = kCollectThreads>
-struct Staging {
-  static constexpr bool kUsed = kVec > 1 && kSm >= 80;
-  static constexpr int kChunks = kUsed ? kHeld / kVec : 1;
-  uint4 chunks[kChunks][kUsed ? kThreads : 1];
-};
-
-// A warp's segments of one row, each of which is fetched while the one before is worked on.
-template <int kVec, class T, int kThreads = kCollectThreads>
-struct SegmentReader {
-  using Stage = Staging<kVec, T, kThreads>;
-  const T* row;
-  uint32 vocab;
-  float padding;
-  Stage& stage;
-
-  // The segment that the next take() returns; from `vocab` on there is only padding.
-  __device__ __forceinline__ void fetch(uint32 first) const {
-    if constexpr (Stage::kUsed) {
-      const uint32 lane = threadIdx.x % kWarpSize;
-      const uint32 to = shared_address(&stage.chunks[0][threadIdx.x]);
-      constexpr uint32 kStep = sizeof(stage.chunks[0]);
-      const T* mine = row + first + lane * kVec;
-      if (first + kSegmentSize <= vocab) {
-#pragma unroll
-        for (int i = 0; i < Stage::kChunks; ++i) {
-          cp_async_16(to + i * kStep, mine + i * kWarpSize * kVec, true);
-        }
-      } else {
-#pragma unroll 1
-        for (int i = 0; i < Stage::kChunks; ++i) {
-          if (first + (i * kWarpSize + lane) * kVec < vocab) {
-            cp_async_16(to + i * kStep, mine + i * kWarpSize * kVec, true);
-          } else {
-            Vec<T, kVec> padded;
-#pragma unroll
-            for (int j = 0; j < kVec; ++j) padded.elements[j] = from_float<T>(padding);
-            stage.chunks[i][threadIdx.x] = padded.words[0];
-          }
-        }
-      }
-      cp_async_commit();
-    }
-  }
-
-  __device__ __forceinline__ void take(uint32 first, float (&x)[kHeld]) const {
-    if constexpr (Stage::kUsed) {
-      cp_async_wait<0>();
-#pragma unroll
-      for (int i = 0; i < Stage::kChunks; ++i) {
-        Vec<T, kVec> chunk;
-        chunk.words[0] = stage.chunks[i][threadIdx.x];
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) x[i * kVec + j] = to_float(chunk.elements[j]);
-      }
-    } else {
-      load_segment<kVec>(row, first, vocab, threadIdx.x % kWarpSize, padding, x);
-    }
-  }
-};
 
 // The larger, or NaN if there is one.
 __device__ __forceinline__ float max_or_nan(float a, float b) {

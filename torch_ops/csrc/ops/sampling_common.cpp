@@ -32,7 +32,7 @@ int64_t per_row_stride(const Arg& arg, const Arg& input, int64_t num_rows) {
 // places, several for each, so that the last ones make no wave of their own.
 uint32 slices_per_part(const Device& gpu, const RowInput& input, Lists lists) {
   constexpr uint32 kWaves = 4;
-  const uint32 blocks_per_sm = lists == Lists::Histograms || gpu.sm < 90 ? 3 : 4;
+  const uint32 blocks_per_sm = gpu.sm >= 90 && lists == Lists::Candidates ? 4 : 3;
   const uint32 places = static_cast<uint32>(gpu.num_sms) * blocks_per_sm;
   const uint32 num_slices = num_slices_of(input.vocab);
   const uint32 parts = input.num_rows <= places
@@ -212,11 +212,12 @@ void launch_collect(const Device& gpu, RowKind kind, const Tensor& input,
   static const KindKernels list_bins("sampling/list_between.cuh:list_between", true);
   const Scratch& scratch = how.scratch;
   const int width = access_width({&input}, {input.size(1)});
-  const unsigned num_blocks = how.input.num_rows * scratch.num_parts;
   if (!scratch.parts) {
-    launch(segments.of(kind, width), gpu, {.grid_x = num_blocks, .block = kCollectThreads}, &how);
+    launch(segments.of(kind, width), gpu,
+           {.grid_x = num_slice_blocks(how.input), .block = kCollectThreads}, &how);
     return;
   }
+  const unsigned num_blocks = how.input.num_rows * scratch.num_parts;
   const KindKernels& collect = scratch.histograms ? histograms : candidates;
   launch(collect.of(kind, width), gpu, {.grid_x = num_blocks, .block = kCollectThreads}, &how);
   if (!scratch.histograms) return;

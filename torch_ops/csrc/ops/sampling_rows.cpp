@@ -51,22 +51,12 @@ Tensor softmax(const Tensor& logits, const std::optional<Tensor>& temperature,
   const Device& gpu = device(logits.get_device_index());
   const bool wide = access_width({&logits}, {logits.size(1)}) > 1;
   const uint32 num_segments = num_segments_of(rows.vocab);
-  SoftmaxParams params{
-      rows, filters.temperature, nullptr, static_cast<float*>(output.mutable_data_ptr()), 0, 1};
+  SoftmaxParams params{rows, filters.temperature, nullptr,
+                       static_cast<float*>(output.mutable_data_ptr()), 0};
   const uint32 cluster = std::bit_ceil((num_segments + kClusterSegments - 1) / kClusterSegments);
   if (wide && gpu.sm >= 90 && cluster <= kMaxCluster) {
-    // Rows in succession overlap reads with writes; some waves are left, for balance.
-    constexpr uint32 kWaves = 4, kBlocksPerSm = 2;
-    const uint32 num_places = static_cast<uint32>(gpu.num_sms) * kBlocksPerSm * kWaves;
-    params.rows_per_cluster = std::max(1u, rows.num_rows * cluster / num_places);
-    const uint32 num_clusters =
-        (rows.num_rows + params.rows_per_cluster - 1) / params.rows_per_cluster;
-    const unsigned staged = kClusterSegments * kSegmentSize * 16 / wide_vec(kind);
     launch(*kernels.clusters[idx], gpu,
-           {.grid_x = num_clusters * cluster,
-            .block = kClusterThreads,
-            .dynamic_smem = staged,
-            .cluster = cluster},
+           {.grid_x = rows.num_rows * cluster, .block = kClusterThreads, .cluster = cluster},
            &params);
     return output;
   }
@@ -85,7 +75,7 @@ Tensor softmax(const Tensor& logits, const std::optional<Tensor>& temperature,
   }
   const RowScratch scratch(logits, rows, Lists::None);
   params.segments = scratch.get().segments;
-  launch_collect(gpu, kind, logits, {rows, filters, scratch.get()});
+  launch_collect(gpu, kind, logits, {rows, filters, scratch.get(), false});
   launch(*(wide ? kernels.wide_slices : kernels.narrow_slices)[idx], gpu,
          {.grid_x = num_slice_blocks(rows), .block = kCollectThreads, .pdl = gpu.sm >= 90},
          &params);
@@ -96,7 +86,7 @@ Tensor softmax(const Tensor& logits, const std::optional<Tensor>& temperature,
 void find_cuts(const Device& gpu, RowKind kind, const Tensor& input, const RowInput& rows,
                const Filters& filters, bool count_only, const Scratch& scratch) {
   static const KindKernels kernels("sampling/find_cut.cuh:find_cut", false);
-  launch_collect(gpu, kind, input, {rows, filters, scratch});
+  launch_collect(gpu, kind, input, {rows, filters, scratch, false});
   const CutParams params{rows, filters, scratch, count_only};
   launch(kernels.of(kind), gpu,
          {.grid_x = rows.num_rows, .block = kRowThreads, .pdl = gpu.sm >= 90}, &params);
@@ -185,7 +175,7 @@ std::tuple<Tensor, Tensor> top_k(const Tensor& input, int64_t k, bool sorted) {
   const Launch how{.grid_x = rows.num_rows, .block = kRowThreads, .pdl = gpu.sm >= 90};
   auto* to = static_cast<int64*>(indices.mutable_data_ptr());
   if (k <= kMaxCollectedK) {
-    launch_collect(gpu, kind, input, {rows, filters, scratch.get()});
+    launch_collect(gpu, kind, input, {rows, filters, scratch.get(), true});
     const TopKParams params{rows, scratch.get(),          values.mutable_data_ptr(),
                             to,   static_cast<uint32>(k), sorted};
     launch(few.of(kind), gpu, how, &params);
