@@ -3,7 +3,7 @@
 //
 // A block takes a part, a slice of 8,192 elements at a time in registers, 32 a thread. Each thread
 // knows the largest elements of two groups: of the 16 registers' halves, over all slices so far.
-// The k-th largest of these 512 is a lower bound of the k-th largest element, and a bisection finds
+// The k-th largest of these 512 is a lower bound of the k-th largest element, and a search by quarters finds
 // a bound that is nearly that; it rises while the part is read. Elements from the bound on are the
 // list: at the end about 1.1 k of them, in any order, since whatever reads them is indifferent to
 // it. The row is read once, whatever its spread. Layouts, access width and SMs as in

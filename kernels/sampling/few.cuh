@@ -2,9 +2,9 @@
 // from these, in few steps.
 //
 // A histogram of the candidates' keys leaves little more than k of them, unless there are few. A
-// thread takes one of these and compares it with all others: how many come before it, and what they
-// weigh, tells whether top-k, top-p and min-p keep it; then, what those of lower index weigh,
-// whether it is the token. All sums are of integers.
+// team of threads takes one of these and compares it with all others: how many come before it, and
+// what they weigh, tells whether top-k, top-p and min-p keep it; then, what those of lower index
+// weigh, whether it is the token. All sums are of integers.
 #pragma once
 
 #include "sampling/filter.cuh"

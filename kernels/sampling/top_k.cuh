@@ -2,7 +2,7 @@
 // of equal ones the lower index, or all by index.
 //
 // input [num_inputs, vocab]; values [num_rows, k] of the input's type and indices [num_rows, k],
-// contiguous. A block of kRowThreads threads takes a row, behind collect_candidates. A thread takes
+// contiguous. A block of kRowThreads threads takes a row, behind collect_candidates. A team takes
 // one of the largest candidates and counts those that come before it; a row whose lists do not hold
 // its k largest (NaN, nothing above -inf, many equal elements) is searched as a whole. Launch:
 // num_rows blocks. All SMs.
