@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kCollectThreads)
   if (segment >= num_segments) return;
   float x[kHeld];
   load_segment<kVec>(row_data<T>(input, row), segment * kSegmentSize, input.vocab, lane,
-                     Kind::padding(), true, x);
+                     Kind::padding(), x);
   pdl_wait();
   const RowCut cut = params.cuts[row];
   const SegmentStats* segments = params.segments + static_cast<int64>(row) * num_segments;

@@ -3,10 +3,10 @@
 //
 // A block takes a part, a slice of 8,192 elements at a time in registers, 32 a thread. Each thread
 // knows the largest elements of two groups: of the 16 registers' halves, over all slices so far.
-// The k-th largest of these 512 is a lower bound of the k-th largest element, and a search by quarters finds
-// a bound that is nearly that; it rises while the part is read. Elements from the bound on are the
-// list: at the end about 1.1 k of them, in any order, since whatever reads them is indifferent to
-// it. The row is read once, whatever its spread. Layouts, access width and SMs as in
+// The k-th largest of these 512 is a lower bound of the k-th largest element, and a search by
+// quarters finds a bound that is nearly that; it rises while the part is read. Elements from the
+// bound on are the list: at the end about 1.1 k of them, in any order, since whatever reads them is
+// indifferent to it. The row is read once, whatever its spread. Layouts, access width and SMs as in
 // row_segments.cuh; launch: kCollectThreads threads, num_rows * num_parts blocks. A list that does
 // not fit (many equal elements) is marked, and the row is searched as a whole.
 #pragma once
@@ -219,8 +219,9 @@ __device__ __forceinline__ void collect(const CollectParams& params, CollectScra
   for (uint32 i = 0; i < count; ++i) {
     const uint32 segment = first_segment + i * kSegmentsPerSlice;
     float x[kHeld];
-    load_segment<kVec>(data, segment * kSegmentSize, input.vocab, lane, Kind::padding(),
-                       params.read_once, x);
+    // Why through L1: append() reads some again.
+    load_segment<kVec, kCounts>(data, segment * kSegmentSize, input.vocab, lane, Kind::padding(),
+                                x);
     const float slice_max[2] = {lane_max<0, kHeld / 2>(x), lane_max<kHeld / 2, kHeld>(x)};
     group_max[0] = fmaxf(group_max[0], slice_max[0]);
     group_max[1] = fmaxf(group_max[1], slice_max[1]);

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kCollectThreads, kVec > 1 ? 3 : 1)
     const uint32 segment = (first_slice + i) * kSegmentsPerSlice + warp;
     if (segment >= num_segments) break;
     float x[kHeld];
-    load_segment<kVec>(data, segment * kSegmentSize, input.vocab, lane, Kind::padding(), false, x);
+    load_segment<kVec>(data, segment * kSegmentSize, input.vocab, lane, Kind::padding(), x);
     Mass kept, dropped, gap;
     bool has_other = false;
 #pragma unroll

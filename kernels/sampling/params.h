@@ -123,7 +123,6 @@ struct CollectParams {
   RowInput input;
   Filters filters;
   Scratch scratch;
-  uint32 read_once;  // by no launch behind this one, but for a few elements
 };
 
 struct NarrowParams {

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kCollectThreads)
   if (segment >= num_segments) return;
   float x[kHeld];
   load_segment<kVec>(row_data<typename Kind::Element>(input, row), segment * kSegmentSize,
-                     input.vocab, lane, Kind::padding(), params.read_once, x);
+                     input.vocab, lane, Kind::padding(), x);
   const float rate = softmax_rate(params.filters.temperature, row);
   pdl_launch_dependents();
   const SegmentStats stats = segment_stats<Kind>(x, lane_max(x), rate);

@@ -81,44 +81,24 @@ __device__ __forceinline__ uint32 held_index(int j, uint32 lane) {
   return (j / kVec * kWarpSize + lane) * kVec + j % kVec;
 }
 
-// 16 bytes of a row. `once`: nobody reads them again soon, so they leave L2 to what others wrote.
-template <int kVec, class T>
-__device__ __forceinline__ Vec<T, kVec> load_piece(const T* source, bool once) {
-#if __CUDA_ARCH__ >= 800
-  if constexpr (kVec > 1) {
-    Vec<T, kVec> v;
-    uint4& w = v.words[0];
-    uint64 policy;
-    if (once) {
-      asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    } else {
-      asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-    }
-    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
-                 : "l"(source), "l"(policy));
-    return v;
-  }
-#endif
-  return load<kVec>(source);
-}
-
-// With kVec > 1 the vocabulary is a multiple of kVec.
-template <int kVec, class T>
+// With kVec > 1 the vocabulary is a multiple of kVec. kOnce: past L1, since the block does not read
+// any of it again.
+template <int kVec, bool kOnce = true, class T>
 __device__ __forceinline__ void load_segment(const T* row, uint32 first, uint32 vocab, uint32 lane,
-                                             float padding, bool once, float (&x)[kHeld]) {
+                                             float padding, float (&x)[kHeld]) {
   Vec<T, kVec> fetched[kHeld / kVec];
   const T* mine = row + first + lane * kVec;
   if (first + kSegmentSize <= vocab) {
 #pragma unroll
     for (int i = 0; i < kHeld / kVec; ++i) {
-      fetched[i] = load_piece<kVec>(mine + i * kWarpSize * kVec, once);
+      const T* piece = mine + i * kWarpSize * kVec;
+      fetched[i] = kOnce ? load_once<kVec>(piece) : load<kVec>(piece);
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kHeld / kVec; ++i) {
       if (first + held_index<kVec>(i * kVec, lane) < vocab) {
-        fetched[i] = load_piece<kVec>(mine + i * kWarpSize * kVec, once);
+        fetched[i] = load<kVec>(mine + i * kWarpSize * kVec);
       } else {
 #pragma unroll
         for (int j = 0; j < kVec; ++j) fetched[i].elements[j] = from_float<T>(padding);

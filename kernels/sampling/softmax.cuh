@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads)
   const float rate = softmax_rate(params.temperature, row);
   float x[kHeld];
   for (uint32 segment = warp; segment < num_segments; segment += kWarps) {
-    load_segment<kVec>(data, segment * kSegmentSize, input.vocab, lane, -kInfinity, false, x);
+    load_segment<kVec>(data, segment * kSegmentSize, input.vocab, lane, -kInfinity, x);
     const SegmentStats stats = weigh_segment<Logits<T>>(x, rate);
     if (lane == 0) segments[segment] = stats;
     if (segment >= params.num_held) continue;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads)
 #pragma unroll
       for (int j = 0; j < kHeld; ++j) x[j] = held[segment * kSegmentSize + j * kWarpSize + lane];
     } else {
-      load_segment<kVec>(data, segment * kSegmentSize, input.vocab, lane, -kInfinity, false, x);
+      load_segment<kVec>(data, segment * kSegmentSize, input.vocab, lane, -kInfinity, x);
       weigh<T>(x, max, rate);
     }
     write_segment<kVec>(x, softmax_scale<T>(summary, max, rate), segment * kSegmentSize,
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kCollectThreads)
   const uint32 first = (slice * kSegmentsPerSlice + warp) * kSegmentSize;
   const uint32 num_segments = num_segments_of(input.vocab);
   float x[kHeld];
-  load_segment<kVec>(row_data<T>(input, row), first, input.vocab, lane, -kInfinity, false, x);
+  load_segment<kVec>(row_data<T>(input, row), first, input.vocab, lane, -kInfinity, x);
   const float rate = softmax_rate(params.temperature, row);
   pdl_wait();
   if (first >= input.vocab) return;

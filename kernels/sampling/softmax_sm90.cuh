@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
   cluster_arrive();
   float x[kHeld];
   load_segment<kVec>(row_data<T>(input, row), segment * kSegmentSize, input.vocab, lane, -kInfinity,
-                     true, x);
+                     x);
   const float rate = softmax_rate(params.temperature, row);
   const SegmentStats stats = weigh_segment<Logits<T>>(x, rate);
   cluster_wait();
