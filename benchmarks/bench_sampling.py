@@ -98,6 +98,7 @@ def unfiltered(session: Session, logits: torch.Tensor, seed: torch.Tensor, case:
             lambda: ridgeline.top_k(logits, 50, sorted=True),
             peers={"torch.topk": plain(torch.topk, logits, 50)},
             num_read=size,
+            predicted_us=predicted_us(size),
         ),
         session.case(
             "softmax",

@@ -232,7 +232,7 @@ def sampling_cases(device: torch.device) -> dict[str, list[Arguments]]:
         "top_p_renorm_probs": [((probs, None, 0.7), {}), ((probs[:, :30], p, 1.0), {})],
         "top_k_renorm_probs": [((probs, None, 7), {}), ((probs, k, 0), {})],
         "top_k_mask_logits": [((logits.half(), None, 7), {}), ((logits, k, 0), {})],
-        "top_k": [((logits, 7), {}), ((logits.bfloat16()[::2], 1), {})],
+        "top_k": [((logits, 7, True), {}), ((logits.bfloat16()[::2], 1, False), {})],
         "chain_speculative_sampling": [((draft, ids, target, seed[:2], None), {})],
     }
 

@@ -162,6 +162,31 @@ def test_size_of_the_batch_changes_nothing(how: Filter, vocab: int, rng: torch.G
             assert torch.equal(a, b[:num_rows]), num_rows
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_large_batch(dtype: torch.dtype) -> None:
+    """Nor do the bits of what is computed of a row, where one block takes several in turn."""
+    device = torch.device("cuda", 0)
+    x = torch.randn(1501, 40_000, device=device).to(dtype) * 3
+    x[7, 11], x[8], x[9, 5:] = math.nan, -math.inf, -math.inf
+    temperature = torch.linspace(0, 2, 1501, device=device)
+    probs = ridgeline.softmax(x, temperature)
+    masked = ridgeline.top_k_mask_logits(x, 1000)
+    largest = {s: ridgeline.top_k(x, 50, sorted=s) for s in (False, True)}
+    renormed = ridgeline.top_p_renorm_probs(probs, 0.9)
+    for rows in (slice(0, 1), slice(5, 12), slice(700, 800), slice(1480, 1501)):
+        part = ridgeline.softmax(x[rows], temperature[rows])
+        assert torch.equal(part.nan_to_num(7), probs[rows].nan_to_num(7))
+        part = ridgeline.top_p_renorm_probs(probs[rows], 0.9)
+        assert torch.equal(part, renormed[rows])
+        part = ridgeline.top_k_mask_logits(x[rows], 1000)
+        assert torch.equal(part.nan_to_num(7), masked[rows].nan_to_num(7))
+        for in_order, (values, indices) in largest.items():
+            part_values, part_indices = ridgeline.top_k(x[rows], 50, sorted=in_order)
+            assert torch.equal(part_indices, indices[rows])
+            assert torch.equal(part_values.nan_to_num(7), values[rows].nan_to_num(7))
+
+
 def odd_rows(vocab: int, rng: torch.Generator) -> Tensor:
     """Rows on which guesses about logits fail."""
     x = torch.randn(9, vocab, generator=rng) * 2
@@ -375,7 +400,7 @@ def test_top_k(vocab: int, dtype: torch.dtype, device: torch.device, rng: torch.
     if vocab > 7:
         x[0, 5], x[0, 6], x[1, : vocab // 2], x[2, ::3] = math.nan, math.inf, -math.inf, 0.5
     order = torch.sort(x.cpu().double(), dim=1, descending=True, stable=True).indices
-    for k in sorted({1, min(40, vocab), min(700, vocab), vocab}):
+    for k in sorted({1, *(min(k, vocab) for k in (40, 256, 257, 700)), vocab}):
         values, indices = poisoned_call(device, ridgeline.top_k, x, k, sorted=True)
         assert torch.equal(indices.cpu(), order[:, :k])
         expected = x.gather(1, indices)
@@ -477,6 +502,22 @@ def test_second_device(second_device: torch.device, rng: torch.Generator) -> Non
             torch.equal(a.to(here), b)
             for a, b in zip(there, draw(x.to(here), True, how, seed.to(here)), strict=True)
         )
+    for op in (
+        ridgeline.softmax,
+        lambda x: ridgeline.top_k(x, 50, sorted=True)[1],
+        lambda x: ridgeline.top_k_mask_logits(x, 300),
+        lambda x: ridgeline.top_p_renorm_probs(torch.softmax(x, 1), 0.9),
+        lambda x: ridgeline.top_k_renorm_probs(torch.softmax(x, 1), 9),
+        lambda x: ridgeline.chain_speculative_sampling(
+            torch.softmax(x[:2, None], 2),
+            torch.zeros(2, 1, dtype=torch.int32, device=x.device),
+            torch.softmax(x.view(2, 2, -1), 2),
+            seed=1,
+        )[0],
+    ):
+        there = op(x)
+        assert there.device == second_device
+        assert torch.equal(there.to(here), op(x.to(here)))
     assert torch.cuda.current_device() == 0
 
 

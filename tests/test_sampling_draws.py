@@ -79,12 +79,22 @@ def test_draws_follow_the_exact_distribution(
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_ten_million_draws_stay_in_the_support(rng: torch.Generator, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("from_logits", "how"),
+    [
+        (True, Filter(top_k=20, top_p=0.9, min_p=0.01)),  # few candidates
+        (False, Filter(top_p=0.8)),  # a histogram
+        (True, Filter()),
+    ],
+    ids=str,
+)
+def test_ten_million_draws_stay_in_the_support(
+    from_logits: bool, how: Filter, rng: torch.Generator, seed: int
+) -> None:
     device = torch.device("cuda", 0)
-    how = Filter(top_k=20, top_p=0.9, min_p=0.01)
-    x = clear_row(how, True, rng).to(device)
-    counts = counts_of(x, True, how, 10_000_000, seed)
-    exact = exact_draw(x, True, how)
+    x = clear_row(how, from_logits, rng).to(device)
+    counts = counts_of(x, from_logits, how, 10_000_000, seed)
+    exact = exact_draw(x, from_logits, how)
     assert counts[exact == 0].sum() == 0, "a token outside the exact set"
     statistic, bound = chi_square(counts, exact)
     assert statistic < bound
@@ -242,6 +252,14 @@ def test_wrong_top_k(device: torch.device, wrong: Wrong) -> None:
             ridgeline.top_k(**good, **wrong.changes)
         return
     assert_raises(wrong, ridgeline.top_k, good, device)
+
+
+@pytest.mark.gpu
+def test_the_op_sorts_few() -> None:
+    x = torch.ones(2, 500, device="cuda")
+    with pytest.raises(RuntimeError, match=r"'k'.*at most 256.*'sorted'.*300"):
+        torch.ops.ridgeline.top_k(x, 300, True)
+    assert torch.equal(ridgeline.top_k(x, 300, sorted=True)[1][1].cpu(), torch.arange(300))
 
 
 @pytest.mark.parametrize("wrong", WRONG_CHAIN, ids=by_name)

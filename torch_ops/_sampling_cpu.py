@@ -108,14 +108,14 @@ def _top_k_mask_logits(logits: Tensor, top_k: Tensor | None, top_k_val: int) -> 
 
 
 @cpu_impl("top_k")
-def _top_k(input: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _top_k(input: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:  # noqa: A002
     _check_rows("top_k", "input", input, LOGITS_DTYPES)
     vocab = input.shape[1]
     if not 1 <= k <= vocab:
         expected = f"1 to {vocab} (the size of a row)"
         _check.fail("top_k", "k", expected, k, "Pass min(k, input.shape[1]).")
     order = torch.sort(input.float(), dim=1, descending=True, stable=True).indices
-    indices = order[:, :k].sort(1).values
+    indices = order[:, :k].contiguous() if sorted else order[:, :k].sort(1).values
     return input.gather(1, indices), indices
 
 

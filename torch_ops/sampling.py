@@ -56,6 +56,8 @@ _TOP_K_MASK_LOGITS = find_op("top_k_mask_logits")
 _TOP_K_RENORM_PROBS = find_op("top_k_renorm_probs")
 _TOP_P_RENORM_PROBS = find_op("top_p_renorm_probs")
 
+_MAX_SORTED_K = 256  # that the op sorts itself
+
 Value = Tensor | float
 Integer = Tensor | int
 FilterOrder = Literal["top_k_first", "joint"]
@@ -467,8 +469,9 @@ def top_k(
     refuse_grad("top_k", input)
     if tie_break not in (0, 1):
         _check.not_yet("top_k", "tie_break", tie_break, "Pass 0 or 1: the lowest index wins.")
-    values, indices = _TOP_K(input, k)
-    if sorted:
+    in_kernel = sorted and k <= _MAX_SORTED_K
+    values, indices = _TOP_K(input, k, in_kernel)
+    if sorted and not in_kernel:
         values, order = values.sort(dim=1, descending=True, stable=True)
         indices = indices.gather(1, order)
     return values, indices
@@ -659,7 +662,7 @@ def _like_input(input: Tensor, *_: object) -> Tensor:
 
 
 @fake_impl("top_k")
-def _top_k_fake(input: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _top_k_fake(input: Tensor, k: int, *_: object) -> tuple[Tensor, Tensor]:
     shape = (input.shape[0], k)
     return input.new_empty(shape), input.new_empty(shape, dtype=torch.int64)
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/reduce.cuh"
-#include "sampling/params.h"
+#include "sampling/order.cuh"
 #include "sampling/rows.cuh"
 
 namespace ridgeline {
@@ -12,6 +12,7 @@ namespace ridgeline {
 struct BlockScratch {
   uint64 sums[32];  // or minima
   float maxima[32];
+  uint32 keys[32];
 };
 
 __device__ __forceinline__ uint64 block_total(uint64 x, BlockScratch& scratch) {
@@ -68,6 +69,16 @@ __device__ __forceinline__ uint64 sum_before(uint64 mine, BlockScratch& scratch)
   return before + inclusive - mine;
 }
 
+__device__ __forceinline__ uint32 block_max(uint32 x, BlockScratch& scratch) {
+  x = warp_max(x);
+  if (threadIdx.x % kWarpSize == 0) scratch.keys[threadIdx.x / kWarpSize] = x;
+  __syncthreads();
+  const uint32 lane = threadIdx.x % kWarpSize;
+  x = warp_max(scratch.keys[lane < blockDim.x / kWarpSize ? lane : 0]);
+  __syncthreads();
+  return x;
+}
+
 // What all segments of a row come to.
 struct RowSummary {
   float max;
@@ -99,6 +110,32 @@ __device__ __forceinline__ RowSummary summarize(const SegmentStats* segments, ui
   }
   mass = warp_sum(mass);
   return {max, mass, !bad && mass > 0};
+}
+
+// The same, by the block together.
+template <class Kind>
+__device__ __forceinline__ RowSummary summarize(const SegmentStats* segments, uint32 num_segments,
+                                                float rate, BlockScratch& scratch) {
+  SegmentStats first{Kind::padding(), 0, 0};
+  if (threadIdx.x < num_segments) first = segments[threadIdx.x];
+  uint32 key = key_of(first.max);
+  for (uint32 i = threadIdx.x + blockDim.x; i < num_segments; i += blockDim.x) {
+    const uint32 other = key_of(segments[i].max);
+    key = key > other ? key : other;
+  }
+  key = block_max(key, scratch);
+  if (key > key_of(kInfinity)) return {__uint_as_float(0x7fffffffu), 0, false};
+  const float max = value_of(key);
+  const typename Kind::Weigher weigher = Kind::weigher(max, rate);
+  const auto mass_of_segment = [&](const SegmentStats& stats) {
+    return scaled_mass(stats.mass, Kind::weigher(stats.max, rate).scale_in(weigher));
+  };
+  uint64 mass = mass_of_segment(first);
+  for (uint32 i = threadIdx.x + blockDim.x; i < num_segments; i += blockDim.x) {
+    mass += mass_of_segment(segments[i]);
+  }
+  mass = block_total(mass, scratch);
+  return {max, mass, mass > 0};
 }
 
 }  // namespace ridgeline

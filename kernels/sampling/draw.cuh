@@ -36,18 +36,16 @@ struct RowDraw {
     return __umul64hi(random, mass);
   }
   // Writes the token. False when too many elements are as large as the k-th.
-  __device__ __forceinline__ bool among_few(const CandidateSource& source, uint32 bound,
+  __device__ __forceinline__ bool among_few(const CandidateSource& source, const Complete& lists,
                                             FewScratch& scratch) const {
-    if (!list_largest(source, weigher, bound, key_of(summary.max), filters.k, scratch)) {
-      return false;
-    }
+    if (!list_largest(source, lists, key_of(summary.max), filters.k, scratch)) return false;
     uint64 least = 0;
     if (filters.min_p > 0.0) {
       const float value = Kind::min_p_bound(summary.max, filters.min_p, filters.temperature);
       least = source.order.last_of(key_of(fminf(value, summary.max)));
     }
-    const FewDraw drawn = draw_of_few(source.order, filters.k, filters.top_p, params.filters.joint,
-                                      summary.mass, least, random, scratch);
+    const FewDraw drawn = draw_of_few(source.order, weigher, filters.k, filters.top_p,
+                                      params.filters.joint, summary.mass, least, random, scratch);
     if (drawn.found) {
       const float x = source.order.value(drawn.composite);
       write_drawn(params, row, {source.order.index(drawn.composite), weigher.log_weight(x)},
@@ -91,10 +89,11 @@ __global__ void __launch_bounds__(kRowThreads, 2) draw(const __grid_constant__ D
   const uint64 random = random_bits(params.keys, row, 0);
   const SegmentStats* segments = params.scratch.segments + static_cast<int64>(row) * num_segments;
   const CandidateSource source = candidates_of(params.scratch, row, order);
+  clear(scratch.few);
   pdl_wait();
-  uint32 bound;
-  const bool complete = filters.any() && complete_from(source, bound);
-  const RowSummary summary = summarize<Kind>(segments, num_segments, filters.rate);
+  const Complete lists = complete_from(source);
+  const RowSummary summary =
+      summarize<Kind>(segments, num_segments, filters.rate, scratch.few.block);
   if (!summary.valid) {
     if (threadIdx.x == 0) write_invalid(params, row);
     return;
@@ -106,7 +105,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) draw(const __grid_constant__ D
     token = plain_token<Kind, kRowThreads>(data, vocab, segments, filters.rate, job.weigher,
                                            job.target_of(summary.mass), scratch.plain);
   } else {
-    if (complete && job.among_few(source, bound, scratch.few)) return;
+    if (lists.all && job.among_few(source, lists, scratch.few)) return;
     __syncthreads();
     const RowSource<T> whole{data, vocab, order};
     if (!job.narrowed(whole, scratch.select, token)) token = job.of_whole(whole, scratch.select);

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kPlainThreads)
   const uint64 random = random_bits(params.keys, row, 0);
   const SegmentStats* segments = params.scratch.segments + static_cast<int64>(row) * num_segments;
   pdl_wait();
-  const RowSummary summary = summarize<Kind>(segments, num_segments, rate);
+  const RowSummary summary = summarize<Kind>(segments, num_segments, rate, scratch.block);
   if (!summary.valid) {
     if (threadIdx.x == 0) write_invalid(params, row);
     return;

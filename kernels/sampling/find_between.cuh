@@ -20,6 +20,7 @@ struct BetweenScratch {
   uint32 k_bin;
   uint32 first;
   uint32 sure;
+  Between between;
 };
 
 template <class Kind>
@@ -34,8 +35,9 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   pdl_launch_dependents();
   pdl_wait();
   const uint32 num_segments = num_segments_of(input.vocab);
-  const RowSummary summary = summarize<Kind>(
-      params.scratch.segments + static_cast<int64>(row) * num_segments, num_segments, filters.rate);
+  const RowSummary summary =
+      summarize<Kind>(params.scratch.segments + static_cast<int64>(row) * num_segments,
+                      num_segments, filters.rate, scratch.block);
   Between& between = params.scratch.between[row];
   const bool collected = filters.k > 0 && filters.k <= kMaxCollectedK;
   if (collected || !filters.any() || !summary.valid) {
@@ -43,7 +45,10 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     return;
   }
   if (filters.k == 0 && filters.top_p >= 1.0) {
-    if (threadIdx.x == 0) between = {1, 0, 0, kWeightBins, 0, 0, summary.max, 0, 0, 0};
+    if (threadIdx.x == 0) {
+      const float all = value_of(Kind::kLeastKey);
+      between = {1, 0, 0, kWeightBins, 0, 0, summary.max, 0, all, all, kInfinity, kInfinity, 0, 0};
+    }
     return;
   }
 
@@ -128,25 +133,38 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     }
   }
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  uint32 first = filters.top_p < 1.0 ? scratch.first : 0;
-  uint32 sure = filters.top_p < 1.0 ? scratch.sure : 0;
-  uint32 counted = 0;
-  uint32 num_listed = 0;
-  if (k_bin < kWeightBins) {
-    first = first > k_bin ? first : k_bin;
-    sure = sure > k_bin + 1 ? sure : k_bin + 1;
-    const uint32 gap_end = first > k_bin ? first : k_bin + 1;
-    const uint32* from = scratch.counts_from;
-    counted = from[k_bin + 1] - from[gap_end] + from[sure];
-    num_listed = from[k_bin] - from[k_bin + 1] + from[gap_end] - from[sure];
-  } else {
-    num_listed = scratch.counts_from[first] - scratch.counts_from[sure];
+  if (threadIdx.x == 0) {
+    uint32 first = filters.top_p < 1.0 ? scratch.first : 0;
+    uint32 sure = filters.top_p < 1.0 ? scratch.sure : 0;
+    uint32 counted = 0;
+    uint32 num_listed = 0;
+    if (k_bin < kWeightBins) {
+      first = first > k_bin ? first : k_bin;
+      sure = sure > k_bin + 1 ? sure : k_bin + 1;
+      const uint32 gap_end = first > k_bin ? first : k_bin + 1;
+      const uint32* from = scratch.counts_from;
+      counted = from[k_bin + 1] - from[gap_end] + from[sure];
+      num_listed = from[k_bin] - from[k_bin + 1] + from[gap_end] - from[sure];
+    } else {
+      num_listed = scratch.counts_from[first] - scratch.counts_from[sure];
+    }
+    // Why the rate: beyond that, differences overflow before they are bins.
+    const bool listable =
+        k_bin > 0 && num_listed <= params.scratch.row_capacity && filters.rate < 1e30f;
+    scratch.between = {listable, first, sure, k_bin, counted, 0, summary.max, 0, 0, 0, 0, 0, 0, 0};
   }
-  // Why the rate: beyond that, differences overflow before they are bins.
-  const bool listable =
-      k_bin > 0 && num_listed <= params.scratch.row_capacity && filters.rate < 1e30f;
-  between = {listable, first, sure, k_bin, counted, 0, summary.max, 0, 0, 0};
+  __syncthreads();
+  const uint32 warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  if (warp < 4) {
+    const uint32 bin = warp == 0   ? scratch.between.first
+                       : warp == 1 ? scratch.between.sure
+                       : warp == 2 ? k_bin
+                                   : k_bin + 1;
+    const float from = least_of_bin(bins, bin);
+    if (lane == 0) (&scratch.between.first_from)[warp] = from;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) between = scratch.between;
 }
 
 }  // namespace ridgeline

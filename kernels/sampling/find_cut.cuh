@@ -32,8 +32,8 @@ __device__ __forceinline__ RowCut weighed_cut(const CutParams& params, uint32 ro
   };
   if (filters.any()) {
     const CandidateSource source = candidates_of(params.scratch, row, order);
-    uint32 bound;
-    if (!complete_from(source, bound) || !find(source, bound)) {
+    const Complete lists = complete_from(source);
+    if (!lists.all || !find(source, lists.bound)) {
       const uint32 vocab = params.input.vocab;
       Narrowed found;
       if (narrow<Kind>(params.scratch, row, vocab, order, weigher, filters, joint, summary, scratch,
@@ -59,10 +59,9 @@ __device__ __forceinline__ RowCut counted_cut(const CutParams& params, uint32 ro
   if (k == 0) return {cut, 1.0f, 1};
   const CandidateSource source = candidates_of(params.scratch, row, order);
   const uint64 top = order.first_of(0xffffffffu);
-  uint32 bound;
-  if (!complete_from(source, bound) ||
-      !select<false>(source, weigher, Range{order.last_of(bound), top}, ~uint64{0}, k, scratch,
-                     cut)) {
+  const Complete lists = complete_from(source);
+  if (!lists.all || !select<false>(source, weigher, Range{order.last_of(lists.bound), top},
+                                   ~uint64{0}, k, scratch, cut)) {
     const RowSource<T> whole{row_data<T>(params.input, row), params.input.vocab, order};
     select<false>(whole, weigher, Range{0, top}, ~uint64{0}, k, scratch, cut);
   }
@@ -82,7 +81,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     cut = counted_cut<Kind>(params, row, filters.k, Kind::weigher(0.0f, filters.rate), scratch);
   } else {
     const SegmentStats* segments = params.scratch.segments + static_cast<int64>(row) * num_segments;
-    const RowSummary summary = summarize<Kind>(segments, num_segments, filters.rate);
+    const RowSummary summary = summarize<Kind>(segments, num_segments, filters.rate, scratch.block);
     cut = weighed_cut<Kind>(params, row, filters, summary, scratch);
   }
   pdl_launch_dependents();

@@ -1,4 +1,5 @@
-// The k elements that find_cut kept, and their indices, in the order of the indices.
+// The k elements that find_cut kept, and their indices, in the order of the indices; for k beyond
+// what top_k.cuh takes.
 //
 // input [num_inputs, vocab]; values [num_rows, k] of T and indices [num_rows, k], contiguous. A
 // block of kRowThreads threads takes a row and a thread eight neighbours at a time. All SMs.

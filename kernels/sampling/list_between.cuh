@@ -20,10 +20,6 @@ struct ListScratch {
   uint32 place;
 };
 
-__device__ __forceinline__ uint64 warp_mass(const Mass& mass) {
-  return warp_sum(mass.sum());
-}
-
 // Why not inlined: it is rare, and would be there for every register.
 __device__ __noinline__ void list_directly(Between& between, uint64* list, uint32 capacity,
                                            uint64 entry) {
@@ -51,20 +47,19 @@ __global__ void __launch_bounds__(kCollectThreads, kVec > 1 ? 3 : 1)
   pdl_wait();
   Between& between = params.scratch.between[row];
   if (!between.listable) return;
-  const uint32 first = between.first, sure = between.sure, k_bin = between.k_bin;
+  const float first_from = between.first_from, sure_from = between.sure_from;
+  const float gap_from = between.gap_from;
+  const float listed_from = fminf(first_from, between.k_from);
   const float max = between.max;
   const Order order{input.index_bits};
   const typename Kind::Weigher weigher = Kind::weigher(max, filters.rate);
-  const WeightBins<Kind> bins{params.scratch.references[row], filters.rate};
   float least = Kind::padding();
   if (filters.min_p > 0.0) {
     least = fminf(Kind::min_p_bound(max, filters.min_p, filters.temperature), max);
   }
-  const uint32 gap_start = k_bin < kWeightBins ? k_bin + 1 : kWeightBins;
   uint64* list = list_of(params.scratch, row);
   uint64* kept_of = params.scratch.kept + static_cast<int64>(row) * num_segments;
   const uint32 capacity = params.scratch.row_capacity;
-  const float floor = value_of(Kind::kLeastKey);
   __syncthreads();
 
   for (uint32 i = 0; i < count; ++i) {
@@ -76,16 +71,16 @@ __global__ void __launch_bounds__(kCollectThreads, kVec > 1 ? 3 : 1)
     bool has_other = false;
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
-      const uint32 bin = bins.of(x[j]);
+      if (!(x[j] >= listed_from)) continue;
       const float weight = weigher.weight(x[j]);
-      const bool is_sure = bin >= sure;
-      const bool is_kept = is_sure && x[j] >= least;
-      kept.add(is_kept ? weight : 0.0f);
-      if (is_kept || !(x[j] >= floor)) continue;
-      if (is_sure) {
-        dropped.add(weight);
-        has_other = true;
-      } else if (bin >= first || bin == k_bin) {
+      if (x[j] >= sure_from) {
+        if (x[j] >= least) {
+          kept.add(weight);
+        } else {
+          dropped.add(weight);
+          has_other = true;
+        }
+      } else if (x[j] >= first_from || x[j] < gap_from) {
         const uint64 entry =
             order.composite(x[j], segment * kSegmentSize + held_index<kVec>(j, lane));
         const uint32 place = atomicAdd(&scratch.num_listed, 1u);
@@ -94,7 +89,7 @@ __global__ void __launch_bounds__(kCollectThreads, kVec > 1 ? 3 : 1)
         } else {
           list_directly(between, list, capacity, entry);
         }
-      } else if (bin >= gap_start) {
+      } else {
         gap.add(weight);
         has_other = true;
       }

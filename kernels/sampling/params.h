@@ -57,6 +57,10 @@ struct alignas(16) Between {
   uint32 num_listed;  // of all parts so far
   float max;          // the row's largest element
   uint32 pad;
+  float first_from;  // the least elements of bin `first` and the later ones, and so on; infinite
+  float sure_from;   // where there are none
+  float k_from;
+  float gap_from;  // of bin k_bin + 1
   uint64 gap;      // mass of the bins between k_bin and first
   uint64 dropped;  // mass of the sure elements that min-p drops
 };
@@ -156,6 +160,15 @@ struct ApplyParams {
   const RowCut* cuts;  // [num_rows]
   const SegmentStats* segments;
   void* output;  // [num_rows, vocab], the input's type, contiguous
+};
+
+struct TopKParams {
+  RowInput input;
+  Scratch scratch;
+  void* values;    // [num_rows, k], the input's type
+  int64* indices;  // [num_rows, k]
+  uint32 k;        // kMaxCollectedK at most
+  uint32 sorted;   // the larger first; else by index
 };
 
 struct GatherParams {

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kCollectThreads)
                      input.vocab, lane, Kind::padding(), x);
   const float rate = softmax_rate(params.filters.temperature, row);
   pdl_launch_dependents();
-  const SegmentStats stats = segment_stats<Kind>(x, rate);
+  const SegmentStats stats = segment_stats<Kind>(x, lane_max(x), rate);
   if (lane == 0) {
     params.scratch.segments[static_cast<int64>(row) * num_segments + segment] = stats;
   }

@@ -1,6 +1,7 @@
 // A row's place in memory, its settings, and its segments in registers.
 #pragma once
 
+#include "common/arch.cuh"
 #include "common/reduce.cuh"
 #include "sampling/weight.cuh"
 
@@ -80,64 +81,156 @@ __device__ __forceinline__ uint32 held_index(int j, uint32 lane) {
   return (j / kVec * kWarpSize + lane) * kVec + j % kVec;
 }
 
-// With kVec > 1 the vocabulary is a multiple of kVec.
-template <int kVec, class T>
+// With kVec > 1 the vocabulary is a multiple of kVec. kOnce: past L1, since the block does not read
+// any of it again.
+template <int kVec, bool kOnce = true, class T>
 __device__ __forceinline__ void load_segment(const T* row, uint32 first, uint32 vocab, uint32 lane,
                                              float padding, float (&x)[kHeld]) {
   Vec<T, kVec> fetched[kHeld / kVec];
+  const T* mine = row + first + lane * kVec;
+  if (first + kSegmentSize <= vocab) {
 #pragma unroll
-  for (int i = 0; i < kHeld / kVec; ++i) {
-    const uint32 index = first + held_index<kVec>(i * kVec, lane);
-    if (index < vocab) {
-      fetched[i] = load<kVec>(row + index);
-    } else {
+    for (int i = 0; i < kHeld / kVec; ++i) {
+      const T* piece = mine + i * kWarpSize * kVec;
+      fetched[i] = kOnce ? load_once<kVec>(piece) : load<kVec>(piece);
+    }
+  } else {
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) fetched[i].elements[j] = from_float<T>(padding);
+    for (int i = 0; i < kHeld / kVec; ++i) {
+      if (first + held_index<kVec>(i * kVec, lane) < vocab) {
+        fetched[i] = load<kVec>(mine + i * kWarpSize * kVec);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) fetched[i].elements[j] = from_float<T>(padding);
+      }
     }
   }
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) x[j] = to_float(fetched[j / kVec].elements[j % kVec]);
 }
 
+// The larger, or NaN if there is one.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+
+// Of no NaN.
 __device__ __forceinline__ float warp_max(float x) {
+#if __CUDA_ARCH__ >= 800
+  // Larger integers for larger numbers; twice is nothing.
+  const auto ordered = [](int bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
+  return __int_as_float(ordered(__reduce_max_sync(kFullWarp, ordered(__float_as_int(x)))));
+#else
 #pragma unroll
   for (uint32 offset = kWarpSize / 2; offset > 0; offset /= 2) {
     x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, offset));
   }
   return x;
+#endif
 }
 
-__device__ __forceinline__ uint64 warp_sum(uint64 x) {
+__device__ __forceinline__ uint32 warp_max(uint32 x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(kFullWarp, x);
+#else
+#pragma unroll
+  for (uint32 offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    const uint32 other = __shfl_xor_sync(kFullWarp, x, offset);
+    x = x > other ? x : other;
+  }
+  return x;
+#endif
+}
+
+__device__ __forceinline__ uint32 warp_min(uint32 x) {
+  return ~warp_max(~x);
+}
+
+__device__ __forceinline__ uint32 warp_sum(uint32 x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kFullWarp, x);
+#else
 #pragma unroll
   for (uint32 offset = kWarpSize / 2; offset > 0; offset /= 2) {
     x += __shfl_xor_sync(kFullWarp, x, offset);
   }
   return x;
+#endif
 }
 
-// What all lanes make of their elements, the largest of which is `lane_max`.
-template <class Kind>
-__device__ __forceinline__ SegmentStats segment_stats(const float (&x)[kHeld], float lane_max,
-                                                      float rate) {
-  bool bad = false;
+__device__ __forceinline__ uint64 warp_sum(uint64 x) {
+#if __CUDA_ARCH__ >= 800
+  // 27 bits of 32 numbers fit 32 bits.
+  constexpr int kBits = 27;
+  constexpr uint32 kMask = (1u << kBits) - 1;
+  const uint64 low = warp_sum(static_cast<uint32>(x) & kMask);
+  const uint64 middle = warp_sum(static_cast<uint32>(x >> kBits) & kMask);
+  const uint64 high = warp_sum(static_cast<uint32>(x >> (2 * kBits)));
+  return low + (middle << kBits) + (high << (2 * kBits));
+#else
 #pragma unroll
-  for (int j = 0; j < kHeld; ++j) bad |= Kind::is_bad(x[j]);
-  const float max = warp_max(lane_max);
+  for (uint32 offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    x += __shfl_xor_sync(kFullWarp, x, offset);
+  }
+  return x;
+#endif
+}
+
+// Of all lanes' weights, a segment's at most.
+__device__ __forceinline__ uint64 warp_mass(const Mass& mass) {
+  return Mass{warp_sum(mass.high), warp_sum(mass.low)}.sum();
+}
+
+// NaN if there is one.
+template <int kFirst = 0, int kLast = kHeld>
+__device__ __forceinline__ float lane_max(const float (&x)[kHeld]) {
+  float max = x[kFirst];
+#pragma unroll
+  for (int j = kFirst + 1; j < kLast; ++j) max = max_or_nan(max, x[j]);
+  return max;
+}
+
+// What all lanes make of their elements, the largest of which is `mine_max`, or NaN. Calls use(j,
+// weight) for each, unless the segment is bad; weights are relative to the segment's largest.
+template <class Kind, class Use>
+__device__ __forceinline__ SegmentStats segment_stats(const float (&x)[kHeld], float mine_max,
+                                                      float rate, const Use& use) {
+  float mine_min = 0.0f;
+  if constexpr (!Kind::kNegative) {
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) mine_min = fminf(mine_min, x[j]);
+  }
+  if (__any_sync(kFullWarp, Kind::is_bad(mine_min, mine_max))) {
+    return {__uint_as_float(0x7fffffffu), 0, 0};
+  }
+  const float max = warp_max(mine_max);
   const typename Kind::Weigher weigher = Kind::weigher(max, rate);
   Mass mass;
 #pragma unroll
-  for (int j = 0; j < kHeld; ++j) mass.add(weigher.weight(x[j]));
-  const uint64 sum = warp_sum(mass.sum());
-  if (__any_sync(kFullWarp, bad)) return {__uint_as_float(0x7fffffffu), 0, 0};
-  return {max, 0, sum};
+  for (int j = 0; j < kHeld; ++j) {
+    const float weight = weigher.weight(x[j]);
+    mass.add(weight);
+    use(j, weight);
+  }
+  return {max, 0, warp_mass(mass)};
 }
 
 template <class Kind>
-__device__ __forceinline__ SegmentStats segment_stats(const float (&x)[kHeld], float rate) {
-  float lane_max = Kind::padding();
-#pragma unroll
-  for (int j = 0; j < kHeld; ++j) lane_max = fmaxf(lane_max, x[j]);
-  return segment_stats<Kind>(x, lane_max, rate);
+__device__ __forceinline__ SegmentStats segment_stats(const float (&x)[kHeld], float mine_max,
+                                                      float rate) {
+  return segment_stats<Kind>(x, mine_max, rate, [](int, float) {});
+}
+
+// Puts the weights in the elements' place.
+template <class Kind>
+__device__ __forceinline__ SegmentStats weigh_segment(float (&x)[kHeld], float rate) {
+  return segment_stats<Kind>(x, lane_max(x), rate, [&](int j, float weight) { x[j] = weight; });
 }
 
 }  // namespace ridgeline

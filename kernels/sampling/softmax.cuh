@@ -17,26 +17,43 @@ namespace ridgeline {
 
 constexpr uint32 kMaxSegmentsInSmem = 320;  // their stats; a longer row is left to softmax_slices
 
+// Of weights relative to their segment's largest element; `scale` makes them probabilities.
 template <int kVec>
-__device__ __forceinline__ void write_segment(const float (&x)[kHeld], uint32 first, uint32 vocab,
-                                              uint32 lane, const LogitWeigher& weigher, float scale,
-                                              float* output) {
+__device__ __forceinline__ void write_segment(const float (&weights)[kHeld], float scale,
+                                              uint32 first, uint32 vocab, float* output) {
   // Pieces of 16 bytes: kVec elements of T may be 32 bytes of output.
   constexpr int kPiece = kVec < 4 ? kVec : 4;
+  const uint32 lane = threadIdx.x % kWarpSize;
+  float* mine = output + first + lane * kVec;
+  const bool whole = first + kSegmentSize <= vocab;
 #pragma unroll
   for (int i = 0; i < kHeld / kPiece; ++i) {
-    const uint32 index = first + held_index<kVec>(i * kPiece, lane);
-    if (index >= vocab) continue;
+    constexpr int kStep = kWarpSize * kVec;
+    const int offset = i * kPiece / kVec * kStep + i * kPiece % kVec;
+    if (!whole && first + lane * kVec + offset >= vocab) continue;
     Vec<float, kPiece> y;
 #pragma unroll
-    for (int j = 0; j < kPiece; ++j) y.elements[j] = weigher.weight(x[i * kPiece + j]) * scale;
-    store(output + index, y);
+    for (int j = 0; j < kPiece; ++j) y.elements[j] = weights[i * kPiece + j] * scale;
+    store(mine + offset, y);
   }
 }
 
-__device__ __forceinline__ float softmax_scale(const RowSummary& summary) {
-  return summary.valid ? static_cast<float>(0x1p42 / static_cast<double>(summary.mass))
-                       : __uint_as_float(0x7fffffffu);
+// Puts the weights in the elements' place.
+template <class T>
+__device__ __forceinline__ void weigh(float (&x)[kHeld], float segment_max, float rate) {
+  const LogitWeigher weigher = Logits<T>::weigher(segment_max, rate);
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) x[j] = weigher.weight(x[j]);
+}
+
+// Of a segment's weights.
+template <class T>
+__device__ __forceinline__ float softmax_scale(const RowSummary& row, float segment_max,
+                                               float rate) {
+  if (!row.valid) return __uint_as_float(0x7fffffffu);
+  using Kind = Logits<T>;
+  const float in_row = Kind::weigher(segment_max, rate).scale_in(Kind::weigher(row.max, rate));
+  return in_row * static_cast<float>(0x1p42 / static_cast<double>(row.mass));
 }
 
 template <class T, int kVec>
@@ -53,26 +70,26 @@ __global__ void __launch_bounds__(kSoftmaxThreads)
   float x[kHeld];
   for (uint32 segment = warp; segment < num_segments; segment += kWarps) {
     load_segment<kVec>(data, segment * kSegmentSize, input.vocab, lane, -kInfinity, x);
-    if (segment < params.num_held) {
-#pragma unroll
-      for (int j = 0; j < kHeld; ++j) held[segment * kSegmentSize + j * kWarpSize + lane] = x[j];
-    }
-    const SegmentStats stats = segment_stats<Logits<T>>(x, rate);
+    const SegmentStats stats = weigh_segment<Logits<T>>(x, rate);
     if (lane == 0) segments[segment] = stats;
+    if (segment >= params.num_held) continue;
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) held[segment * kSegmentSize + j * kWarpSize + lane] = x[j];
   }
   __syncthreads();
   const RowSummary summary = summarize<Logits<T>>(segments, num_segments, rate);
-  const LogitWeigher weigher = Logits<T>::weigher(summary.max, rate);
-  const float scale = softmax_scale(summary);
   float* output = params.output + static_cast<int64>(row) * input.vocab;
   for (uint32 segment = warp; segment < num_segments; segment += kWarps) {
+    const float max = segments[segment].max;
     if (segment < params.num_held) {
 #pragma unroll
       for (int j = 0; j < kHeld; ++j) x[j] = held[segment * kSegmentSize + j * kWarpSize + lane];
     } else {
       load_segment<kVec>(data, segment * kSegmentSize, input.vocab, lane, -kInfinity, x);
+      weigh<T>(x, max, rate);
     }
-    write_segment<kVec>(x, segment * kSegmentSize, input.vocab, lane, weigher, scale, output);
+    write_segment<kVec>(x, softmax_scale<T>(summary, max, rate), segment * kSegmentSize,
+                        input.vocab, output);
   }
 }
 
@@ -89,10 +106,12 @@ __global__ void __launch_bounds__(kCollectThreads)
   load_segment<kVec>(row_data<T>(input, row), first, input.vocab, lane, -kInfinity, x);
   const float rate = softmax_rate(params.temperature, row);
   pdl_wait();
-  const RowSummary summary = summarize<Logits<T>>(
-      params.segments + static_cast<int64>(row) * num_segments, num_segments, rate);
-  write_segment<kVec>(x, first, input.vocab, lane, Logits<T>::weigher(summary.max, rate),
-                      softmax_scale(summary),
+  if (first >= input.vocab) return;
+  const SegmentStats* segments = params.segments + static_cast<int64>(row) * num_segments;
+  const RowSummary summary = summarize<Logits<T>>(segments, num_segments, rate);
+  const float max = segments[first / kSegmentSize].max;
+  weigh<T>(x, max, rate);
+  write_segment<kVec>(x, softmax_scale<T>(summary, max, rate), first, input.vocab,
                       params.output + static_cast<int64>(row) * input.vocab);
 }
 

@@ -64,23 +64,25 @@ __device__ __forceinline__ CandidateSource candidates_of(const Scratch& scratch,
           scratch.num_parts, order};
 }
 
-// The least key down to which a row's lists are complete; false when one has overflowed, or
-// nothing was collected. Every warp for itself.
-__device__ __forceinline__ bool complete_from(const CandidateSource& source, uint32& bound) {
-  if (!source.parts) return false;
-  bound = 0;
+// Whether a row's lists are complete, down to which key, and how many candidates they hold.
+struct Complete {
+  bool all;  // false: a list has overflowed, or nothing was collected
+  uint32 bound;
+  uint32 count;
+};
+
+// Every warp for itself.
+__device__ __forceinline__ Complete complete_from(const CandidateSource& source) {
+  if (!source.parts) return {false, 0, 0};
+  uint32 bound = 0, count = 0;
   bool overflow = false;
   for (uint32 i = threadIdx.x % kWarpSize; i < source.num_parts; i += kWarpSize) {
     const PartInfo info = source.parts[i];
     overflow |= info.count == kOverflow;
     bound = bound > info.bound ? bound : info.bound;
+    count += info.count;
   }
-#pragma unroll
-  for (uint32 offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    const uint32 other = __shfl_xor_sync(kFullWarp, bound, offset);
-    bound = bound > other ? bound : other;
-  }
-  return !__any_sync(kFullWarp, overflow);
+  return {!__any_sync(kFullWarp, overflow), warp_max(bound), warp_sum(count)};
 }
 
 }  // namespace ridgeline

@@ -14,20 +14,21 @@
 
 namespace ridgeline {
 
-// round(weight * 2^kMassBits), as high * 2^21 + low, without the slow conversion units: adding 2^23
-// (or 1.5 * 2^23, for signed numbers) leaves the rounded integer in the low bits of the float.
+// round(weight * 2^kMassBits), as high * 2^21 + low, without the slow conversion units: added to 4,
+// a weight is rounded to units of 2^-21 in the low bits of the float, and what that leaves of it,
+// added to 1.5 * 2^-19, to units of 2^-42. Every step but these two is exact.
 struct Mass {
   uint32 high = 0;
   uint32 low = 0;  // signed, modulo 2^32
 
   __device__ __forceinline__ void add(float weight) {
-    const float high_part = fmaf(weight, 0x1p21f, 0x1p23f);
-    const float rest = fmaf(high_part - 0x1p23f, -0x1p-21f, weight);
-    const float low_part = fmaf(rest, 0x1p42f, 0x1.8p23f);
-    high += __float_as_uint(high_part) - 0x4B000000u;
-    low += __float_as_uint(low_part) - 0x4B400000u;
+    constexpr float kHigh = 4.0f, kLow = 0x1.8p-19f;
+    const float high_part = weight + kHigh;
+    const float low_part = weight + ((kHigh + kLow) - high_part);
+    high += __float_as_uint(high_part) - 0x40800000u;
+    low += __float_as_uint(low_part) - 0x36400000u;
   }
-  // Of at most 512 weights.
+  // Of at most 1,024 weights.
   __device__ __forceinline__ uint64 sum() const {
     return (static_cast<uint64>(high) << 21) +
            static_cast<uint64>(static_cast<int64>(static_cast<int32>(low)));
@@ -64,7 +65,9 @@ struct Logits {
   using Weigher = LogitWeigher;
   static constexpr uint32 kLeastKey = 0x00800000u;  // of the least number above -inf
   static __device__ __forceinline__ float padding() { return -kInfinity; }
-  static __device__ __forceinline__ bool is_bad(float x) { return !(x < kInfinity); }
+  static constexpr bool kNegative = true;  // elements may be
+  // Of elements of which `max` is the largest, NaN if one of them is; and `min` the least, or 0.
+  static __device__ __forceinline__ bool is_bad(float, float max) { return !(max < kInfinity); }
   static __device__ __forceinline__ Weigher weigher(float max, float rate) {
     return {max > -kInfinity ? max : 0.0f, rate};
   }
@@ -88,7 +91,10 @@ struct Probs {
   using Weigher = ProbWeigher;
   static constexpr uint32 kLeastKey = 0x80000001u;  // of the least number above 0
   static __device__ __forceinline__ float padding() { return 0.0f; }
-  static __device__ __forceinline__ bool is_bad(float x) { return !(x >= 0.0f && x <= 0x1p100f); }
+  static constexpr bool kNegative = false;
+  static __device__ __forceinline__ bool is_bad(float min, float max) {
+    return !(min >= 0.0f && max <= 0x1p100f);
+  }
   // Over the power of two above `max`.
   static __device__ __forceinline__ Weigher weigher(float max, float) {
     const int exponent = static_cast<int>(__float_as_uint(max) >> 23) - 126;

@@ -3,6 +3,8 @@
 // first and the last take what is beyond.
 #pragma once
 
+#include "common/reduce.cuh"
+#include "sampling/order.cuh"
 #include "sampling/weight.cuh"
 
 namespace ridgeline {
@@ -58,7 +60,8 @@ struct WeightBins<Probs> {
     return static_cast<int>(__float_as_uint(reference) >> kShift) - kReferenceBin;
   }
   __device__ __forceinline__ uint32 of(float x) const {
-    const int place = static_cast<int>(__float_as_uint(x) >> kShift) - offset();
+    // Why signed: -0 is in the first bin.
+    const int place = (static_cast<int>(__float_as_uint(x)) >> kShift) - offset();
     const int last = kWeightBins - 1;
     return static_cast<uint32>(place < 0 ? 0 : place > last ? last : place);
   }
@@ -72,5 +75,25 @@ struct WeightBins<Probs> {
     return mass_bounds(bin, edge(place), edge(place + 1));
   }
 };
+
+// The least element of bin `bin` or a later one, but no less than `Kind` has weight for; infinity
+// if there is none. The warp looks for it together.
+template <class Kind>
+__device__ __forceinline__ float least_of_bin(const WeightBins<Kind>& bins, uint32 bin) {
+  constexpr uint32 kLargestKey = 0xff7fffffu;  // of a finite number
+  if (bin >= kWeightBins || bins.of(value_of(kLargestKey)) < bin) return kInfinity;
+  uint32 low = Kind::kLeastKey - 1, high = kLargestKey;
+  while (high - low > 1) {
+    // The last lanes' keys are at or beyond the one that is known to reach the bin.
+    const uint32 step = (high - low) / kWarpSize + 1;
+    const uint32 above = step * (threadIdx.x % kWarpSize + 1);
+    const uint32 key = above < high - low ? low + above : high;
+    const uint32 reached = __ballot_sync(kFullWarp, bins.of(value_of(key)) >= bin);
+    const uint32 first = static_cast<uint32>(__ffs(static_cast<int>(reached))) - 1;
+    high = high - low > step * (first + 1) ? low + step * (first + 1) : high;
+    low += step * first;
+  }
+  return value_of(high);
+}
 
 }  // namespace ridgeline

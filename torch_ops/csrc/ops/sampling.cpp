@@ -18,6 +18,7 @@ constexpr const char* kDraw = "sampling/draw.cuh:draw";
 constexpr const char* kDrawPlain = "sampling/draw_plain.cuh:draw_plain";
 constexpr const char* kFindCut = "sampling/find_cut.cuh:find_cut";
 constexpr const char* kApplyCut = "sampling/apply_cut.cuh:apply_cut";
+constexpr const char* kTopK = "sampling/top_k.cuh:top_k";
 constexpr const char* kGather = "sampling/gather_top_k.cuh:gather_top_k";
 constexpr const char* kSoftmax = "sampling/softmax.cuh:softmax";
 constexpr const char* kSoftmaxSlices = "sampling/softmax.cuh:softmax_slices";
@@ -42,7 +43,7 @@ std::vector<std::string> kernels_of(const std::string& op, RowKind kind) {
             kind_kernel(kSegments, kind, vec),
             kind_kernel(kDrawPlain, kind)};
   }
-  if (op == "top_k") return {collect, cut, kernel_name(kGather, type)};
+  if (op == "top_k") return {collect, kind_kernel(kTopK, kind), cut, kernel_name(kGather, type)};
   if (op == "softmax") {
     return {kernel_name(kSoftmax, type, vec), kind_kernel(kSegments, kind, vec),
             kernel_name(kSoftmaxSlices, type, vec)};

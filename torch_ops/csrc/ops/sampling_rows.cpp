@@ -55,8 +55,12 @@ Tensor softmax(const Tensor& logits, const std::optional<Tensor>& temperature,
                        static_cast<float*>(output.mutable_data_ptr()), 0};
   const uint32 cluster = std::bit_ceil((num_segments + kClusterSegments - 1) / kClusterSegments);
   if (wide && gpu.sm >= 90 && cluster <= kMaxCluster) {
+    const unsigned staged = kClusterSegments * kSegmentSize * 16 / wide_vec(kind);
     launch(*kernels.clusters[idx], gpu,
-           {.grid_x = rows.num_rows * cluster, .block = kClusterThreads, .cluster = cluster},
+           {.grid_x = rows.num_rows * cluster,
+            .block = kClusterThreads,
+            .dynamic_smem = staged,
+            .cluster = cluster},
            &params);
     return output;
   }
@@ -147,14 +151,23 @@ struct GatherKernels {
   }
 };
 
-std::tuple<Tensor, Tensor> top_k(const Tensor& input, int64_t k) {
-  static const GatherKernels gather;
-  const Arg arg{"top_k", "input", input};
-  const RowInput rows = row_input(arg, kLogitsDtypes, std::nullopt);
+void check_top_k(const RowInput& rows, int64_t k, bool sorted) {
   if (k < 1 || k > rows.vocab) {
     fail("top_k", "k", "1 to " + std::to_string(rows.vocab) + " (the size of a row)",
          std::to_string(k), "Pass min(k, input.shape[1])");
   }
+  if (sorted && k > kMaxCollectedK) {
+    fail("top_k", "k", "at most " + std::to_string(kMaxCollectedK) + " where 'sorted' is true",
+         std::to_string(k), "Call ridgeline.top_k, which sorts more of them");
+  }
+}
+
+std::tuple<Tensor, Tensor> top_k(const Tensor& input, int64_t k, bool sorted) {
+  static const KindKernels few("sampling/top_k.cuh:top_k", false);
+  static const GatherKernels gather;
+  const Arg arg{"top_k", "input", input};
+  const RowInput rows = row_input(arg, kLogitsDtypes, std::nullopt);
+  check_top_k(rows, k, sorted);
   const Tensor values = empty(input, {input.size(0), k}, input.scalar_type());
   const Tensor indices = empty(input, {input.size(0), k}, Dtype::Long);
   if (rows.num_rows == 0) return {values, indices};
@@ -163,12 +176,19 @@ std::tuple<Tensor, Tensor> top_k(const Tensor& input, int64_t k) {
   const RowScratch scratch(input, rows, Lists::Candidates);
   Filters filters = no_filters();
   filters.top_k.value = k;
+  const Launch how{.grid_x = rows.num_rows, .block = kRowThreads, .pdl = gpu.sm >= 90};
+  auto* to = static_cast<int64*>(indices.mutable_data_ptr());
+  if (k <= kMaxCollectedK) {
+    launch_collect(gpu, kind, input, {rows, filters, scratch.get()});
+    const TopKParams params{rows, scratch.get(),          values.mutable_data_ptr(),
+                            to,   static_cast<uint32>(k), sorted};
+    launch(few.of(kind), gpu, how, &params);
+    return {values, indices};
+  }
   find_cuts(gpu, kind, input, rows, filters, true, scratch.get());
-  const GatherParams params{rows, scratch.get().cuts, values.mutable_data_ptr(),
-                            static_cast<int64*>(indices.mutable_data_ptr()),
+  const GatherParams params{rows, scratch.get().cuts, values.mutable_data_ptr(), to,
                             static_cast<uint32>(k)};
-  launch(*gather.kernels[static_cast<size_t>(kind)], gpu,
-         {.grid_x = rows.num_rows, .block = kRowThreads, .pdl = gpu.sm >= 90}, &params);
+  launch(*gather.kernels[static_cast<size_t>(kind)], gpu, how, &params);
   return {values, indices};
 }
 
@@ -179,7 +199,7 @@ static void schemas(Library& m) {
   m.def("top_p_renorm_probs(Tensor probs, Tensor? top_p, float top_p_val) -> Tensor");
   m.def("top_k_renorm_probs(Tensor probs, Tensor? top_k, SymInt top_k_val) -> Tensor");
   m.def("top_k_mask_logits(Tensor logits, Tensor? top_k, SymInt top_k_val) -> Tensor");
-  m.def("top_k(Tensor input, SymInt k) -> (Tensor, Tensor)");
+  m.def("top_k(Tensor input, SymInt k, bool sorted) -> (Tensor, Tensor)");
 }
 
 static void kernels(Library& m) {
