@@ -1,8 +1,9 @@
 """One timer for every benchmark.
 
-A call is captured in a CUDA graph. For each repetition the L2 cache is flushed by writing twice its
-size, then events around the graph's replay give the time; the median of many counts. This `us`
-holds what an empty kernel costs too (reported beside the results), as a single launch does in use.
+A call is captured in a CUDA graph. For each repetition the L2 cache is flushed by reading twice its
+size (after a flush by writing, the call pays for the lines that are written back), then events
+around the graph's replay give the time; the median of many counts. This `us` holds what an empty
+kernel costs too (reported beside the results), as a single launch does in use.
 
 `net_us` is the time inside a longer graph: N pairs of (flush, call) against N flushes alone, so the
 launch of the graph and the resolution of the events fall out.
@@ -37,14 +38,15 @@ class Timer:
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)
             size = max(2 * l2_bytes(device), 64 << 20)
-            self.flush_buffer = torch.empty(size, dtype=torch.uint8, device=device)
+            self.flush_buffer = torch.zeros(size // 4, dtype=torch.int32, device=device)
+            self.flush_result = torch.zeros((), dtype=torch.int32, device=device)
             self._begin_pool()
             self.flush_us = self._replay_median(self.pool_keeper, 50, flush=False)
             scalar = torch.zeros(1, device=device)
             self.empty_us, self.empty_net_us = self.time(scalar.zero_), self.net(scalar.zero_)
 
     def flush(self) -> None:
-        self.flush_buffer.zero_()
+        torch.amax(self.flush_buffer, 0, out=self.flush_result)
 
     def time(self, call: Call) -> float:
         """Microseconds of one call with a cold L2: the median."""
