@@ -55,12 +55,8 @@ Tensor softmax(const Tensor& logits, const std::optional<Tensor>& temperature,
                        static_cast<float*>(output.mutable_data_ptr()), 0};
   const uint32 cluster = std::bit_ceil((num_segments + kClusterSegments - 1) / kClusterSegments);
   if (wide && gpu.sm >= 90 && cluster <= kMaxCluster) {
-    const unsigned staged = kClusterSegments * kSegmentSize * 16 / wide_vec(kind);
     launch(*kernels.clusters[idx], gpu,
-           {.grid_x = rows.num_rows * cluster,
-            .block = kClusterThreads,
-            .dynamic_smem = staged,
-            .cluster = cluster},
+           {.grid_x = rows.num_rows * cluster, .block = kClusterThreads, .cluster = cluster},
            &params);
     return output;
   }
