@@ -388,9 +388,9 @@ def test_mixed_devices(layer: Any, op: str) -> None:
 
 def test_gradients_are_refused(device: torch.device) -> None:
     ops = torch.ops.ridgeline
-    q, k, pos_ids, *options = good(device).values()
-    tensors = [q, k, pos_ids]
+    options = good(device)
+    tensors = [options.pop(name) for name in ("q", "k", "pos_ids")]
     assert_refuses_grad(ridgeline.apply_rope_pos_ids, tensors)
     assert_refuses_grad(ridgeline.apply_rope_pos_ids_inplace, tensors)
-    assert_refuses_grad(lambda *t: ops.apply_rope_pos_ids(*t, *options), tensors)
-    assert_refuses_grad(lambda *t: ops.apply_rope_pos_ids_inplace(*t, *options), tensors)
+    assert_refuses_grad(lambda *t: ops.apply_rope_pos_ids(*t, **options), tensors)
+    assert_refuses_grad(lambda *t: ops.apply_rope_pos_ids_inplace(*t, **options), tensors)

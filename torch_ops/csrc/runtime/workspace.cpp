@@ -56,7 +56,8 @@ Tensor allocate(const Device& device, CUstream stream, int64_t num_bytes) {
   std::exception_ptr error;
   std::thread([&] {
     try {
-      const DeviceScope current(device);
+      // Not a DeviceScope, which asks for a context that a new thread has not.
+      driver_check(driver().ctx_push_current(device.context), "making a GPU current");
       void* guard = nullptr;
       if (aoti_torch_create_cuda_stream_guard(stream, device.index, &guard) != AOTI_TORCH_SUCCESS) {
         throw std::runtime_error("torch did not make a stream current");
