@@ -16,8 +16,14 @@ from . import _check, _overlap
 from ._attention_cpu import _DTYPES, _attend, _check_alignment, check_values, one_of, refuse_given
 from ._ops import cpu_impl, fake_impl
 
-# The argument `flags`, as csrc/ops/batch_attention.cpp has it.
+# The argument `flags`, as csrc/ops/batch_inputs.h has it.
 HND, CAUSAL, BATCH_INVARIANT, LENS_ARE_TOKENS = 1, 2, 4, 8
+
+# The last arguments of attention_full, in order.
+_LATER = (
+    "custom_mask", "mask_indptr", "q_scale", "k_scale", "v_scale", "sinks", "extra_tensors",
+    "extra_scalars",
+)  # fmt: skip
 
 # Of kernels/attention/batch_params.h.
 _MAX_CTAS = 1024
@@ -29,13 +35,6 @@ _ITEM_WORDS = 4
 _INVARIANT_PIECES = 8
 _MIN_TALL_TILE = 64
 _TAG_SIZES = 1021
-
-
-# kv_indices, schedule, qo_indptr, flags, max_q_len, window_left, sm_scale, kv_indptr, kv_lens.
-Problem = tuple[
-    Tensor | None, Tensor | None, Tensor | None, int, int, int, float | None, Tensor | None,
-    Tensor | None,
-]  # fmt: skip
 
 
 def _list_length(
@@ -399,116 +398,26 @@ def _attend_batch(
 
 
 @cpu_impl("attention")
-def _attention_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_indices: Tensor | None,
-    schedule: Tensor | None = None,
-    qo_indptr: Tensor | None = None,
-    flags: int = 0,
-    max_q_len: int = -1,
-    window_left: int = -1,
-    sm_scale: float | None = None,
-    kv_indptr: Tensor | None = None,
-    kv_lens: Tensor | None = None,
-) -> Tensor:
-    problem = (
-        kv_indices, schedule, qo_indptr, flags, max_q_len, window_left, sm_scale, kv_indptr, kv_lens
-    )  # fmt: skip
-    return _attend_checked("attention", q, k, v, problem)[0]
+def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+    return _attend_checked("attention", q, k, v, *options)[0]
 
 
 @cpu_impl("attention_lse")
-def _attention_lse_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_indices: Tensor | None,
-    schedule: Tensor | None = None,
-    qo_indptr: Tensor | None = None,
-    flags: int = 0,
-    max_q_len: int = -1,
-    window_left: int = -1,
-    sm_scale: float | None = None,
-    kv_indptr: Tensor | None = None,
-    kv_lens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    problem = (
-        kv_indices, schedule, qo_indptr, flags, max_q_len, window_left, sm_scale, kv_indptr, kv_lens
-    )  # fmt: skip
-    return _attend_checked("attention_lse", q, k, v, problem)
+def _attention_lse_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return _attend_checked("attention_lse", q, k, v, *options)
 
 
 @cpu_impl("attention_full")
-def _attention_full_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_indices: Tensor | None,
-    schedule: Tensor | None = None,
-    qo_indptr: Tensor | None = None,
-    flags: int = 0,
-    max_q_len: int = -1,
-    window_left: int = -1,
-    sm_scale: float | None = None,
-    kv_indptr: Tensor | None = None,
-    kv_lens: Tensor | None = None,
-    logits_soft_cap: float = 0.0,
-    pos_encoding_mode: int = 0,
-    rope_scale: float = 1.0,
-    rope_theta: float = 1e4,
-    use_fp16_qk_reduction: bool = False,
-    custom_mask: Tensor | None = None,
-    mask_indptr: Tensor | None = None,
-    q_scale: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    sinks: Tensor | None = None,
-    extra_tensors: list[Tensor] | None = None,
-    extra_scalars: list[float] | None = None,
-) -> tuple[Tensor, Tensor]:
-    refuse_given(
-        "attention_full", custom_mask=custom_mask, mask_indptr=mask_indptr, q_scale=q_scale,
-        k_scale=k_scale, v_scale=v_scale, sinks=sinks, extra_tensors=extra_tensors,
-        extra_scalars=extra_scalars,
-    )  # fmt: skip
-    problem = (
-        kv_indices, schedule, qo_indptr, flags, max_q_len, window_left, sm_scale, kv_indptr, kv_lens
-    )  # fmt: skip
-    return _attend_checked(
-        "attention_full", q, k, v, problem, logits_soft_cap, pos_encoding_mode, rope_scale,
-        rope_theta, use_fp16_qk_reduction,
-    )  # fmt: skip
+def _attention_full_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return _attend_checked("attention_full", q, k, v, *options)
 
 
 @cpu_impl("attention_out")
 def _attention_out_cpu(
-    out: Tensor,
-    lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_indices: Tensor | None,
-    schedule: Tensor | None = None,
-    qo_indptr: Tensor | None = None,
-    flags: int = 0,
-    max_q_len: int = -1,
-    window_left: int = -1,
-    sm_scale: float | None = None,
-    kv_indptr: Tensor | None = None,
-    kv_lens: Tensor | None = None,
-    logits_soft_cap: float = 0.0,
-    pos_encoding_mode: int = 0,
-    rope_scale: float = 1.0,
-    rope_theta: float = 1e4,
-    use_fp16_qk_reduction: bool = False,
+    out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *options: Any
 ) -> None:
     op = "attention_out"
-    problem = (
-        kv_indices, schedule, qo_indptr, flags, max_q_len, window_left, sm_scale, kv_indptr, kv_lens
-    )  # fmt: skip
-    keys, values = _check_inputs(op, q, k, v, *problem)
+    keys, values = _check_inputs(op, q, k, v, *options)
     _check_results(op, out, lse, q, values)
     _check_alignment(op, out=out)
     for name, result in (("out", out), ("lse", lse)):
@@ -518,10 +427,7 @@ def _attention_out_cpu(
                 _overlap.distinct(op, name, result, as_name, other)
     if lse is not None:
         _overlap.distinct(op, "lse", lse, "out", out)
-    result, logs = _attend_checked(
-        op, q, k, v, problem, logits_soft_cap, pos_encoding_mode, rope_scale, rope_theta,
-        use_fp16_qk_reduction,
-    )  # fmt: skip
+    result, logs = _attend_checked(op, q, k, v, *options)
     out.copy_(result)
     if lse is not None:
         lse.copy_(logs)
@@ -532,16 +438,28 @@ def _attend_checked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    problem: Problem,
+    kv_indices: Tensor | None,
+    schedule: Tensor | None = None,
+    qo_indptr: Tensor | None = None,
+    flags: int = 0,
+    max_q_len: int = -1,
+    window_left: int = -1,
+    sm_scale: float | None = None,
+    kv_indptr: Tensor | None = None,
+    kv_lens: Tensor | None = None,
     logits_soft_cap: float = 0.0,
     pos_encoding_mode: int = 0,
     rope_scale: float = 1.0,
     rope_theta: float = 1e4,
     use_fp16_qk_reduction: bool = False,
+    *later: object,
 ) -> tuple[Tensor, Tensor]:
-    """Check the arguments of an op and compute its results."""
-    k, v = _check_inputs(op, q, k, v, *problem)
-    kv_indices, _, qo_indptr, flags, max_q_len, window_left, sm_scale, kv_indptr, kv_lens = problem
+    """Check the arguments of any of the ops and compute its results."""
+    refuse_given(op, **dict(zip(_LATER, later, strict=False)))
+    k, v = _check_inputs(
+        op, q, k, v, kv_indices, schedule, qo_indptr, flags, max_q_len, window_left, sm_scale,
+        kv_indptr, kv_lens,
+    )  # fmt: skip
     # The CPU makes no list, so it needs what a list would know.
     _check_length_tensors(op, kv_indptr, kv_lens)
     check_values(op, window_left, logits_soft_cap, rope_scale, rope_theta)

@@ -201,8 +201,8 @@ std::string batch_combine_name(bool bf16) {
 // Costs in quarters of the time that a CTA takes for 64 keys of a decoding tile. On an H200 with
 // both kinds in one launch that is 1.4 us, 64 keys of a 128-row tile take 3.9, and a tile of 128
 // rows 5.3 us beside its keys; with 7 in place of 11 the decodes of a mixed batch waited for its
-// prefills (828 us, 669). A decoding tile costs 3 us beside its keys; with 4 in place of 8 a skewed
-// batch took 1 us more of 113.
+// prefills (828 us, 669). A decoding tile costs 3 us beside its keys; with 4 a skewed
+// batch took 1 us of 113 more than with 7 or 10.
 TileHeight tile_height(int dims, int tile_q, int sm) {
   const int kv_tile = tile_of(dims, tile_q, sm).kv_tile;
   const int per_64_keys = tile_q == 16 ? 4 : tile_q == 64 ? 8 : 11;

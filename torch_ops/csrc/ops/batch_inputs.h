@@ -11,7 +11,7 @@ namespace ridgeline {
 
 inline constexpr int64_t kMaxBatchCount = int64_t{1} << 30;  // of tokens, pages and rows
 
-// The argument `flags`, as torch_ops/batch_attention.py has it.
+// The argument `flags`, as torch_ops/_batch_attention_cpu.py has it.
 enum Flag : int64_t { kHnd = 1, kCausal = 2, kInvariant = 4, kLensAreTokens = 8 };
 
 struct BatchOptions {
