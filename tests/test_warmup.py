@@ -62,6 +62,7 @@ def test_transformers_config() -> None:
     expected = {"num_qo_heads": 8, "num_kv_heads": 2, "head_dim_qk": 32, "dtype": "float16"}
     assert {name: model[name] for name in expected} == expected
     assert asked_for(model, "silu_and_mul")["hidden_size"] == 688
+    assert asked_for(model, "attention")["num_kv_heads"] == 2
 
 
 def test_config_of_windows_and_partial_rope() -> None:
@@ -151,6 +152,42 @@ def test_second_warmup_finds_everything_in_the_cache(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout) == [0, 0, 1]
     assert json.loads(second.stdout) == [0, 1, 0]
+
+
+SERVING_STEPS = """
+import os, torch, ridgeline
+ridgeline.warmup({"num_qo_heads": 8, "num_kv_heads": 2, "head_dim": 64, "dtype": "float16"},
+                 progress=False)
+os.environ["RIDGELINE_JIT"] = "0"
+cache = torch.zeros(64, 2, 16, 2, 64, dtype=torch.float16, device="cuda")
+indices = torch.arange(64, dtype=torch.int32, device="cuda")
+for lengths, new in [([5, 300], [1, 1]), ([20, 300], [7, 9]), ([40, 900], [1, 700])]:
+    ints = lambda values: torch.tensor(values, dtype=torch.int32, device="cuda")
+    pages = [-(-length // 16) for length in lengths]
+    kv_indptr, qo_indptr = ints([0, pages[0], sum(pages)]), ints([0, new[0], sum(new)])
+    last = ints([(length - 1) % 16 + 1 for length in lengths])
+    table = {"kv_indices": indices, "kv_indptr": kv_indptr}
+    q, k, v = (torch.randn(sum(new), heads, 64, device="cuda").half() for heads in (8, 2, 2))
+    requests, positions = ridgeline.get_batch_indices_positions(
+        qo_indptr, ints(lengths), sum(new))
+    ridgeline.append_paged_kv_cache(k, v, requests, positions, cache, **table,
+                                    kv_last_page_len=last)
+    q = ridgeline.rope_append_paged_kv_cache(q, k, v, requests, positions, cache, **table)
+    out = ridgeline.attention(q, cache, qo_indptr=qo_indptr, **table, kv_last_page_len=last,
+                              causal=True, max_q_len=max(new))
+    assert out.abs().sum() > 0 and out.isfinite().all()
+logits = torch.randn(2, 1000, device="cuda")
+ridgeline.sample_from_logits(logits, temperature=0.8, top_k=50, top_p=0.9)
+torch.cuda.synchronize()
+print("served")
+"""
+
+
+@pytest.mark.gpu
+def test_serving_steps_after_a_warmup_compile_nothing(tmp_path: Path) -> None:
+    env = {"RIDGELINE_CACHE_DIR": str(tmp_path), "RIDGELINE_PACK_DIR": ""}
+    result = run_python(SERVING_STEPS, env)
+    assert (result.returncode, result.stdout) == (0, "served\n"), result.stderr
 
 
 def test_forbidden_jit_is_refused(tmp_path: Path) -> None:

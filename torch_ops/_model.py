@@ -133,7 +133,18 @@ def questions(model: Mapping[str, Any]) -> list[Question]:
         for kv_len in _KV_LENS:
             lengths = {"qo_len": qo_len, "kv_len": kv_len, "causal": True}
             asked.append(("single_attention", {**attention, **lengths}))
-    return asked
+        asked.append(("attention", {**attention, "max_q_len": qo_len}))
+    return [*asked, *_serving(model, rope)]
+
+
+def _serving(model: Mapping[str, Any], rope: Mapping[str, object]) -> list[Question]:
+    """What a serving step calls around batch attention: the paged cache and the sampler."""
+    return [
+        ("get_batch_indices_positions", {}),
+        ("append_paged_kv_cache", {"dtype": model["dtype"]}),
+        ("rope_append_paged_kv_cache", dict(rope)),
+        ("sample", {"dtype": "float32"}),
+    ]
 
 
 def _dtype_name(dtype: object) -> str:

@@ -47,6 +47,9 @@ def warmup(
 ) -> Warmup:
     """Compile and load what a model's forward pass needs, so that no call has to.
 
+    That is its norms, RoPE, activation and attention, for single requests and for batches over a
+    paged cache, the appends to that cache and the sampler of float32 logits.
+
     Parameters
     ----------
     config : transformers config, mapping or sequence of str
