@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ridgeline
@@ -273,3 +274,46 @@ def warm(device: torch.device, pattern: str) -> None:
     if device.type == "cuda":
         arch = compiler.library().driver_report()["devices"][device.index or 0]["arch"]
         ridgeline.warmup(kernel_names(arch, pattern), progress=False)
+
+
+def measure_places(
+    session: Session,
+    memory: Memory,
+    name: tuple[str, str],
+    shapes: Sequence[Shape],
+    requests: Requests,
+    expected: Callable[[Batch], dict[str, float]],
+    add_peers: Callable[[Row, str, dict[str, float]], None],
+) -> list[Row]:
+    """A cell, `name` = (op, case), in each form of cache, the first of which torch's kernels know.
+
+    `expected` gives what a batch moves or computes and the predicted time, for `Session.case`.
+    `add_peers` is given the row, whose peers are portable ones and whose `beside` holds the others,
+    the form of cache, and the times of torch's kernels.
+    """
+    rows: list[Row] = []
+    running: dict[str, float] = {}
+    op, case = name
+    for shape in shapes:
+        first = shape is shapes[0]
+        if not first and not session.wants(f"{op} {case}, {shape.place}"):
+            continue
+        batch = Batch.of(session, shape, requests, memory)
+        work = batch.schedule()
+        row = session.case(
+            op,
+            f"{case}, {shape.place}",
+            partial(batch.attention, work),
+            peers=batch.peers(dense=first),
+            net=False,
+            **expected(batch),
+        )
+        if first:
+            running = {peer: us for peer, us in row.peers.items() if peer in formulas.BACKENDS}
+        note_error(row, batch, batch.attention(work))
+        measured = running | row.peers
+        row.peers = {peer: us for peer, us in measured.items() if peer == "flash"}
+        row.beside = {peer: us for peer, us in measured.items() if peer != "flash"}
+        add_peers(row, shape.place, running)
+        rows.append(row)
+    return rows

@@ -7,10 +7,8 @@ need over 50 us, bytes / 4,500 GB/s + 8 us; elsewhere at least 95% of the best p
 
 from __future__ import annotations
 
-from functools import partial
-
-from . import formulas, peers
-from .attention_batch import Batch, Memory, Shape, note_error, warm, whole_pages
+from . import peers
+from .attention_batch import Batch, Memory, Shape, measure_places, warm, whole_pages
 from .bench_attention_prefill import page_lines, portable_lines
 from .session import Session
 from .table import Row, geometric_mean
@@ -51,55 +49,24 @@ def wanted(session: Session, heads: tuple[int, int], size: int, kv_len: int) -> 
 def measure(
     session: Session, memory: Memory, heads: tuple[int, int], size: int, kv_len: int
 ) -> list[Row]:
-    """A cell in each form of cache; torch's kernels run once."""
-    rows: list[Row] = []
-    name = name_of(heads, size, kv_len)
-    running: dict[str, float] = {}
-    for place in PLACES:
-        first = place == PLACES[0]
-        if not first and not session.wants(f"decode {name}, {place}"):
-            continue
-        shape = Shape(heads=heads, causal=False, place=place)
-        batch = Batch.of(session, shape, [(1, kv_len)] * size, memory)
-        work = batch.schedule()
-        row = session.case(
-            "decode",
-            f"{name}, {place}",
-            partial(batch.attention, work),
-            peers=batch.peers(dense=first),
-            num_read=batch.num_bytes,
-            predicted_us=batch.num_bytes / 4400e3 + 12,
-            net=False,
-        )
-        if first:
-            running = {n: us for n, us in row.peers.items() if n in formulas.BACKENDS}
-        note_error(row, batch, batch.attention(work))
-        add_peers(row, heads, place, size, kv_len, running)
-        rows.append(row)
-    return rows
+    def expected(batch: Batch) -> dict[str, float]:
+        return {"num_read": batch.num_bytes, "predicted_us": batch.num_bytes / 4400e3 + 12}
 
+    def add_peers(row: Row, place: str, running: dict[str, float]) -> None:
+        best = peers.decode_us(heads, place, size, kv_len, running)
+        if best is not None and best[0] != "cudnn":
+            portable = best[0] in peers.PORTABLE
+            (row.peers if portable else row.beside)[f"{best[0]} (scaled)"] = best[1]
+        traffic_us = row.num_bytes / 4500e3
+        if traffic_us > 50:
+            row.goal_us = traffic_us + 8
+        elif best is not None:
+            row.goal_us = best[1] / 0.95
 
-def add_peers(
-    row: Row,
-    heads: tuple[int, int],
-    place: str,
-    size: int,
-    kv_len: int,
-    running: dict[str, float],
-) -> None:
-    """Portable peers, which count; the others beside them; the goal from bytes or from all."""
-    measured = running | row.peers
-    row.peers = {name: us for name, us in measured.items() if name == "flash"}
-    row.beside = {name: us for name, us in measured.items() if name != "flash"}
-    best = peers.decode_us(heads, place, size, kv_len, running)
-    if best is not None and best[0] != "cudnn":
-        portable = best[0] in peers.PORTABLE
-        (row.peers if portable else row.beside)[f"{best[0]} (scaled)"] = best[1]
-    traffic_us = row.num_bytes / 4500e3
-    if traffic_us > 50:
-        row.goal_us = traffic_us + 8
-    elif best is not None:
-        row.goal_us = best[1] / 0.95
+    name = ("decode", name_of(heads, size, kv_len))
+    shapes = [Shape(heads=heads, causal=False, place=place) for place in PLACES]
+    requests = [(1, kv_len)] * size
+    return measure_places(session, memory, name, shapes, requests, expected, add_peers)
 
 
 def met(rows: list[Row]) -> str:

@@ -7,11 +7,10 @@ The goal is to be ahead of both portable peers.
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import pairwise
 
-from . import formulas, peers
-from .attention_batch import Batch, Memory, Shape, note_error, warm, whole_pages
+from . import peers
+from .attention_batch import Batch, Memory, Shape, measure_places, warm, whole_pages
 from .session import Session
 from .table import Row, geometric_mean
 
@@ -54,52 +53,25 @@ def measure(
     length: int,
     size: int,
 ) -> list[Row]:
-    """A cell in each form of cache; torch's kernels run once."""
-    rows: list[Row] = []
-    name = name_of(heads, causal, length)
-    running: dict[str, float] = {}
-    for place in PLACES:
-        first = place == "ragged"
-        if not first and not session.wants(f"prefill {name}, {place}"):
-            continue
-        shape = Shape(heads=heads, causal=causal, place=place)
-        batch = Batch.of(session, shape, [(length, length)] * size, memory)
-        work = batch.schedule()
-        row = session.case(
-            "prefill",
-            f"{name}, {place}",
-            partial(batch.attention, work),
-            peers=batch.peers(dense=first),
-            num_flops=batch.num_flops,
-            predicted_us=batch.num_flops / 340e6 + 15,
-            net=False,
-        )
-        if first:
-            running = {n: us for n, us in row.peers.items() if n in formulas.BACKENDS}
-        note_error(row, batch, batch.attention(work))
-        add_peers(row, heads, causal, length, running)
-        rows.append(row)
-    return rows
+    def expected(batch: Batch) -> dict[str, float]:
+        return {"num_flops": batch.num_flops, "predicted_us": batch.num_flops / 340e6 + 15}
 
+    def add_peers(row: Row, place: str, running: dict[str, float]) -> None:
+        cell = (heads, causal, length, running)
+        ragged = place == "ragged"
+        fa2 = peers.prefill_us(f"FlashInfer fa2 {place if ragged else 'page 16'}", *cell)
+        fa3 = peers.prefill_us(f"FlashAttention-3 {'varlen' if ragged else place}", *cell)
+        if fa2 is not None:
+            row.peers["FlashInfer fa2 (scaled)"] = fa2
+        if fa3 is not None and "FlashAttention-3" not in row.beside:
+            row.beside["FlashAttention-3 (scaled)"] = fa3
+        if row.peers:
+            row.goal_us = min(row.peers.values())
 
-def add_peers(
-    row: Row, heads: tuple[int, int], causal: bool, length: int, running: dict[str, float]
-) -> None:
-    """Portable peers, which count; the others beside them."""
-    place = row.case.rsplit(", ", 1)[1]
-    ragged = place == "ragged"
-    cell = (heads, causal, length, running)
-    fa2 = peers.prefill_us(f"FlashInfer fa2 {place if ragged else 'page 16'}", *cell)
-    fa3 = peers.prefill_us(f"FlashAttention-3 {'varlen' if ragged else place}", *cell)
-    measured = running | row.peers
-    row.peers = {name: us for name, us in measured.items() if name == "flash"}
-    row.beside = {name: us for name, us in measured.items() if name != "flash"}
-    if fa2 is not None:
-        row.peers["FlashInfer fa2 (scaled)"] = fa2
-    if fa3 is not None and "FlashAttention-3" not in row.beside:
-        row.beside["FlashAttention-3 (scaled)"] = fa3
-    if row.peers:
-        row.goal_us = min(row.peers.values())
+    name = ("prefill", name_of(heads, causal, length))
+    shapes = [Shape(heads=heads, causal=causal, place=place) for place in PLACES]
+    requests = [(length, length)] * size
+    return measure_places(session, memory, name, shapes, requests, expected, add_peers)
 
 
 def verdict(rows: list[Row]) -> str:
