@@ -1,8 +1,9 @@
 // Where the keys and values of a token lie. An addressing type names the element type of the cache
 // and is made once for a work item. look_up(first_token, end) reads what the addresses of a step
 // depend on; turn_to() with the answer makes it the step that keys(first_token, end) and
-// values(...) are asked for. These answer with an object whose at(row, pass, element) is the
-// address in token first_token + row, the row that the calling thread loads in that pass.
+// values(...) are asked for. These answer with an object whose at(lane_row, row, pass, element) is
+// the address in token first_token + lane_row + row: lane_row is the calling thread's row in the
+// first pass, row what the pass adds to it. Nothing is read of tokens from `end` on.
 #pragma once
 
 #include "attention/batch_params.h"
@@ -19,8 +20,10 @@ struct StridedRows {
   int64 stride;
   int first;
 
-  __device__ __forceinline__ const T* at(int row, int /*pass*/, int element) const {
-    return base + (first + row) * stride + element;
+  // Why two sums: the first is the same in every pass, the second in every lane.
+  __device__ __forceinline__ const T* at(int lane_row, int row, int /*pass*/, int element) const {
+    const T* lane_base = base + (first + lane_row) * stride + uint32(element);
+    return lane_base + row * stride;
   }
 };
 
@@ -56,18 +59,6 @@ struct StridedKv {
   }
 };
 
-// As StridedRows. Why the cast: no register for the upper half of an offset.
-template <typename T>
-struct RaggedRows {
-  const T* base;
-  int64 stride;
-  int first;
-
-  __device__ __forceinline__ const T* at(int row, int /*pass*/, int element) const {
-    return base + (first + row) * stride + uint32(element);
-  }
-};
-
 // Requests of a batch one behind the other (ragged), or at one stride from each other (padded).
 template <typename T>
 struct RaggedKv {
@@ -86,17 +77,13 @@ struct RaggedKv {
   __device__ __forceinline__ void turn_to(uint32 /*answer*/) {}
 
   template <int kLoaders>
-  __device__ __forceinline__ RaggedRows<T> keys(int first_token, int /*end*/) const {
-    return {static_cast<const T*>(params.attention.k) +
-                item.work.kv_head * params.attention.k_stride_head +
-                item.kv_origin * params.k_origin_stride,
+  __device__ __forceinline__ StridedRows<T> keys(int first_token, int /*end*/) const {
+    return {static_cast<const T*>(params.attention.k) + item.key_offset,
             params.attention.k_stride_token, first_token};
   }
   template <int kLoaders>
-  __device__ __forceinline__ RaggedRows<T> values(int first_token, int /*end*/) const {
-    return {static_cast<const T*>(params.attention.v) +
-                item.work.kv_head * params.attention.v_stride_head +
-                item.kv_origin * params.v_origin_stride,
+  __device__ __forceinline__ StridedRows<T> values(int first_token, int /*end*/) const {
+    return {static_cast<const T*>(params.attention.v) + item.value_offset,
             params.attention.v_stride_token, first_token};
   }
 };
@@ -109,7 +96,8 @@ struct PooledRows {
   uint32 place;  // units from the pool's begin to this lane's row
   uint32 unit;   // elements
 
-  __device__ __forceinline__ const T* at(int /*row*/, int pass, int element) const {
+  __device__ __forceinline__ const T* at(int /*lane_row*/, int /*row*/, int pass,
+                                         int element) const {
     return pool + uint64(__shfl_sync(0xffffffffu, place, pass, 8)) * unit + uint32(element);
   }
 };
@@ -139,16 +127,14 @@ struct PagedKv {
 
   template <int kLoaders>
   __device__ __forceinline__ PooledRows<T> keys(int first_token, int end) const {
-    return {static_cast<const T*>(params.attention.k) +
-                item.work.kv_head * params.attention.k_stride_head,
+    return {static_cast<const T*>(params.attention.k) + item.key_offset,
             place(min(first_token + lane_row<kLoaders>(), end - 1), params.k_page_units,
                   params.k_token_units),
             params.k_unit};
   }
   template <int kLoaders>
   __device__ __forceinline__ PooledRows<T> values(int first_token, int end) const {
-    return {static_cast<const T*>(params.attention.v) +
-                item.work.kv_head * params.attention.v_stride_head,
+    return {static_cast<const T*>(params.attention.v) + item.value_offset,
             place(min(first_token + lane_row<kLoaders>(), end - 1), params.v_page_units,
                   params.v_token_units),
             params.v_unit};

@@ -8,9 +8,9 @@
 namespace ridgeline {
 
 // Copies rows of kDim elements, of which `dim` exist; missing elements and the rows from num_valid
-// on become zeros. Eight neighbouring threads take 128 bytes of a row at a time. In place of a
-// missing row, `pointer(row, pass, element)` is asked for row num_valid - 1, which must exist even
-// where num_valid is not positive; a thread's rows are thread / 8 + pass * (kThreads / 8).
+// on become zeros. Eight neighbouring threads take 128 bytes of a row at a time. A thread's rows
+// are thread / 8 + pass * (kThreads / 8); `pointer(lane_row, row, pass, element)`, with these two
+// summands, is read from where the row is valid.
 template <int kRows, int kDim, int kThreads, typename Element, typename Pointer>
 __device__ __forceinline__ void load_rows(uint32 tile, int thread, int dim, int num_valid,
                                           Pointer pointer) {
@@ -24,7 +24,7 @@ __device__ __forceinline__ void load_rows(uint32 tile, int thread, int dim, int 
   for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
     const int row = pass * kRowsPerPass;
     const bool valid = row <= last_row;
-    const Element* source = pointer(first_row + min(row, last_row), pass, lane_element);
+    const Element* source = pointer(first_row, row, pass, lane_element);
     const uint32 destination = tile + swizzled_offset<kRowBytes>(first_row + row, thread % 8);
 #pragma unroll
     for (int line = 0; line < kRowBytes / 128; ++line) {
@@ -43,8 +43,8 @@ __device__ __forceinline__ void load_query(const AttentionParams& params, const 
   const T* base =
       static_cast<const T*>(params.q) + work.kv_head * group_size * params.q_stride_head;
   load_rows<Traits::kTileQ, Traits::kQk, Traits::kNumThreads, T>(
-      tile, threadIdx.x, params.head_dim_qk, num_rows, [&](int row, int /*pass*/, int element) {
-        const int packed = work.q_row_begin + row;
+      tile, threadIdx.x, params.head_dim_qk, num_rows, [&](int lane_row, int row, int /*pass*/, int element) {
+        const int packed = work.q_row_begin + min(lane_row + row, num_rows - 1);
         const int query = params.group_size.quotient(packed);
         return base + (work.q_begin + query) * params.q_stride_token +
                (packed - query * group_size) * params.q_stride_head + element;
@@ -58,7 +58,9 @@ __device__ __forceinline__ void load_keys(const AttentionParams& params,
   const auto keys = kv.template keys<Traits::kLoaders>(first_token, end);
   load_rows<Traits::kKeys, Traits::kQk, Traits::kLoaders, typename Traits::Element>(
       tile, thread, params.head_dim_qk, end - first_token,
-      [&](int row, int pass, int element) { return keys.at(row, pass, element); });
+      [&](int lane_row, int row, int pass, int element) {
+        return keys.at(lane_row, row, pass, element);
+      });
 }
 
 template <typename Traits>
@@ -68,7 +70,9 @@ __device__ __forceinline__ void load_values(const AttentionParams& params,
   const auto values = kv.template values<Traits::kLoaders>(first_token, end);
   load_rows<Traits::kKeys, Traits::kVo, Traits::kLoaders, typename Traits::Element>(
       tile, thread, params.head_dim_vo, end - first_token,
-      [&](int row, int pass, int element) { return values.at(row, pass, element); });
+      [&](int lane_row, int row, int pass, int element) {
+        return values.at(lane_row, row, pass, element);
+      });
 }
 
 }  // namespace ridgeline
