@@ -17,10 +17,11 @@ namespace ridgeline {
 template <typename Traits>
 struct RowState {
   float out[Traits::kMFrags][Traits::kVoFrags][4];  // sum of exponential * value
-  float maximum[Traits::kMFrags][2];                // largest logit so far
+  float maximum[Traits::kMFrags][2];                // origin of the exponentials: a logit
   float sum[Traits::kMFrags][2];                    // this lane's share of the sum of exponentials
+  bool settled;  // every row of the warp has an origin, and none is far
 
-  __device__ __forceinline__ RowState() {
+  __device__ __forceinline__ RowState() : settled(false) {
 #pragma unroll
     for (int m = 0; m < Traits::kMFrags; ++m) {
 #pragma unroll
@@ -197,37 +198,45 @@ __device__ __forceinline__ void mask_logits(Logits<Traits>& logits, const Attent
 
 // Beyond this, rounding of logit * scale is no longer small beside 1.
 inline constexpr float kFarLogit = 1024.0f;
+// Exponentials may grow to 2^kHeadroom before a row's origin moves.
+inline constexpr float kHeadroom = 8.0f;
 
-// One step of the online softmax: from logits to exponentials, with the state rescaled to the new
-// maximum. Until a row has seen a key its maximum is -inf; 0 stands in for it, so that no
-// difference of infinities arises. An exponent is logit * scale - maximum * scale in one
-// multiply-add; where the product is so large that its rounding would show, maxima are subtracted
-// first, exactly.
+// Moves the origins of rows to their largest logit so far, and the sums with them. Until a row has
+// seen a key its origin is -inf; 0 stands in for it, so that no difference of infinities arises.
+// Where logit * scale is so large that its rounding would show, origins are subtracted from the
+// logits here, exactly, at each step.
 template <typename Traits>
-__device__ __forceinline__ void softmax_step(Exponentials<Traits>& exponentials,
-                                             RowState<Traits>& state, Logits<Traits>& logits,
-                                             float scale) {
+__device__ __forceinline__ void move_origins(RowState<Traits>& state, Logits<Traits>& logits,
+                                             float (&offset)[Traits::kMFrags][2], float scale,
+                                             const float (&largest)[Traits::kMFrags][2]) {
   float origin[Traits::kMFrags][2];
-  float rescale[Traits::kMFrags][2];
   bool far = false;
+  bool unseen = false;
 #pragma unroll
   for (int m = 0; m < Traits::kMFrags; ++m) {
+    float rescale[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float maximum = state.maximum[m][half];
-#pragma unroll
-      for (int n = 0; n < Traits::kKeyFrags; ++n) {
-        maximum = fmaxf(maximum, fmaxf(logits[m][n][2 * half], logits[m][n][2 * half + 1]));
-      }
+      float maximum = fmaxf(state.maximum[m][half], largest[m][half]);
       maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
       maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2));
       origin[m][half] = maximum == -kInfinity ? 0.0f : maximum;
-      rescale[m][half] = exp2_fast((state.maximum[m][half] - origin[m][half]) * scale);
+      rescale[half] = exp2_fast((state.maximum[m][half] - origin[m][half]) * scale);
       state.maximum[m][half] = maximum;
-      far = far || fabsf(origin[m][half] * scale) > kFarLogit;
+      state.sum[m][half] *= rescale[half];
+      offset[m][half] = origin[m][half] * scale;
+      far = far || fabsf(offset[m][half]) > kFarLogit;
+      unseen = unseen || maximum == -kInfinity;
+    }
+#pragma unroll
+    for (int n = 0; n < Traits::kVoFrags; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) state.out[m][n][i] *= rescale[i / 2];
     }
   }
-  if (__any_sync(0xffffffffu, far)) {
+  far = __any_sync(0xffffffffu, far);
+  state.settled = !far && !__any_sync(0xffffffffu, unseen);
+  if (far) {
 #pragma unroll
     for (int m = 0; m < Traits::kMFrags; ++m) {
 #pragma unroll
@@ -235,31 +244,52 @@ __device__ __forceinline__ void softmax_step(Exponentials<Traits>& exponentials,
 #pragma unroll
         for (int i = 0; i < 4; ++i) logits[m][n][i] -= origin[m][i / 2];
       }
-      origin[m][0] = origin[m][1] = 0.0f;
+      offset[m][0] = offset[m][1] = 0.0f;
     }
+  }
+}
+
+// One step of the online softmax: from logits to exponentials. An exponent is logit * scale -
+// origin * scale in one multiply-add. A row's origin is a logit that it has seen, and stays while no
+// exponential grows beyond 2^kHeadroom: most steps move none in a whole warp, and ask no other lane
+// for its largest logit.
+template <typename Traits>
+__device__ __forceinline__ void softmax_step(Exponentials<Traits>& exponentials,
+                                             RowState<Traits>& state, Logits<Traits>& logits,
+                                             float scale) {
+  float offset[Traits::kMFrags][2];
+  float largest[Traits::kMFrags][2];
+  bool moves = !state.settled;
+#pragma unroll
+  for (int m = 0; m < Traits::kMFrags; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float maximum = fmaxf(logits[m][0][2 * half], logits[m][0][2 * half + 1]);
+#pragma unroll
+      for (int n = 1; n < Traits::kKeyFrags; ++n) {
+        maximum = fmaxf(maximum, fmaxf(logits[m][n][2 * half], logits[m][n][2 * half + 1]));
+      }
+      largest[m][half] = maximum;
+      offset[m][half] = state.maximum[m][half] * scale;
+      moves = moves || fmaf(maximum, scale, -offset[m][half]) > kHeadroom;
+    }
+  }
+  if (__any_sync(0xffffffffu, moves)) {
+    move_origins<Traits>(state, logits, offset, scale, largest);
   }
 #pragma unroll
   for (int m = 0; m < Traits::kMFrags; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float offset = origin[m][half] * scale;
       float sum = 0.0f;
 #pragma unroll
       for (int n = 0; n < Traits::kKeyFrags; ++n) {
-        const float first = exp2_fast(fmaf(logits[m][n][2 * half], scale, -offset));
-        const float second = exp2_fast(fmaf(logits[m][n][2 * half + 1], scale, -offset));
+        const float first = exp2_fast(fmaf(logits[m][n][2 * half], scale, -offset[m][half]));
+        const float second = exp2_fast(fmaf(logits[m][n][2 * half + 1], scale, -offset[m][half]));
         sum += first + second;
         exponentials[m][n / 2][n % 2 * 2 + half] = pack_pair<typename Traits::T>(first, second);
       }
-      state.sum[m][half] = state.sum[m][half] * rescale[m][half] + sum;
-    }
-    // Most steps find no larger logit in any row of the warp.
-    if (__any_sync(0xffffffffu, rescale[m][0] != 1.0f || rescale[m][1] != 1.0f)) {
-#pragma unroll
-      for (int n = 0; n < Traits::kVoFrags; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) state.out[m][n][i] *= rescale[m][i / 2];
-      }
+      state.sum[m][half] += sum;
     }
   }
 }
