@@ -149,15 +149,15 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     if (step_key < seen_by_all.begin || step_key + Traits::kKeys > seen_by_all.end) {
       mask_logits<Traits>(logits, params, request, work, warp_row, step_key);
     }
-    Exponentials<Traits> exponentials;
-    softmax_step<Traits>(exponentials, state, logits, scale);
+    float offset[Traits::kMFrags][2];
+    find_offsets<Traits>(offset, state, logits, scale);
 
     cp_async_wait<kPending>();
     pipeline_barrier<Traits>();
     start_keys(step + kStages, stage);
-    multiply_values<Traits>(state, exponentials,
-                            down_first_lane_address<Traits::kValueRowBytes>(
-                                value_address + stage * Traits::kValueBytes));
+    add_values<Traits>(state, logits, offset, scale,
+                       down_first_lane_address<Traits::kValueRowBytes>(
+                           value_address + stage * Traits::kValueBytes));
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }
 

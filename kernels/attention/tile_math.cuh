@@ -249,15 +249,13 @@ __device__ __forceinline__ void move_origins(RowState<Traits>& state, Logits<Tra
   }
 }
 
-// One step of the online softmax: from logits to exponentials. An exponent is logit * scale -
-// origin * scale in one multiply-add. A row's origin is a logit that it has seen, and stays while no
-// exponential grows beyond 2^kHeadroom: most steps move none in a whole warp, and ask no other lane
-// for its largest logit.
+// The first half of a step of the online softmax: what is subtracted from logit * scale. A row's
+// origin is a logit that it has seen, and stays while no exponential grows beyond 2^kHeadroom: most
+// steps move none in a whole warp, and ask no other lane for its largest logit.
 template <typename Traits>
-__device__ __forceinline__ void softmax_step(Exponentials<Traits>& exponentials,
+__device__ __forceinline__ void find_offsets(float (&offset)[Traits::kMFrags][2],
                                              RowState<Traits>& state, Logits<Traits>& logits,
                                              float scale) {
-  float offset[Traits::kMFrags][2];
   float largest[Traits::kMFrags][2];
   bool moves = !state.settled;
 #pragma unroll
@@ -277,41 +275,55 @@ __device__ __forceinline__ void softmax_step(Exponentials<Traits>& exponentials,
   if (__any_sync(0xffffffffu, moves)) {
     move_origins<Traits>(state, logits, offset, scale, largest);
   }
-#pragma unroll
-  for (int m = 0; m < Traits::kMFrags; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < Traits::kKeyFrags; ++n) {
-        const float first = exp2_fast(fmaf(logits[m][n][2 * half], scale, -offset[m][half]));
-        const float second = exp2_fast(fmaf(logits[m][n][2 * half + 1], scale, -offset[m][half]));
-        sum += first + second;
-        exponentials[m][n / 2][n % 2 * 2 + half] = pack_pair<typename Traits::T>(first, second);
-      }
-      state.sum[m][half] += sum;
-    }
-  }
 }
 
+// The second half, and the products with values. An exponent is logit * scale - offset in one
+// multiply-add; two neighbouring logit fragments have the very layout of operand A. Exponentials of
+// the next 16 keys are taken among the products with these.
 template <typename Traits>
-__device__ __forceinline__ void multiply_values(RowState<Traits>& state,
-                                                const Exponentials<Traits>& exponentials,
-                                                uint32 value_lane_address) {
+__device__ __forceinline__ void add_values(RowState<Traits>& state, const Logits<Traits>& logits,
+                                           const float (&offset)[Traits::kMFrags][2], float scale,
+                                           uint32 value_lane_address) {
   using T = typename Traits::T;
+  constexpr int kPairs = Traits::kMFrags * 4;      // of exponentials, for 16 keys
+  constexpr int kReads = Traits::kVoFrags / 2;     // of values
+  constexpr int kGroups = Traits::kKeys / 16;
+  uint32 exponentials[2][Traits::kMFrags][4];
+  float sum[Traits::kMFrags][2] = {};
+  const auto take_exponentials = [&](int group, int pair) {
+    const int m = pair / 4, n = group * 2 + pair % 4 / 2, half = pair % 2;
+    const float first = exp2_fast(fmaf(logits[m][n][2 * half], scale, -offset[m][half]));
+    const float second = exp2_fast(fmaf(logits[m][n][2 * half + 1], scale, -offset[m][half]));
+    sum[m][half] += first + second;
+    exponentials[group % 2][m][pair % 4] = pack_pair<T>(first, second);
+  };
 #pragma unroll
-  for (int k = 0; k < Traits::kKeys / 16; ++k) {
+  for (int pair = 0; pair < kPairs; ++pair) take_exponentials(0, pair);
 #pragma unroll
-    for (int n = 0; n < Traits::kVoFrags; n += 2) {
+  for (int k = 0; k < kGroups; ++k) {
+#pragma unroll
+    for (int read = 0; read < kReads; ++read) {
+      const int n = 2 * read;
       uint32 b[4];
       value_operand<T, typename Traits::Element, Traits::kValueRowBytes>(b, value_lane_address,
                                                                          k * 16, n);
 #pragma unroll
       for (int m = 0; m < Traits::kMFrags; ++m) {
-        mma_m16n8k16<T>(state.out[m][n], exponentials[m][k], b[0], b[1]);
-        mma_m16n8k16<T>(state.out[m][n + 1], exponentials[m][k], b[2], b[3]);
+        mma_m16n8k16<T>(state.out[m][n], exponentials[k % 2][m], b[0], b[1]);
+        mma_m16n8k16<T>(state.out[m][n + 1], exponentials[k % 2][m], b[2], b[3]);
+      }
+      if (k + 1 < kGroups) {
+#pragma unroll
+        for (int pair = kPairs * read / kReads; pair < kPairs * (read + 1) / kReads; ++pair) {
+          take_exponentials(k + 1, pair);
+        }
       }
     }
+  }
+#pragma unroll
+  for (int m = 0; m < Traits::kMFrags; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) state.sum[m][half] += sum[m][half];
   }
 }
 
