@@ -27,21 +27,17 @@ struct StridedRows {
   }
 };
 
-// One stride from token to token: dense caches, NHD and HND alike.
+// One stride from token to token: dense caches, NHD and HND alike. Why opaque: no register of the
+// loop for what a product makes.
 template <typename T>
 struct StridedKv {
   using Element = T;
 
-  const T* first_key;
-  const T* first_value;
-  int64 key_stride;
-  int64 value_stride;
+  const AttentionParams& params;
+  int kv_head;
 
   __device__ __forceinline__ StridedKv(const AttentionParams& params, const WorkItem& work)
-      : first_key(static_cast<const T*>(params.k) + work.kv_head * params.k_stride_head),
-        first_value(static_cast<const T*>(params.v) + work.kv_head * params.v_stride_head),
-        key_stride(params.k_stride_token),
-        value_stride(params.v_stride_token) {}
+      : params(params), kv_head(work.kv_head) {}
 
   template <int kRows, int kLoaders>
   __device__ __forceinline__ uint32 look_up(int /*first_token*/, int /*end*/) const {
@@ -51,11 +47,13 @@ struct StridedKv {
 
   template <int kLoaders>
   __device__ __forceinline__ StridedRows<T> keys(int first_token, int /*end*/) const {
-    return {first_key, key_stride, first_token};
+    return {static_cast<const T*>(params.k) + opaque(kv_head) * params.k_stride_head,
+            params.k_stride_token, first_token};
   }
   template <int kLoaders>
   __device__ __forceinline__ StridedRows<T> values(int first_token, int /*end*/) const {
-    return {first_value, value_stride, first_token};
+    return {static_cast<const T*>(params.v) + opaque(kv_head) * params.v_stride_head,
+            params.v_stride_token, first_token};
   }
 };
 

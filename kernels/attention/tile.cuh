@@ -143,21 +143,32 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
         logits, query,
         right_first_lane_address<Traits::kKeyRowBytes>(key_address + stage * Traits::kKeyBytes));
 
+    // Before the mask, which raises no logit, so that the maxima are found among the last products.
+    float offset[Traits::kMFrags][2];
+    bool moves = find_offsets<Traits>(offset, state, logits, scale);
     if (Variant::transforms_logits(params)) {
       Variant::template logits<sizeof(logits) / sizeof(float)>(params, &logits[0][0][0]);
+      moves = find_offsets<Traits>(offset, state, logits, scale);
     }
     if (step_key < seen_by_all.begin || step_key + Traits::kKeys > seen_by_all.end) {
       mask_logits<Traits>(logits, params, request, work, warp_row, step_key);
     }
-    float offset[Traits::kMFrags][2];
-    find_offsets<Traits>(offset, state, logits, scale);
+    if (__any_sync(0xffffffffu, moves)) move_origins<Traits>(state, logits, offset, scale);
+    Exponentials<Traits> exponentials;
+#pragma unroll
+    for (int group = 0; group < Traits::kEarlyGroups; ++group) {
+#pragma unroll
+      for (int pair = 0; pair < exponentials.kPairs; ++pair) {
+        exponentials.take(group, pair, logits, offset, scale);
+      }
+    }
 
     cp_async_wait<kPending>();
     pipeline_barrier<Traits>();
     start_keys(step + kStages, stage);
-    add_values<Traits>(state, logits, offset, scale,
-                       down_first_lane_address<Traits::kValueRowBytes>(
-                           value_address + stage * Traits::kValueBytes));
+    multiply_values<Traits>(state, exponentials, logits, offset, scale,
+                            down_first_lane_address<Traits::kValueRowBytes>(
+                                value_address + stage * Traits::kValueBytes));
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }
 

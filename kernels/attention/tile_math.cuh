@@ -19,9 +19,8 @@ struct RowState {
   float out[Traits::kMFrags][Traits::kVoFrags][4];  // sum of exponential * value
   float maximum[Traits::kMFrags][2];                // origin of the exponentials: a logit
   float sum[Traits::kMFrags][2];                    // this lane's share of the sum of exponentials
-  bool settled;  // every row of the warp has an origin, and none is far
 
-  __device__ __forceinline__ RowState() : settled(false) {
+  __device__ __forceinline__ RowState() {
 #pragma unroll
     for (int m = 0; m < Traits::kMFrags; ++m) {
 #pragma unroll
@@ -40,11 +39,6 @@ struct RowState {
 
 template <typename Traits>
 using Logits = float[Traits::kMFrags][Traits::kKeyFrags][4];
-
-// Exponentials as operand A: the accumulators of two neighbouring logit fragments have its very
-// layout.
-template <typename Traits>
-using Exponentials = uint32[Traits::kMFrags][Traits::kKeys / 16][4];
 
 // A warp's query fragments: held in registers, or read again from shared memory at each step.
 template <typename Traits>
@@ -201,106 +195,119 @@ inline constexpr float kFarLogit = 1024.0f;
 // Exponentials may grow to 2^kHeadroom before a row's origin moves.
 inline constexpr float kHeadroom = 8.0f;
 
-// Moves the origins of rows to their largest logit so far, and the sums with them. Until a row has
-// seen a key its origin is -inf; 0 stands in for it, so that no difference of infinities arises.
-// Where logit * scale is so large that its rounding would show, origins are subtracted from the
-// logits here, exactly, at each step.
+// This lane's largest logit of each row.
 template <typename Traits>
-__device__ __forceinline__ void move_origins(RowState<Traits>& state, Logits<Traits>& logits,
-                                             float (&offset)[Traits::kMFrags][2], float scale,
-                                             const float (&largest)[Traits::kMFrags][2]) {
-  float origin[Traits::kMFrags][2];
-  bool far = false;
-  bool unseen = false;
+__device__ __forceinline__ float lane_maximum(const Logits<Traits>& logits, int m, int half) {
+  float maximum = fmaxf(logits[m][0][2 * half], logits[m][0][2 * half + 1]);
+#pragma unroll
+  for (int n = 1; n < Traits::kKeyFrags; ++n) {
+    maximum = fmaxf(maximum, fmaxf(logits[m][n][2 * half], logits[m][n][2 * half + 1]));
+  }
+  return maximum;
+}
+
+// What is subtracted from logit * scale, and whether origins must move first. A row's origin is a
+// logit that it has seen, and stays while no exponential grows beyond 2^kHeadroom: most steps move
+// none in a whole warp, and ask no other lane for its largest logit. Without an origin (-inf) and
+// with a far one the answer is always yes.
+template <typename Traits>
+__device__ __forceinline__ bool find_offsets(float (&offset)[Traits::kMFrags][2],
+                                             const RowState<Traits>& state,
+                                             const Logits<Traits>& logits, float scale) {
+  bool moves = false;
 #pragma unroll
   for (int m = 0; m < Traits::kMFrags; ++m) {
-    float rescale[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float maximum = fmaxf(state.maximum[m][half], largest[m][half]);
+      offset[m][half] = state.maximum[m][half] * scale;
+      const float largest = lane_maximum<Traits>(logits, m, half);
+      moves |= fmaf(largest, scale, -offset[m][half]) > kHeadroom;
+      moves |= fabsf(offset[m][half]) > kFarLogit;
+    }
+  }
+  return moves;
+}
+
+// Moves the origins of rows to their largest logit so far, and the sums with them. Where no key was
+// seen yet, 0 stands in for -inf, so that no difference of infinities arises. Where logit * scale
+// is so large that its rounding would show, origins are subtracted from the logits here, exactly,
+// at each step.
+template <typename Traits>
+__device__ __forceinline__ void move_origins(RowState<Traits>& state, Logits<Traits>& logits,
+                                             float (&offset)[Traits::kMFrags][2], float scale) {
+#pragma unroll
+  for (int m = 0; m < Traits::kMFrags; ++m) {
+    float origin[2];
+    float rescale[2];
+    bool far = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float maximum = fmaxf(state.maximum[m][half], lane_maximum<Traits>(logits, m, half));
       maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
       maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2));
-      origin[m][half] = maximum == -kInfinity ? 0.0f : maximum;
-      rescale[half] = exp2_fast((state.maximum[m][half] - origin[m][half]) * scale);
+      origin[half] = maximum == -kInfinity ? 0.0f : maximum;
+      rescale[half] = exp2_fast((state.maximum[m][half] - origin[half]) * scale);
       state.maximum[m][half] = maximum;
       state.sum[m][half] *= rescale[half];
-      offset[m][half] = origin[m][half] * scale;
-      far = far || fabsf(offset[m][half]) > kFarLogit;
-      unseen = unseen || maximum == -kInfinity;
+      offset[m][half] = origin[half] * scale;
+      far |= fabsf(offset[m][half]) > kFarLogit;
     }
 #pragma unroll
     for (int n = 0; n < Traits::kVoFrags; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) state.out[m][n][i] *= rescale[i / 2];
     }
-  }
-  far = __any_sync(0xffffffffu, far);
-  state.settled = !far && !__any_sync(0xffffffffu, unseen);
-  if (far) {
-#pragma unroll
-    for (int m = 0; m < Traits::kMFrags; ++m) {
+    if (__any_sync(0xffffffffu, far)) {
 #pragma unroll
       for (int n = 0; n < Traits::kKeyFrags; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) logits[m][n][i] -= origin[m][i / 2];
+        for (int i = 0; i < 4; ++i) logits[m][n][i] -= origin[i / 2];
       }
       offset[m][0] = offset[m][1] = 0.0f;
     }
   }
 }
 
-// The first half of a step of the online softmax: what is subtracted from logit * scale. A row's
-// origin is a logit that it has seen, and stays while no exponential grows beyond 2^kHeadroom: most
-// steps move none in a whole warp, and ask no other lane for its largest logit.
+// A step's exponentials as operand A of the products with values: the accumulators of two
+// neighbouring logit fragments have its very layout. An exponent is logit * scale - offset in one
+// multiply-add.
 template <typename Traits>
-__device__ __forceinline__ void find_offsets(float (&offset)[Traits::kMFrags][2],
-                                             RowState<Traits>& state, Logits<Traits>& logits,
-                                             float scale) {
-  float largest[Traits::kMFrags][2];
-  bool moves = !state.settled;
-#pragma unroll
-  for (int m = 0; m < Traits::kMFrags; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float maximum = fmaxf(logits[m][0][2 * half], logits[m][0][2 * half + 1]);
-#pragma unroll
-      for (int n = 1; n < Traits::kKeyFrags; ++n) {
-        maximum = fmaxf(maximum, fmaxf(logits[m][n][2 * half], logits[m][n][2 * half + 1]));
-      }
-      largest[m][half] = maximum;
-      offset[m][half] = state.maximum[m][half] * scale;
-      moves = moves || fmaf(maximum, scale, -offset[m][half]) > kHeadroom;
-    }
-  }
-  if (__any_sync(0xffffffffu, moves)) {
-    move_origins<Traits>(state, logits, offset, scale, largest);
-  }
-}
+struct Exponentials {
+  static constexpr int kGroups = Traits::kKeys / 16;  // of 16 keys: what a product takes
+  static constexpr int kPairs = Traits::kMFrags * 4;  // of exponentials in a group
+  uint32 operands[kGroups][Traits::kMFrags][4];
+  float sum[Traits::kMFrags][2];
 
-// The second half, and the products with values. An exponent is logit * scale - offset in one
-// multiply-add; two neighbouring logit fragments have the very layout of operand A. Exponentials of
-// the next 16 keys are taken among the products with these.
-template <typename Traits>
-__device__ __forceinline__ void add_values(RowState<Traits>& state, const Logits<Traits>& logits,
-                                           const float (&offset)[Traits::kMFrags][2], float scale,
-                                           uint32 value_lane_address) {
-  using T = typename Traits::T;
-  constexpr int kPairs = Traits::kMFrags * 4;      // of exponentials, for 16 keys
-  constexpr int kReads = Traits::kVoFrags / 2;     // of values
-  constexpr int kGroups = Traits::kKeys / 16;
-  uint32 exponentials[2][Traits::kMFrags][4];
-  float sum[Traits::kMFrags][2] = {};
-  const auto take_exponentials = [&](int group, int pair) {
-    const int m = pair / 4, n = group * 2 + pair % 4 / 2, half = pair % 2;
+  __device__ __forceinline__ Exponentials() {
+#pragma unroll
+    for (int m = 0; m < Traits::kMFrags; ++m) sum[m][0] = sum[m][1] = 0.0f;
+  }
+
+  __device__ __forceinline__ void take(int group, int pair, const Logits<Traits>& logits,
+                                       const float (&offset)[Traits::kMFrags][2], float scale) {
+    const int m = pair / 4;
+    const int n = group * 2 + pair % 4 / 2;
+    const int half = pair % 2;
     const float first = exp2_fast(fmaf(logits[m][n][2 * half], scale, -offset[m][half]));
     const float second = exp2_fast(fmaf(logits[m][n][2 * half + 1], scale, -offset[m][half]));
     sum[m][half] += first + second;
-    exponentials[group % 2][m][pair % 4] = pack_pair<T>(first, second);
-  };
+    operands[group][m][pair % 4] = pack_pair<typename Traits::T>(first, second);
+  }
+};
+
+// The products with values. Exponentials from the kEarlyGroups-th group on are taken here, those of
+// a group among the products with the group before.
+template <typename Traits>
+__device__ __forceinline__ void multiply_values(RowState<Traits>& state,
+                                                Exponentials<Traits>& exponentials,
+                                                const Logits<Traits>& logits,
+                                                const float (&offset)[Traits::kMFrags][2],
+                                                float scale, uint32 value_lane_address) {
+  using T = typename Traits::T;
+  constexpr int kPairs = Exponentials<Traits>::kPairs;
+  constexpr int kReads = Traits::kVoFrags / 2;
 #pragma unroll
-  for (int pair = 0; pair < kPairs; ++pair) take_exponentials(0, pair);
-#pragma unroll
-  for (int k = 0; k < kGroups; ++k) {
+  for (int k = 0; k < Exponentials<Traits>::kGroups; ++k) {
 #pragma unroll
     for (int read = 0; read < kReads; ++read) {
       const int n = 2 * read;
@@ -309,13 +316,14 @@ __device__ __forceinline__ void add_values(RowState<Traits>& state, const Logits
                                                                          k * 16, n);
 #pragma unroll
       for (int m = 0; m < Traits::kMFrags; ++m) {
-        mma_m16n8k16<T>(state.out[m][n], exponentials[k % 2][m], b[0], b[1]);
-        mma_m16n8k16<T>(state.out[m][n + 1], exponentials[k % 2][m], b[2], b[3]);
+        mma_m16n8k16<T>(state.out[m][n], exponentials.operands[k][m], b[0], b[1]);
+        mma_m16n8k16<T>(state.out[m][n + 1], exponentials.operands[k][m], b[2], b[3]);
       }
-      if (k + 1 < kGroups) {
+      const int next = k + 1;
+      if (next >= Traits::kEarlyGroups && next < Exponentials<Traits>::kGroups) {
 #pragma unroll
         for (int pair = kPairs * read / kReads; pair < kPairs * (read + 1) / kReads; ++pair) {
-          take_exponentials(k + 1, pair);
+          exponentials.take(next, pair, logits, offset, scale);
         }
       }
     }
@@ -323,7 +331,7 @@ __device__ __forceinline__ void add_values(RowState<Traits>& state, const Logits
 #pragma unroll
   for (int m = 0; m < Traits::kMFrags; ++m) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) state.sum[m][half] += sum[m][half];
+    for (int half = 0; half < 2; ++half) state.sum[m][half] += exponentials.sum[m][half];
   }
 }
 
