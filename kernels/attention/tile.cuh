@@ -134,7 +134,8 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     kv.turn_to(look_up(step + kStages));
     if constexpr (Variant::kTransformsKey) {
       Variant::template key<typename Traits::Element, Traits::kQk>(
-          params, scratch, key_tiles + stage * Traits::kKeyBytes, Traits::kKeys, loader,
+          params, shared_pointer(query_address + Traits::kScratchOffset),
+          shared_pointer(key_address + stage * Traits::kKeyBytes), Traits::kKeys, loader,
           Traits::kLoaders, step_key);
       pipeline_barrier<Traits>();
     }
@@ -176,12 +177,14 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   const WorkItem& target = get_work(opaque(index));
   const int target_rows = tile_rows<Traits>(params, request, target);
   if constexpr (Traits::kSplitsKeys) {
-    merge_and_store<Traits>(params, target, state, scale, smem, smem + Traits::kQueryBytes,
-                            target_rows);
+    unsigned char* query_tile = shared_pointer(query_address);
+    merge_and_store<Traits>(params, target, state, scale, query_tile,
+                            query_tile + Traits::kQueryBytes, target_rows);
   } else if (target.partial_row >= 0) {
     store_partial<Traits>(params, target, state, warp_row, target_rows);
   } else {
-    store_final<Traits>(params, target, state, scale, smem, warp_row, target_rows);
+    store_final<Traits>(params, target, state, scale, shared_pointer(query_address), warp_row,
+                        target_rows);
   }
 }
 
