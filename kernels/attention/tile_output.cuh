@@ -5,30 +5,14 @@
 
 namespace ridgeline {
 
-// Where a packed row's result goes.
-struct RowTarget {
-  int token;
-  int head;
+__device__ __forceinline__ void write_lse(const AttentionParams& params, const RowPlace& place,
+                                          float scale, float maximum, float sum) {
+  params.lse[int64(place.token) * params.num_qo_heads + place.head] =
+      sum == 0.0f ? -kInfinity : maximum * (scale * kLn2) + logf(sum);
+}
 
-  template <typename T>
-  __device__ __forceinline__ T* out(const AttentionParams& params) const {
-    return static_cast<T*>(params.out) + token * params.out_stride_token +
-           head * params.out_stride_head;
-  }
-  __device__ __forceinline__ void write_lse(const AttentionParams& params, float scale,
-                                            float maximum, float sum) const {
-    if (params.lse == nullptr) return;
-    params.lse[int64(token) * params.num_qo_heads + head] =
-        sum == 0.0f ? -kInfinity : maximum * (scale * kLn2) + logf(sum);
-  }
-};
-
-__device__ __forceinline__ RowTarget row_target(const AttentionParams& params, const WorkItem& work,
-                                                int row) {
-  const int packed = work.q_row_begin + row;
-  const int query = params.group_size.quotient(packed);
-  const int group_size = params.group_size.divisor;
-  return {work.q_begin + query, work.kv_head * group_size + packed - query * group_size};
+__device__ __forceinline__ int64 out_offset(const AttentionParams& params, const RowPlace& place) {
+  return place.token * params.out_stride_token + place.head * params.out_stride_head;
 }
 
 // A row's sum over the four lanes that hold it.
@@ -67,48 +51,68 @@ __device__ __forceinline__ void store_partial(const AttentionParams& params, con
 }
 
 // Rows pass through the warp's own rows of the query tile, which nobody reads any more, so that
-// they leave as whole 128-byte lines.
+// they leave as whole 128-byte lines. A lane finds the place of one row, and tells the others.
 template <typename Traits>
 __device__ __forceinline__ void store_final(const AttentionParams& params, const WorkItem& work,
                                             const RowState<Traits>& state, float scale,
                                             unsigned char* query_tile, int warp_row, int num_rows) {
   using T = typename Traits::T;
   constexpr int kRowBytes = Traits::kVo * int(sizeof(T));
+  constexpr int kLines = kRowBytes / 128;
+  constexpr int kPasses = Traits::kMFrags * 4;
   static_assert(kRowBytes <= Traits::kQueryRowBytes, "output rows fit the query's");
+  static_assert(Traits::kMFrags <= 2, "a lane for each of the warp's rows");
   unsigned char* rows = query_tile + warp_row * Traits::kQueryRowBytes;
   const int lane = threadIdx.x % 32;
+  const int64 offset =
+      out_offset(params, row_place(params, work, min(warp_row + lane, num_rows - 1)));
+  float sum[Traits::kMFrags][2];
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < Traits::kMFrags; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = m * 16 + half * 8 + lane / 4;
-      const float sum = quad_sum(state.sum[m][half]);
-      const float factor = Traits::Variant::output(params, sum);
+      sum[m][half] = quad_sum(state.sum[m][half]);
+      const float factor = Traits::Variant::output(params, sum[m][half]);
 #pragma unroll
       for (int n = 0; n < Traits::kVoFrags; ++n) {
         *reinterpret_cast<uint32*>(rows + swizzled_offset<kRowBytes>(row, n) + lane % 4 * 4) =
             pack_pair<T>(state.out[m][n][2 * half] * factor,
                          state.out[m][n][2 * half + 1] * factor);
       }
-      if (lane % 4 == 0 && warp_row + row < num_rows) {
-        row_target(params, work, warp_row + row)
-            .write_lse(params, scale, state.maximum[m][half], sum);
-      }
     }
   }
   __syncwarp();
+  if (params.lse != nullptr) {
 #pragma unroll
-  for (int pass = 0; pass < Traits::kMFrags * 4; ++pass) {
+    for (int i = 0; i < 2 * Traits::kMFrags; ++i) {
+      const int row = warp_row + i * 8 + lane / 4;
+      if (lane % 4 == 0 && row < num_rows) {
+        write_lse(params, row_place(params, work, row), scale, state.maximum[i / 2][i % 2],
+                  sum[i / 2][i % 2]);
+      }
+    }
+  }
+  // Why all reads first: they start together, and no branch parts them.
+  uint4 lines[kPasses][kLines];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+#pragma unroll
+    for (int line = 0; line < kLines; ++line) {
+      lines[pass][line] = *reinterpret_cast<const uint4*>(
+          rows + swizzled_offset<kRowBytes>(pass * 4 + lane / 8, line * 8 + lane % 8));
+    }
+  }
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
     const int row = pass * 4 + lane / 8;
-    if (warp_row + row >= num_rows) continue;
-    T* out = row_target(params, work, warp_row + row).out<T>(params);
+    T* out = static_cast<T*>(params.out) + __shfl_sync(0xffffffffu, offset, row);
 #pragma unroll
-    for (int line = 0; line < kRowBytes / 128; ++line) {
-      const int chunk = line * 8 + lane % 8;
-      if (chunk * 8 < params.head_dim_vo) {
-        *reinterpret_cast<uint4*>(out + chunk * 8) =
-            *reinterpret_cast<const uint4*>(rows + swizzled_offset<kRowBytes>(row, chunk));
+    for (int line = 0; line < kLines; ++line) {
+      const int element = (line * 8 + lane % 8) * 8;
+      if (warp_row + row < num_rows && element < params.head_dim_vo) {
+        *reinterpret_cast<uint4*>(out + element) = lines[pass][line];
       }
     }
   }
@@ -158,13 +162,13 @@ __device__ __forceinline__ void merge_and_store(const AttentionParams& params, c
   }
 
   const bool final = work.partial_row < 0;
-  const RowTarget target = row_target(params, work, row);
+  const RowPlace place = row_place(params, work, row);
   if (threadIdx.x % kThreadsPerRow == 0) {
-    if (final) {
-      target.write_lse(params, scale, maximum, sum);
-    } else {
+    if (!final) {
       reinterpret_cast<float2*>(params.partial_stats)[int64(work.partial_row) + row] =
           make_float2(maximum, sum);
+    } else if (params.lse != nullptr) {
+      write_lse(params, place, scale, maximum, sum);
     }
   }
   const float factor = final ? Traits::Variant::output(params, sum) : 1.0f;
@@ -191,7 +195,8 @@ __device__ __forceinline__ void merge_and_store(const AttentionParams& params, c
       packed.y = pack_pair<T>(values[2] * factor, values[3] * factor);
       packed.z = pack_pair<T>(values[4] * factor, values[5] * factor);
       packed.w = pack_pair<T>(values[6] * factor, values[7] * factor);
-      *reinterpret_cast<uint4*>(target.out<T>(params) + unit * 8) = packed;
+      *reinterpret_cast<uint4*>(static_cast<T*>(params.out) + out_offset(params, place) +
+                                unit * 8) = packed;
     } else {
       float4* out = reinterpret_cast<float4*>(
           params.partial_out + (int64(work.partial_row) + row) * uint32(params.head_dim_vo) +
