@@ -1,8 +1,8 @@
 // Attention for a batch of requests of any lengths, sm_75 and up: as in portable.cuh, with queries
 // and keys of each request where the work list says. A CTA runs the records of its team's share
 // (or, in a list by tile, one record), each a query tile of its own KV head against a range of
-// keys; tiles of two heights may meet in one launch. Parts of cut tiles are added up by
-// batch_combine.cuh.
+// keys; tiles of two heights may meet in one launch. Parts of cut tiles are added up by the CTA that
+// finishes last, or by batch_combine.cuh.
 //
 // The list is the caller's: every field is held to its range, and a list of another configuration
 // (its tag differs) runs nothing.
@@ -10,6 +10,7 @@
 
 #include "attention/addressing.cuh"
 #include "attention/batch_params.h"
+#include "attention/cut_tiles.cuh"
 #include "attention/tile.cuh"
 #include "attention/variants.cuh"
 #include "common/pdl.cuh"
@@ -23,7 +24,7 @@ __device__ __forceinline__ int held_to(int value, int low, int high) {
 // What a CTA is told to do: the list's records from `index` on, before `end`, the head of a team's
 // heads that is its own, and the record to work on next, which arrives during the one before it.
 struct Assignment {
-  int index, end;
+  int first, index, end;
   int lane;
   WorkRecord next;
 };
@@ -54,9 +55,11 @@ __device__ __forceinline__ BatchItem checked_item(const BatchAttentionParams& pa
   item.work.kv_end = held_to(record.kv_end, 0, item.request.kv_len);
   item.work.kv_begin = held_to(record.kv_begin, 0, item.work.kv_end);
   item.work.partial_row = -1;
+  item.cut_tile = -1;
   if (record.partial_row >= 0) {
+    item.cut_tile = held_to(record.cut_tile, 0, params.max_cut_tiles - 1);
     item.work.partial_row =
-        min(min(record.partial_row, params.last_partial_row) + lane * params.slot_rows,
+        min(min(record.partial_row, params.last_partial_row) + lane * int(params.slot_rows.divisor),
             params.last_partial_row);
   }
   return item;
@@ -96,14 +99,26 @@ __device__ __forceinline__ Assignment read_assignment(const BatchAttentionParams
     }
   }
   if (header.x != params.tag) result.end = 0;
+  result.first = result.index;
   return result;
 }
 
 template <typename Traits>
 __device__ __forceinline__ void run_item(const BatchAttentionParams& params, BatchItem& item,
-                                         Assignment& assignment, unsigned char* smem) {
+                                         Assignment& assignment, OwnCuts& cuts,
+                                         unsigned char* smem) {
   const auto fetch_next = [&] {
-    if (threadIdx.x == 0 && assignment.index + 1 < assignment.end) {
+    if (threadIdx.x != 0) return;
+    if (params.attention.counters != nullptr && item.cut_tile >= 0) {
+      const int* tile = params.list + kCutTilesAt + item.cut_tile * kCutTileWords;
+      const int place = assignment.index > assignment.first;
+      cuts.index[place] = item.cut_tile;
+#pragma unroll
+      for (int i = 0; i < kCutTileWords / 4; ++i) {
+        cp_async_16(shared_address(&cuts.tiles[place]) + i * 16, tile + i * 4, true);
+      }
+    }
+    if (assignment.index + 1 < assignment.end) {
       const int* record =
           params.list + params.records_at + (assignment.index + 1) * int64(kRecordWords);
 #pragma unroll
@@ -130,8 +145,9 @@ struct BatchKernel<T, Dims, Heights<kHeight>, Kv, Variant> {
   static constexpr int kLow = kHeight;
   static constexpr int kHigh = kHeight;
   static __device__ __forceinline__ void run(const BatchAttentionParams& params, BatchItem& item,
-                                             Assignment& assignment, unsigned char* smem) {
-    run_item<TileTraits<T, Dims, kHeight, Kv, Variant>>(params, item, assignment, smem);
+                                             Assignment& assignment, OwnCuts& cuts,
+                                             unsigned char* smem) {
+    run_item<TileTraits<T, Dims, kHeight, Kv, Variant>>(params, item, assignment, cuts, smem);
   }
 };
 
@@ -140,14 +156,41 @@ struct BatchKernel<T, Dims, Heights<low, high>, Kv, Variant> {
   static constexpr int kLow = low;
   static constexpr int kHigh = high;
   static __device__ __forceinline__ void run(const BatchAttentionParams& params, BatchItem& item,
-                                             Assignment& assignment, unsigned char* smem) {
+                                             Assignment& assignment, OwnCuts& cuts,
+                                             unsigned char* smem) {
     if (item.height_idx == 0) {
-      run_item<TileTraits<T, Dims, low, Kv, Variant>>(params, item, assignment, smem);
+      run_item<TileTraits<T, Dims, low, Kv, Variant>>(params, item, assignment, cuts, smem);
     } else {
-      run_item<TileTraits<T, Dims, high, Kv, Variant>>(params, item, assignment, smem);
+      run_item<TileTraits<T, Dims, high, Kv, Variant>>(params, item, assignment, cuts, smem);
     }
   }
 };
+
+// After a CTA's records: counts its parts, and adds up the tiles that are complete with them.
+template <typename T, int kWarps>
+__device__ __forceinline__ void finish(const BatchAttentionParams& params, OwnCuts& cuts,
+                                       int lane) {
+  __shared__ bool is_last;
+  int ctas_before = 0;
+  if (threadIdx.x == 0) {
+    count_parts(params, cuts, lane);
+    ctas_before = count_cta(params);
+  }
+  __syncthreads();
+  const float scale =
+      exponent_scale(params.attention.sm_scale, params.attention.logits_soft_cap);
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    if (!cuts.completes[i]) continue;
+    const CutTile& tile = cuts.tiles[i];
+    merge_tile<T, kWarps>(
+        params.attention, tile.num_rows, scale, [&](int row) { return row_parts(tile, row); },
+        [&](int row) { return row_target(params, tile, row); });
+  }
+  if (threadIdx.x == 0) is_last = ctas_before + 1 == int(gridDim.x);
+  __syncthreads();
+  if (is_last) clear_counters(params);
+}
 
 template <typename T, typename Dims, typename Heights, typename Kv, typename Variant>
 __global__ void __launch_bounds__(
@@ -157,24 +200,34 @@ __global__ void __launch_bounds__(
                       BatchKernel<T, Dims, Heights, Kv, Variant>::kHigh, kSm))
     batch_attention(const __grid_constant__ BatchAttentionParams params) {
   using Kernel = BatchKernel<T, Dims, Heights, Kv, Variant>;
+  constexpr int kWarps =
+      batch_block_size(Dims::kQk, Dims::kVo, Kernel::kLow, Kernel::kHigh, kSm) / 32;
   extern __shared__ __align__(1024) unsigned char smem[];
   __shared__ BatchItem item;
   __shared__ Assignment assignment;
+  __shared__ OwnCuts cuts;
+  const bool finishes = Kernel::kHigh == 16 && params.attention.counters != nullptr;
   pdl_wait();
   if (threadIdx.x == 0) {
     const Assignment own = read_assignment(params, Kernel::kHigh > 16);
     item = checked_item(params, own.next, own.lane);
     assignment = own;
+    cuts.index[0] = cuts.index[1] = -1;
+  }
+  if (finishes && threadIdx.x >= 32) {
+    clear_rows<T>(params, blockIdx.x * (kWarps - 1) + threadIdx.x / 32 - 1,
+                  gridDim.x * (kWarps - 1));
   }
   __syncthreads();
   while (assignment.index < assignment.end) {
-    Kernel::run(params, item, assignment, smem + opaque(0));
+    Kernel::run(params, item, assignment, cuts, smem + opaque(0));
     __syncthreads();
     if (threadIdx.x == 0 && ++assignment.index < assignment.end) {
       item = checked_item(params, assignment.next, assignment.lane);
     }
     __syncthreads();
   }
+  if (finishes) finish<T, kWarps>(params, cuts, assignment.lane);
 }
 
 }  // namespace ridgeline

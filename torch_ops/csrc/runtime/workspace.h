@@ -14,18 +14,24 @@ namespace ridgeline {
 // stream follow each other on the GPU, so they may share it; the object holds the stream's turn, so
 // that launches of two threads do not mix. While a graph is being captured the memory is the
 // call's own, from the graph's pool.
+//
+// Counters are zeros that every launch must leave as zeros. A stream has its own, and so has a
+// stream of a capture: no two launches that may run at once share them. What a capture gets was
+// set aside and cleared by calls before it; where there were none, it gets no counters.
 class Workspace {
  public:
-  Workspace(const Device& device, int64_t num_bytes);
+  Workspace(const Device& device, int64_t num_bytes, int num_counters);
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
   void* data() const { return data_; }
+  int* counters() const { return counters_; }  // null: none were asked for, or there are none
 
  private:
   std::unique_lock<std::mutex> turn_;
   std::optional<Tensor> own_;
   void* data_ = nullptr;
+  int* counters_ = nullptr;
 };
 
 }  // namespace ridgeline

@@ -1,0 +1,118 @@
+// What is left of a batch once its records are done: the parts of cut tiles are added up, and output
+// rows cleared that belong to no request, or to one beyond its max_q_len.
+#pragma once
+
+#include "attention/batch_params.h"
+#include "attention/merge_parts.cuh"
+
+namespace ridgeline {
+
+// A cut tile as the list has it, for head `lane` of its team, with its parts within the workspace.
+__device__ __forceinline__ CutTile checked_tile(const BatchAttentionParams& params, CutTile tile,
+                                                int lane) {
+  const int slot_rows = params.slot_rows.divisor;
+  const int first = max(0, min(tile.partial_row, params.last_slot_row));
+  tile.q_row_begin = max(0, tile.q_row_begin);
+  tile.kv_head += lane;
+  tile.num_rows = min(tile.num_rows, slot_rows);
+  tile.partial_row = max(0, min(first + lane * slot_rows, params.last_slot_row));
+  tile.piece_stride = max(1, tile.piece_stride);
+  const int most = (params.last_slot_row - tile.partial_row) / tile.piece_stride + 1;
+  tile.num_pieces = params.last_slot_row < 0 ? 0 : min(tile.num_pieces, most);
+  return tile;
+}
+
+__device__ __forceinline__ const CutTile* cut_tiles_of(const int* list) {
+  return reinterpret_cast<const CutTile*>(list + kCutTilesAt);
+}
+
+__device__ __forceinline__ CutRow row_parts(const CutTile& tile, int row) {
+  return {int64(tile.partial_row) + row, tile.piece_stride, tile.num_pieces};
+}
+
+// Where a row of a cut tile goes; token -1: nowhere, the list is wrong.
+__device__ __forceinline__ RowTarget row_target(const BatchAttentionParams& params,
+                                                const CutTile& tile, int row) {
+  RowTarget target =
+      row_target(params.attention, tile.kv_head, tile.q_begin, tile.q_row_begin, row);
+  if (tile.q_begin < 0 || target.token < tile.q_begin || target.token >= params.num_tokens ||
+      target.head < 0 || target.head >= params.attention.num_qo_heads) {
+    target.token = -1;
+  }
+  return target;
+}
+
+// The same value for every element of the tokens [begin, end), and one LSE.
+template <typename T>
+__device__ __forceinline__ void fill_tokens(const AttentionParams& params, int64 begin, int64 end,
+                                            float value, float lse, int first_warp, int num_warps) {
+  const int64 num_heads = params.num_qo_heads;
+  for (int64 i = begin * num_heads + first_warp; i < end * num_heads; i += num_warps) {
+    const RowTarget target = {int(i / num_heads), int(i % num_heads)};
+    for (int block = 0; block < num_column_blocks(params); ++block) {
+      store_columns<T>(params, target, lane_column(block),
+                       make_float4(value, value, value, value), 1.0f);
+    }
+    if (threadIdx.x % 32 == 0 && params.lse != nullptr) params.lse[i] = lse;
+  }
+}
+
+// Clears the rows that no record writes; of a list of another configuration, all of them, to what
+// could not be taken for a result.
+template <typename T>
+__device__ __forceinline__ void clear_rows(const BatchAttentionParams& params, int first_warp,
+                                           int num_warps) {
+  const ListHeader& header = *reinterpret_cast<const ListHeader*>(params.list);
+  const bool refused = header.tag != params.tag;
+  if (!refused && params.qo_indptr == nullptr) return;
+  const int num_tokens = refused ? 0 : max(0, min(header.num_tokens, params.num_tokens));
+  const float value = refused ? __uint_as_float(0x7fffffffu) : 0.0f;
+  fill_tokens<T>(params.attention, num_tokens, params.num_tokens, value,
+                 refused ? value : -kInfinity, first_warp, num_warps);
+  if (refused || params.max_q_len >= params.num_tokens) return;
+  for (int request = first_warp; request < params.batch_size; request += num_warps) {
+    const int64 begin = max(0, params.qo_indptr[request]);
+    const int64 end = min(params.qo_indptr[request + 1], params.num_tokens);
+    fill_tokens<T>(params.attention, begin + params.max_q_len, end, 0.0f, -kInfinity, 0, 1);
+  }
+}
+
+// The tiles that a CTA's first and last record are parts of.
+struct OwnCuts {
+  CutTile tiles[2];
+  int index[2];      // in the list's tiles, or -1
+  bool completes[2];  // every part is there
+};
+
+// Counts a CTA's parts, all of whose threads wrote them before a barrier: the CTA that counts a
+// tile's last part finds that it completes it. One thread calls it.
+__device__ __forceinline__ void count_parts(const BatchAttentionParams& params, OwnCuts& cuts,
+                                            int lane) {
+  int counted[2] = {};
+  __threadfence();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (cuts.index[i] < 0) continue;
+    const int place = cuts.index[i] * int(params.team_size.divisor) + lane;
+    counted[i] = atomicAdd(params.attention.counters + 1 + min(place, params.num_ctas - 1), 1);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    cuts.tiles[i] = checked_tile(params, cuts.tiles[i], lane);
+    cuts.completes[i] = cuts.index[i] >= 0 && counted[i] + 1 == cuts.tiles[i].num_pieces;
+  }
+  __threadfence();
+}
+
+// Counts the CTAs that have counted their parts; after the last of them all counters are 0 again,
+// whatever the list said.
+__device__ __forceinline__ int count_cta(const BatchAttentionParams& params) {
+  return atomicAdd(params.attention.counters, 1);
+}
+__device__ __forceinline__ void clear_counters(const BatchAttentionParams& params) {
+  for (int i = threadIdx.x; i < num_batch_counters(params.num_ctas); i += blockDim.x) {
+    params.attention.counters[i] = 0;
+  }
+}
+
+}  // namespace ridgeline
