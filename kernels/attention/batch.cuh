@@ -24,7 +24,7 @@ __device__ __forceinline__ int held_to(int value, int low, int high) {
 // What a CTA is told to do: the list's records from `index` on, before `end`, the head of a team's
 // heads that is its own, and the record to work on next, which arrives during the one before it.
 struct Assignment {
-  int first, index, end;
+  int index, end;
   int lane;
   WorkRecord next;
 };
@@ -55,9 +55,7 @@ __device__ __forceinline__ BatchItem checked_item(const BatchAttentionParams& pa
   item.work.kv_end = held_to(record.kv_end, 0, item.request.kv_len);
   item.work.kv_begin = held_to(record.kv_begin, 0, item.work.kv_end);
   item.work.partial_row = -1;
-  item.cut_tile = -1;
   if (record.partial_row >= 0) {
-    item.cut_tile = held_to(record.cut_tile, 0, params.max_cut_tiles - 1);
     item.work.partial_row =
         min(min(record.partial_row, params.last_partial_row) + lane * int(params.slot_rows.divisor),
             params.last_partial_row);
@@ -73,6 +71,20 @@ __device__ __forceinline__ WorkRecord read_record(const int* words) {
 #pragma unroll
   for (int i = 0; i < kRecordWords / 4; ++i) to[i] = from[i];
   return record;
+}
+
+// Keeps which cut tile a CTA's first or last record is a part of, and has the tile copied.
+__device__ __forceinline__ void keep_cut(const BatchAttentionParams& params,
+                                         const WorkRecord& record, int partial_row, int place,
+                                         OwnCuts& cuts) {
+  if (partial_row < 0) return;
+  cuts.partial_rows[place] = partial_row;
+  cuts.index[place] = held_to(record.cut_tile, 0, params.max_cut_tiles - 1);
+  const int* tile = params.list + kCutTilesAt + cuts.index[place] * kCutTileWords;
+#pragma unroll
+  for (int i = 0; i < kCutTileWords / 4; ++i) {
+    cp_async_16(shared_address(&cuts.tiles[place]) + i * 16, tile + i * 4, true);
+  }
 }
 
 // A CTA's assignment, with its first record in `next`; none where the list has another tag.
@@ -99,26 +111,14 @@ __device__ __forceinline__ Assignment read_assignment(const BatchAttentionParams
     }
   }
   if (header.x != params.tag) result.end = 0;
-  result.first = result.index;
   return result;
 }
 
 template <typename Traits>
 __device__ __forceinline__ void run_item(const BatchAttentionParams& params, BatchItem& item,
-                                         Assignment& assignment, OwnCuts& cuts,
-                                         unsigned char* smem) {
+                                         Assignment& assignment, unsigned char* smem) {
   const auto fetch_next = [&] {
-    if (threadIdx.x != 0) return;
-    if (params.attention.counters != nullptr && item.cut_tile >= 0) {
-      const int* tile = params.list + kCutTilesAt + item.cut_tile * kCutTileWords;
-      const int place = assignment.index > assignment.first;
-      cuts.index[place] = item.cut_tile;
-#pragma unroll
-      for (int i = 0; i < kCutTileWords / 4; ++i) {
-        cp_async_16(shared_address(&cuts.tiles[place]) + i * 16, tile + i * 4, true);
-      }
-    }
-    if (assignment.index + 1 < assignment.end) {
+    if (threadIdx.x == 0 && assignment.index + 1 < assignment.end) {
       const int* record =
           params.list + params.records_at + (assignment.index + 1) * int64(kRecordWords);
 #pragma unroll
@@ -145,9 +145,8 @@ struct BatchKernel<T, Dims, Heights<kHeight>, Kv, Variant> {
   static constexpr int kLow = kHeight;
   static constexpr int kHigh = kHeight;
   static __device__ __forceinline__ void run(const BatchAttentionParams& params, BatchItem& item,
-                                             Assignment& assignment, OwnCuts& cuts,
-                                             unsigned char* smem) {
-    run_item<TileTraits<T, Dims, kHeight, Kv, Variant>>(params, item, assignment, cuts, smem);
+                                             Assignment& assignment, unsigned char* smem) {
+    run_item<TileTraits<T, Dims, kHeight, Kv, Variant>>(params, item, assignment, smem);
   }
 };
 
@@ -156,41 +155,14 @@ struct BatchKernel<T, Dims, Heights<low, high>, Kv, Variant> {
   static constexpr int kLow = low;
   static constexpr int kHigh = high;
   static __device__ __forceinline__ void run(const BatchAttentionParams& params, BatchItem& item,
-                                             Assignment& assignment, OwnCuts& cuts,
-                                             unsigned char* smem) {
+                                             Assignment& assignment, unsigned char* smem) {
     if (item.height_idx == 0) {
-      run_item<TileTraits<T, Dims, low, Kv, Variant>>(params, item, assignment, cuts, smem);
+      run_item<TileTraits<T, Dims, low, Kv, Variant>>(params, item, assignment, smem);
     } else {
-      run_item<TileTraits<T, Dims, high, Kv, Variant>>(params, item, assignment, cuts, smem);
+      run_item<TileTraits<T, Dims, high, Kv, Variant>>(params, item, assignment, smem);
     }
   }
 };
-
-// After a CTA's records: counts its parts, and adds up the tiles that are complete with them.
-template <typename T, int kWarps>
-__device__ __forceinline__ void finish(const BatchAttentionParams& params, OwnCuts& cuts,
-                                       int lane) {
-  __shared__ bool is_last;
-  int ctas_before = 0;
-  if (threadIdx.x == 0) {
-    count_parts(params, cuts, lane);
-    ctas_before = count_cta(params);
-  }
-  __syncthreads();
-  const float scale =
-      exponent_scale(params.attention.sm_scale, params.attention.logits_soft_cap);
-#pragma unroll 1
-  for (int i = 0; i < 2; ++i) {
-    if (!cuts.completes[i]) continue;
-    const CutTile& tile = cuts.tiles[i];
-    merge_tile<T, kWarps>(
-        params.attention, tile.num_rows, scale, [&](int row) { return row_parts(tile, row); },
-        [&](int row) { return row_target(params, tile, row); });
-  }
-  if (threadIdx.x == 0) is_last = ctas_before + 1 == int(gridDim.x);
-  __syncthreads();
-  if (is_last) clear_counters(params);
-}
 
 template <typename T, typename Dims, typename Heights, typename Kv, typename Variant>
 __global__ void __launch_bounds__(
@@ -213,6 +185,7 @@ __global__ void __launch_bounds__(
     item = checked_item(params, own.next, own.lane);
     assignment = own;
     cuts.index[0] = cuts.index[1] = -1;
+    if (finishes && own.index < own.end) keep_cut(params, own.next, item.work.partial_row, 0, cuts);
   }
   if (finishes && threadIdx.x >= 32) {
     clear_rows<T>(params, blockIdx.x * (kWarps - 1) + threadIdx.x / 32 - 1,
@@ -220,10 +193,11 @@ __global__ void __launch_bounds__(
   }
   __syncthreads();
   while (assignment.index < assignment.end) {
-    Kernel::run(params, item, assignment, cuts, smem + opaque(0));
+    Kernel::run(params, item, assignment, smem + opaque(0));
     __syncthreads();
     if (threadIdx.x == 0 && ++assignment.index < assignment.end) {
       item = checked_item(params, assignment.next, assignment.lane);
+      if (finishes) keep_cut(params, assignment.next, item.work.partial_row, 1, cuts);
     }
     __syncthreads();
   }

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kCombineThreads, 2)
     for (int block = 0; block < num_column_blocks(attention); ++block) {
       const int column = lane_column(block);
       store_sums<T>(attention, target, column,
-                    add_parts(attention, row_parts(tile, row), column, scale), scale);
+                    add_parts(attention, parts_of(tile).of_row(row), column, scale), scale);
     }
   }
   if (header.most_pieces <= kPartsAtOnce) return;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kCombineThreads, 2)
     for (int block = 0; block < num_column_blocks(attention); ++block) {
       const int column = lane_column(block);
       const RowSums sums =
-          add_parts_together(attention, row_parts(tile, row), column, scale, of_warps);
+          add_parts_together(attention, parts_of(tile).of_row(row), column, scale, of_warps);
       if (warp == 0) store_sums<T>(attention, target, column, sums, scale);
     }
   }

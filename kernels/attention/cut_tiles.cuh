@@ -26,8 +26,8 @@ __device__ __forceinline__ const CutTile* cut_tiles_of(const int* list) {
   return reinterpret_cast<const CutTile*>(list + kCutTilesAt);
 }
 
-__device__ __forceinline__ CutRow row_parts(const CutTile& tile, int row) {
-  return {int64(tile.partial_row) + row, tile.piece_stride, tile.num_pieces};
+__device__ __forceinline__ CutParts parts_of(const CutTile& tile) {
+  return {{tile.partial_row, tile.piece_stride, tile.num_pieces}, tile.num_rows};
 }
 
 // Where a row of a cut tile goes; token -1: nowhere, the list is wrong.
@@ -80,38 +80,96 @@ __device__ __forceinline__ void clear_rows(const BatchAttentionParams& params, i
 // The tiles that a CTA's first and last record are parts of.
 struct OwnCuts {
   CutTile tiles[2];
-  int index[2];      // in the list's tiles, or -1
-  bool completes[2];  // every part is there
+  int index[2];        // in the list's tiles, or -1
+  int partial_rows[2];  // where the CTA's own part is
+  bool completes[2];   // it counted the last part of the tile, or of its group of parts
 };
 
-// Counts a CTA's parts, all of whose threads wrote them before a barrier: the CTA that counts a
-// tile's last part finds that it completes it. One thread calls it.
-__device__ __forceinline__ void count_parts(const BatchAttentionParams& params, OwnCuts& cuts,
+// Counters, of which the first counts CTAs.
+__device__ __forceinline__ int* tile_counter(const BatchAttentionParams& params, int index,
+                                             int lane) {
+  const int place = index * int(params.team_size.divisor) + lane;
+  return params.attention.counters + 1 + min(place, params.num_ctas - 1);
+}
+__device__ __forceinline__ int group_of(const BatchAttentionParams& params, const CutTile& tile,
+                                        int partial_row) {
+  const int slots = params.slot_rows.quotient(max(0, partial_row - tile.partial_row));
+  return int(params.team_size.quotient(slots)) / kPartsAtOnce;
+}
+__device__ __forceinline__ int* group_counter(const BatchAttentionParams& params,
+                                              const CutTile& tile, int group) {
+  const int place = params.slot_rows.quotient(tile.partial_row) +
+                    group * int(params.team_size.divisor);
+  return params.attention.counters + 1 + params.num_ctas + min(place, 2 * params.num_ctas - 1);
+}
+
+// Counts a CTA's parts, all of whose threads wrote them before a barrier. One thread calls it.
+// Returns whether one of the tiles is added up in groups first.
+__device__ __forceinline__ bool count_parts(const BatchAttentionParams& params, OwnCuts& cuts,
                                             int lane) {
-  int counted[2] = {};
-  __threadfence();
+  int counted[2] = {}, expected[2] = {};
+  bool in_groups = false;
+  fence_gpu();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if (cuts.index[i] < 0) continue;
-    const int place = cuts.index[i] * int(params.team_size.divisor) + lane;
-    counted[i] = atomicAdd(params.attention.counters + 1 + min(place, params.num_ctas - 1), 1);
+    const CutTile tile = checked_tile(params, cuts.tiles[i], lane);
+    cuts.tiles[i] = tile;
+    int* counter = tile_counter(params, cuts.index[i], lane);
+    expected[i] = tile.num_pieces;
+    if (parts_of(tile).in_groups()) {
+      const int group = group_of(params, tile, cuts.partial_rows[i]);
+      counter = group_counter(params, tile, group);
+      expected[i] = min(kPartsAtOnce, tile.num_pieces - group * kPartsAtOnce);
+      in_groups = true;
+    }
+    counted[i] = atomicAdd(counter, 1) + 1;
   }
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    cuts.tiles[i] = checked_tile(params, cuts.tiles[i], lane);
-    cuts.completes[i] = cuts.index[i] >= 0 && counted[i] + 1 == cuts.tiles[i].num_pieces;
-  }
-  __threadfence();
+  for (int i = 0; i < 2; ++i) cuts.completes[i] = counted[i] > 0 && counted[i] == expected[i];
+  fence_gpu();
+  return in_groups;
 }
 
-// Counts the CTAs that have counted their parts; after the last of them all counters are 0 again,
-// whatever the list said.
-__device__ __forceinline__ int count_cta(const BatchAttentionParams& params) {
-  return atomicAdd(params.attention.counters, 1);
-}
-__device__ __forceinline__ void clear_counters(const BatchAttentionParams& params) {
-  for (int i = threadIdx.x; i < num_batch_counters(params.num_ctas); i += blockDim.x) {
-    params.attention.counters[i] = 0;
+// After a CTA's records: counts its parts, and adds up the tiles that are complete with them. The
+// last CTA of all sets all counters to 0 again, whatever the list said.
+template <typename T, int kWarps>
+__device__ __forceinline__ void finish(const BatchAttentionParams& params, OwnCuts& cuts,
+                                       int lane) {
+  __shared__ bool is_last;
+  const AttentionParams& attention = params.attention;
+  const float scale = exponent_scale(attention.sm_scale, attention.logits_soft_cap);
+  // Why early where that may be: the answer arrives while tiles are added up.
+  bool counts_later = false;
+  int ctas_before = 0;
+  if (threadIdx.x == 0) {
+    counts_later = count_parts(params, cuts, lane);
+    if (!counts_later) ctas_before = atomicAdd(attention.counters, 1);
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    if (!cuts.completes[i]) continue;
+    const CutTile& tile = cuts.tiles[i];
+    const CutParts parts = parts_of(tile);
+    if (parts.in_groups()) {
+      merge_group<kWarps>(attention, parts, group_of(params, tile, cuts.partial_rows[i]), scale);
+      if (!counts_last(tile_counter(params, cuts.index[i], lane), parts.num_groups())) continue;
+    }
+    merge_tile<T, kWarps>(attention, parts, scale,
+                          [&](int row) { return row_target(params, tile, row); });
+  }
+  if (threadIdx.x == 0) {
+    if (counts_later) {
+      fence_gpu();
+      ctas_before = atomicAdd(attention.counters, 1);
+    }
+    is_last = ctas_before + 1 == params.num_ctas;
+  }
+  __syncthreads();
+  if (!is_last) return;
+  for (int i = threadIdx.x; i < num_batch_counters(params.num_ctas); i += kWarps * 32) {
+    attention.counters[i] = 0;
   }
 }
 

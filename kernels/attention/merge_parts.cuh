@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention/row_target.cuh"
+#include "common/fence.cuh"
 #include "common/pack.cuh"
 
 namespace ridgeline {
@@ -166,20 +167,104 @@ __device__ __forceinline__ void store_sums(const AttentionParams& params, const 
   if (column == 0) target.write_lse(params, scale, sums.maximum, sums.sum);
 }
 
-// The rows of a tile, by all warps of a CTA: of row `row` the parts row_parts(row), the result at
-// row_goes(row), or nowhere if its token is negative.
-template <typename T, int kWarps, typename RowParts, typename RowGoes>
-__device__ __forceinline__ void merge_tile(const AttentionParams& params, int num_rows, float scale,
-                                           RowParts row_parts, RowGoes row_goes) {
+// The parts of a tile: its first row's, with the next row's a row further each.
+struct CutParts {
+  CutRow row;
+  int num_rows;
+
+  __device__ __forceinline__ CutRow of_row(int i) const {
+    return {row.first + i, row.stride, row.num_parts};
+  }
+  __device__ __forceinline__ bool in_groups() const { return row.num_parts > kMaxPartsOfCta; }
+  __device__ __forceinline__ int num_groups() const {
+    return (row.num_parts + kPartsAtOnce - 1) / kPartsAtOnce;
+  }
+};
+
+// Puts the sums of a tile's `group`, by all warps of a CTA, in the place of the group's first part.
+template <int kWarps>
+__device__ __forceinline__ void merge_group(const AttentionParams& params, const CutParts& parts,
+                                            int group, float scale) {
+  const int begin = group * kPartsAtOnce;
+#pragma unroll 1
+  for (int i = threadIdx.x / 32; i < parts.num_rows; i += kWarps) {
+    const CutRow row = parts.of_row(i);
+    const int64 place = row.first + int64(begin) * row.stride;
+    float2 stats;
+#pragma unroll 1
+    for (int block = 0; block < num_column_blocks(params); ++block) {
+      const int column = lane_column(block);
+      const RowSums sums = add_group(params, row, begin, column, scale);
+      stats = make_float2(sums.maximum, sums.sum);
+      if (column < params.head_dim_vo) {
+        *reinterpret_cast<float4*>(params.partial_out + place * params.head_dim_vo + column) =
+            sums.values;
+      }
+    }
+    if (threadIdx.x % 32 == 0) reinterpret_cast<float2*>(params.partial_stats)[place] = stats;
+  }
+}
+
+// The groups of a row, which merge_group() left.
+__device__ __forceinline__ RowSums add_groups(const AttentionParams& params, const CutRow& row,
+                                              int column, float scale) {
+  constexpr int kAtOnce = 8;
+  const int64 stride = int64(row.stride) * kPartsAtOnce;
+  RowSums sums = no_sums();
+#pragma unroll 1
+  for (int begin = 0; begin * kPartsAtOnce < row.num_parts; begin += kAtOnce) {
+    RowSums groups[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      groups[i] = no_sums();
+      if ((begin + i) * kPartsAtOnce >= row.num_parts) continue;
+      const int64 place = row.first + (begin + i) * stride;
+      const float2 stats = __ldcg(reinterpret_cast<const float2*>(params.partial_stats) + place);
+      groups[i].maximum = stats.x;
+      groups[i].sum = stats.y;
+      if (column >= params.head_dim_vo) continue;
+      groups[i].values = __ldcg(reinterpret_cast<const float4*>(
+          params.partial_out + place * params.head_dim_vo + column));
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if ((begin + i) * kPartsAtOnce < row.num_parts) append(sums, groups[i], scale);
+    }
+  }
+  return sums;
+}
+
+// The rows of a tile, by all warps of a CTA. Row i goes to row_goes(i), or nowhere if its token is
+// negative.
+template <typename T, int kWarps, typename RowGoes>
+__device__ __forceinline__ void merge_tile(const AttentionParams& params, const CutParts& parts,
+                                           float scale, RowGoes row_goes) {
   const int blocks = num_column_blocks(params);
 #pragma unroll 1
-  for (int i = threadIdx.x / 32; i < num_rows * blocks; i += kWarps) {
+  for (int i = threadIdx.x / 32; i < parts.num_rows * blocks; i += kWarps) {
     const int row = blocks == 1 ? i : i / blocks;
     const int column = lane_column(i - row * blocks);
     const RowTarget target = row_goes(row);
     if (target.token < 0) continue;
-    store_sums<T>(params, target, column, add_parts(params, row_parts(row), column, scale), scale);
+    const CutRow of_row = parts.of_row(row);
+    const RowSums sums = parts.in_groups() ? add_groups(params, of_row, column, scale)
+                                           : add_parts(params, of_row, column, scale);
+    store_sums<T>(params, target, column, sums, scale);
   }
+}
+
+// Whether this CTA counted the last of `expected`, by its thread 0. All threads call it, and each
+// may read afterwards what other CTAs wrote before they counted.
+__device__ __forceinline__ bool counts_last(int* counter, int expected) {
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    fence_gpu();
+    is_last = atomicAdd(counter, 1) + 1 == expected;
+    fence_gpu();
+  }
+  __syncthreads();
+  return is_last;
 }
 
 }  // namespace ridgeline

@@ -78,8 +78,8 @@ inline constexpr int kPartsAtOnce = 20;
 constexpr int combine_ctas(int num_splits, int num_rows) {
   return num_splits > kPartsAtOnce ? num_rows : (num_rows + kCombineWarps - 1) / kCombineWarps;
 }
-// More parts than these are too many for one CTA to add up.
-inline constexpr int kMaxPartsOfCta = 72;
+// More parts are too many for one CTA to add up: groups of kPartsAtOnce are added up first.
+inline constexpr int kMaxPartsOfCta = 60;
 
 // How a CTA works on one query tile.
 struct TileConfig {

@@ -15,29 +15,33 @@
 namespace ridgeline {
 
 // Counts a part of a tile, which all threads of the CTA have written; with the last one it adds all
-// of them up.
+// of them up. Very many are added up in groups first, each by the CTA that completes it.
 template <typename T, typename Traits>
 __device__ __forceinline__ void finish_part(const AttentionParams& params, const WorkItem& work) {
-  __shared__ bool completes;
+  constexpr int kWarps = Traits::kNumThreads / 32;
   const int num_splits = params.num_splits.divisor;
-  const int tile = params.num_splits.quotient(work.partial_row / Traits::kTileQ);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    int* counter = params.counters + tile;
-    __threadfence();
-    completes = atomicAdd(counter, 1) + 1 == num_splits;
-    if (completes) *counter = 0;
-    __threadfence();
+  const int slot = work.partial_row / Traits::kTileQ;
+  const int tile = params.num_splits.quotient(slot);
+  const float scale = Traits::Variant::exponent_scale(params);
+  const CutParts parts = {
+      {int64(tile) * num_splits * Traits::kTileQ, Traits::kTileQ, num_splits},
+      tile_rows<Traits>(params, {params.qo_len, params.kv_len}, work)};
+  int* counter = params.counters + tile;
+  int expected = num_splits;
+  if (parts.in_groups()) {
+    const int group = (slot - tile * num_splits) / kPartsAtOnce;
+    int* of_group = params.counters + params.num_q_tiles * int(params.num_kv_heads.divisor) +
+                    tile * parts.num_groups() + group;
+    const int size = min(kPartsAtOnce, num_splits - group * kPartsAtOnce);
+    if (!counts_last(of_group, size)) return;
+    if (threadIdx.x == 0) *of_group = 0;
+    merge_group<kWarps>(params, parts, group, scale);
+    expected = parts.num_groups();
   }
-  __syncthreads();
-  if (!completes) return;
-  merge_tile<T, Traits::kNumThreads / 32>(
-      params, tile_rows<Traits>(params, {params.qo_len, params.kv_len}, work),
-      Traits::Variant::exponent_scale(params),
-      [&](int row) -> CutRow {
-        return {int64(tile) * num_splits * Traits::kTileQ + row, Traits::kTileQ, num_splits};
-      },
-      [&](int row) { return row_target(params, work, row); });
+  if (!counts_last(counter, expected)) return;
+  if (threadIdx.x == 0) *counter = 0;
+  merge_tile<T, kWarps>(params, parts, scale,
+                        [&](int row) { return row_target(params, work, row); });
 }
 
 template <typename T, typename Dims, int kTileQ, typename Kv, typename Variant>

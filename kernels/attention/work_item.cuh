@@ -33,7 +33,6 @@ struct BatchItem {
   KeyRange seen_by_all;  // keys that every row of the tile sees
   int kv_origin;  // where the request's keys begin: entry of kv_indices, token, or row of the batch
   int height_idx;  // in the kernel's list of tile heights
-  int cut_tile;    // which of the list's cut tiles it is a part of, or -1
 };
 
 // The keys that a query sees. Query i stands at key i + kv_len - qo_len; causal queries see no key
