@@ -1,8 +1,8 @@
 // Attention for a batch of requests of any lengths, sm_75 and up: as in portable.cuh, with queries
 // and keys of each request where the work list says. A CTA runs the records of its team's share
 // (or, in a list by tile, one record), each a query tile of its own KV head against a range of
-// keys; tiles of two heights may meet in one launch. Parts of cut tiles are added up by the CTA that
-// finishes last, or by batch_combine.cuh.
+// keys; tiles of two heights may meet in one launch. Parts of cut tiles are added up by the CTA
+// that finishes last, or by batch_combine.cuh.
 //
 // The list is the caller's: every field is held to its range, and a list of another configuration
 // (its tag differs) runs nothing.

@@ -172,7 +172,7 @@ struct BatchAttentionParams {
       attention;  // its lengths, splits and token strides of k and v apply to no request
   const int* list;
   const int* kv_indices;                   // [num_indices]; null: not paged
-  const int* qo_indptr;  // [batch_size + 1]; null: every row of q is a request
+  const int* qo_indptr;                    // [batch_size + 1]; null: every row of q is a request
   int64 records_at;                        // words
   int64 k_origin_stride, v_origin_stride;  // elements, dense: from an origin to the next
   uint32 k_page_units, k_token_units,

@@ -1,5 +1,5 @@
-// What is left of a batch once its records are done: the parts of cut tiles are added up, and output
-// rows cleared that belong to no request, or to one beyond its max_q_len.
+// What is left of a batch once its records are done: the parts of cut tiles are added up, and
+// output rows cleared that belong to no request, or to one beyond its max_q_len.
 #pragma once
 
 #include "attention/batch_params.h"
@@ -50,8 +50,8 @@ __device__ __forceinline__ void fill_tokens(const AttentionParams& params, int64
   for (int64 i = begin * num_heads + first_warp; i < end * num_heads; i += num_warps) {
     const RowTarget target = {int(i / num_heads), int(i % num_heads)};
     for (int block = 0; block < num_column_blocks(params); ++block) {
-      store_columns<T>(params, target, lane_column(block),
-                       make_float4(value, value, value, value), 1.0f);
+      store_columns<T>(params, target, lane_column(block), make_float4(value, value, value, value),
+                       1.0f);
     }
     if (threadIdx.x % 32 == 0 && params.lse != nullptr) params.lse[i] = lse;
   }
@@ -80,9 +80,9 @@ __device__ __forceinline__ void clear_rows(const BatchAttentionParams& params, i
 // The tiles that a CTA's first and last record are parts of.
 struct OwnCuts {
   CutTile tiles[2];
-  int index[2];        // in the list's tiles, or -1
+  int index[2];         // in the list's tiles, or -1
   int partial_rows[2];  // where the CTA's own part is
-  bool completes[2];   // it counted the last part of the tile, or of its group of parts
+  bool completes[2];    // it counted the last part of the tile, or of its group of parts
 };
 
 // Counters, of which the first counts CTAs.
@@ -98,8 +98,8 @@ __device__ __forceinline__ int group_of(const BatchAttentionParams& params, cons
 }
 __device__ __forceinline__ int* group_counter(const BatchAttentionParams& params,
                                               const CutTile& tile, int group) {
-  const int place = params.slot_rows.quotient(tile.partial_row) +
-                    group * int(params.team_size.divisor);
+  const int place =
+      params.slot_rows.quotient(tile.partial_row) + group * int(params.team_size.divisor);
   return params.attention.counters + 1 + params.num_ctas + min(place, 2 * params.num_ctas - 1);
 }
 

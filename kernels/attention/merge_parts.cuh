@@ -80,8 +80,7 @@ __device__ __forceinline__ RowSums add_group(const AttentionParams& params, cons
     maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, distance));
   }
   // A part without visible keys has sum 0.
-  const float weight =
-      stats.y == 0.0f ? 0.0f : exp2_fast((stats.x - origin_of(maximum)) * scale);
+  const float weight = stats.y == 0.0f ? 0.0f : exp2_fast((stats.x - origin_of(maximum)) * scale);
   RowSums sums = no_sums();
   sums.maximum = maximum;
   sums.sum = __fmul_rn(weight, stats.y);

@@ -23,9 +23,8 @@ __device__ __forceinline__ void finish_part(const AttentionParams& params, const
   const int slot = work.partial_row / Traits::kTileQ;
   const int tile = params.num_splits.quotient(slot);
   const float scale = Traits::Variant::exponent_scale(params);
-  const CutParts parts = {
-      {int64(tile) * num_splits * Traits::kTileQ, Traits::kTileQ, num_splits},
-      tile_rows<Traits>(params, {params.qo_len, params.kv_len}, work)};
+  const CutParts parts = {{int64(tile) * num_splits * Traits::kTileQ, Traits::kTileQ, num_splits},
+                          tile_rows<Traits>(params, {params.qo_len, params.kv_len}, work)};
   int* counter = params.counters + tile;
   int expected = num_splits;
   if (parts.in_groups()) {
@@ -59,7 +58,8 @@ __global__ void __launch_bounds__(attention_block_size(Dims::kQk, Dims::kVo, kTi
   attend_tile<Traits>(
       params, {params.qo_len, params.kv_len}, blockIdx.x, get_work, make_kv, keep, [] {}, smem);
   if constexpr (kTileQ == 16) {
-    if (params.counters != nullptr) finish_part<T, Traits>(params, get_work(opaque(int(blockIdx.x))));
+    if (params.counters != nullptr)
+      finish_part<T, Traits>(params, get_work(opaque(int(blockIdx.x))));
   }
 }
 

@@ -198,12 +198,12 @@ void run(const Arg& q, const Arg& k, const Arg& v, const Tensor& out, float* lse
 
   const CombineParams combine = {params, plan.tile_q};
   const int64_t num_rows = shape.qo_len * shape.num_qo_heads;
-  launch(combine_kernel(problem.bf16), gpu,
-         {.grid_x = static_cast<unsigned>(
-              combine_ctas(plan.num_splits, static_cast<int>(num_rows))),
-          .block = kCombineThreads,
-          .pdl = gpu.sm >= 90},
-         &combine);
+  launch(
+      combine_kernel(problem.bf16), gpu,
+      {.grid_x = static_cast<unsigned>(combine_ctas(plan.num_splits, static_cast<int>(num_rows))),
+       .block = kCombineThreads,
+       .pdl = gpu.sm >= 90},
+      &combine);
 }
 
 Tensor empty_out(const Arg& q, int64_t head_dim_vo) {

@@ -242,8 +242,7 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const AttentionGpu
   }
 
   const Candidate& candidate = kCandidates[chosen];
-  const auto num_splits =
-      static_cast<int>(parts_of(candidate, problem, gpu, tiles_of(candidate)));
+  const auto num_splits = static_cast<int>(parts_of(candidate, problem, gpu, tiles_of(candidate)));
   return {.candidate = chosen,
           .tile_q = candidate.tile_q,
           .block = tile_of(candidate, gpu.sm).num_warps * 32,

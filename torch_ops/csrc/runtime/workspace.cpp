@@ -23,7 +23,7 @@ namespace ridgeline {
 namespace {
 
 constexpr int64_t kSmallest = int64_t{1} << 20;  // bytes
-constexpr int kFewestCounters = 2048;
+constexpr int kFewestCounters = 4096;
 // What a call leaves cleared for captures at least, what it clears at a time, and how often: a
 // capture takes a kilobyte or two, and nobody tells when its graph is gone.
 constexpr int kCountersAhead = 1 << 14;
@@ -100,9 +100,8 @@ Tensor allocate(const Device& device, CUstream stream, int64_t num_bytes, bool c
 uint64_t capture_of(CUstream stream) {
   CaptureStatus status = CaptureStatus::kNone;
   uint64_t id = 0;
-  driver_check(
-      driver().stream_get_capture_info(stream, &status, &id, nullptr, nullptr, nullptr),
-      "asking for the state of a stream");
+  driver_check(driver().stream_get_capture_info(stream, &status, &id, nullptr, nullptr, nullptr),
+               "asking for the state of a stream");
   return status == CaptureStatus::kNone ? 0 : id;
 }
 
