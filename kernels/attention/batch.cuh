@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(
     }
     __syncthreads();
   }
-  if (finishes) finish<T, kWarps>(params, cuts, assignment.lane);
+  if (finishes) finish<T, kWarps>(params, cuts, assignment.lane, merge_stage<Dims::kVo>(smem));
 }
 
 }  // namespace ridgeline

@@ -44,16 +44,21 @@ __device__ __forceinline__ RowTarget row_target(const BatchAttentionParams& para
 
 // The same value for every element of the tokens [begin, end), and one LSE.
 template <typename T>
-__device__ __forceinline__ void fill_tokens(const AttentionParams& params, int64 begin, int64 end,
+__device__ __forceinline__ void fill_tokens(const AttentionParams& params, int begin, int end,
                                             float value, float lse, int first_warp, int num_warps) {
-  const int64 num_heads = params.num_qo_heads;
-  for (int64 i = begin * num_heads + first_warp; i < end * num_heads; i += num_warps) {
-    const RowTarget target = {int(i / num_heads), int(i % num_heads)};
-    for (int block = 0; block < num_column_blocks(params); ++block) {
-      store_columns<T>(params, target, lane_column(block), make_float4(value, value, value, value),
-                       1.0f);
+#pragma unroll 1
+  for (int token = begin + first_warp; token < end; token += num_warps) {
+#pragma unroll 1
+    for (int head = 0; head < params.num_qo_heads; ++head) {
+#pragma unroll 1
+      for (int column = lane_column(); column < params.head_dim_vo; column += kColumnsOfWarp) {
+        store_columns<T>(params, {token, head}, column, make_float4(value, value, value, value),
+                         1.0f);
+      }
+      if (threadIdx.x % 32 == 0 && params.lse != nullptr) {
+        params.lse[int64(token) * params.num_qo_heads + head] = lse;
+      }
     }
-    if (threadIdx.x % 32 == 0 && params.lse != nullptr) params.lse[i] = lse;
   }
 }
 
@@ -65,15 +70,21 @@ __device__ __forceinline__ void clear_rows(const BatchAttentionParams& params, i
   const ListHeader& header = *reinterpret_cast<const ListHeader*>(params.list);
   const bool refused = header.tag != params.tag;
   if (!refused && params.qo_indptr == nullptr) return;
-  const int num_tokens = refused ? 0 : max(0, min(header.num_tokens, params.num_tokens));
+  const int num_requests = refused || params.max_q_len >= params.num_tokens ? 0 : params.batch_size;
   const float value = refused ? __uint_as_float(0x7fffffffu) : 0.0f;
-  fill_tokens<T>(params.attention, num_tokens, params.num_tokens, value,
-                 refused ? value : -kInfinity, first_warp, num_warps);
-  if (refused || params.max_q_len >= params.num_tokens) return;
-  for (int request = first_warp; request < params.batch_size; request += num_warps) {
-    const int64 begin = max(0, params.qo_indptr[request]);
-    const int64 end = min(params.qo_indptr[request + 1], params.num_tokens);
-    fill_tokens<T>(params.attention, begin + params.max_q_len, end, 0.0f, -kInfinity, 0, 1);
+  const float lse = refused ? value : -kInfinity;
+  // Ranges of tokens: what no request has, by all warps, then what is too long of each request.
+  int begin = refused ? 0 : max(0, min(header.num_tokens, params.num_tokens));
+  int end = params.num_tokens;
+  int step = num_warps;
+#pragma unroll 1
+  for (int request = first_warp;; request += num_warps) {
+    fill_tokens<T>(params.attention, begin, end, value, lse, step == 1 ? 0 : first_warp, step);
+    if (request >= num_requests) return;
+    const int64 first = max(0, params.qo_indptr[request]);
+    end = min(params.qo_indptr[request + 1], params.num_tokens);
+    begin = int(min(first + params.max_q_len, int64(params.num_tokens)));
+    step = 1;
   }
 }
 
@@ -103,71 +114,63 @@ __device__ __forceinline__ int* group_counter(const BatchAttentionParams& params
   return params.attention.counters + 1 + params.num_ctas + min(place, 2 * params.num_ctas - 1);
 }
 
-// Counts a CTA's parts, all of whose threads wrote them before a barrier. One thread calls it.
-// Returns whether one of the tiles is added up in groups first.
-__device__ __forceinline__ bool count_parts(const BatchAttentionParams& params, OwnCuts& cuts,
-                                            int lane) {
-  int counted[2] = {}, expected[2] = {};
-  bool in_groups = false;
-  fence_gpu();
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (cuts.index[i] < 0) continue;
-    const CutTile tile = checked_tile(params, cuts.tiles[i], lane);
-    cuts.tiles[i] = tile;
-    int* counter = tile_counter(params, cuts.index[i], lane);
-    expected[i] = tile.num_pieces;
-    if (parts_of(tile).in_groups()) {
-      const int group = group_of(params, tile, cuts.partial_rows[i]);
-      counter = group_counter(params, tile, group);
-      expected[i] = min(kPartsAtOnce, tile.num_pieces - group * kPartsAtOnce);
-      in_groups = true;
-    }
-    counted[i] = atomicAdd(counter, 1) + 1;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) cuts.completes[i] = counted[i] > 0 && counted[i] == expected[i];
-  fence_gpu();
-  return in_groups;
-}
-
 // After a CTA's records: counts its parts, and adds up the tiles that are complete with them. The
 // last CTA of all sets all counters to 0 again, whatever the list said.
-template <typename T, int kWarps>
+template <typename T, int kWarps, typename Stage>
 __device__ __forceinline__ void finish(const BatchAttentionParams& params, OwnCuts& cuts,
-                                       int lane) {
+                                       int lane, const Stage& stage) {
   __shared__ bool is_last;
   const AttentionParams& attention = params.attention;
   const float scale = exponent_scale(attention.sm_scale, attention.logits_soft_cap);
-  // Why early where that may be: the answer arrives while tiles are added up.
   bool counts_later = false;
   int ctas_before = 0;
-  if (threadIdx.x == 0) {
-    counts_later = count_parts(params, cuts, lane);
-    if (!counts_later) ctas_before = atomicAdd(attention.counters, 1);
+  if (threadIdx.x < 32) {
+    const int i = threadIdx.x;
+    if (i < 2) cuts.completes[i] = false;
+    if (i < 2 && cuts.index[i] >= 0) {
+      const CutTile tile = checked_tile(params, cuts.tiles[i], lane);
+      const CutParts parts = parts_of(tile);
+      cuts.tiles[i] = tile;
+      int* counter = tile_counter(params, cuts.index[i], lane);
+      int expected = tile.num_pieces;
+      if (parts.in_groups()) {
+        const int group = group_of(params, tile, cuts.partial_rows[i]);
+        counter = group_counter(params, tile, group);
+        expected = parts.group_size(group);
+        counts_later = true;
+      }
+      fence_gpu();
+      cuts.completes[i] = count_up(counter) + 1 == expected;
+    }
+    counts_later = __any_sync(0xffffffffu, counts_later);
+    __syncwarp();
+    // Why now where that may be: the answer arrives while tiles are added up.
+    if (i == 0 && !counts_later) ctas_before = count_up(attention.counters);
   }
   __syncthreads();
 #pragma unroll 1
   for (int i = 0; i < 2; ++i) {
     if (!cuts.completes[i]) continue;
     const CutTile& tile = cuts.tiles[i];
-    const CutParts parts = parts_of(tile);
-    if (parts.in_groups()) {
-      merge_group<kWarps>(attention, parts, group_of(params, tile, cuts.partial_rows[i]), scale);
-      if (!counts_last(tile_counter(params, cuts.index[i], lane), parts.num_groups())) continue;
+    CutParts parts = parts_of(tile);
+    bool is_group = parts.in_groups();
+    if (is_group) parts = parts.of_group(group_of(params, tile, cuts.partial_rows[i]));
+    while (true) {
+      merge_rows<T, kWarps>(attention, parts, is_group, scale, stage,
+                            [&](int row) { return row_target(params, tile, row); });
+      if (!is_group) break;
+      parts = parts_of(tile).of_groups();
+      if (!counts_last(tile_counter(params, cuts.index[i], lane), parts.row.num_parts)) break;
+      is_group = false;
     }
-    merge_tile<T, kWarps>(attention, parts, scale,
-                          [&](int row) { return row_target(params, tile, row); });
   }
   if (threadIdx.x == 0) {
-    if (counts_later) {
-      fence_gpu();
-      ctas_before = atomicAdd(attention.counters, 1);
-    }
+    if (counts_later) ctas_before = count_up(attention.counters);
     is_last = ctas_before + 1 == params.num_ctas;
   }
   __syncthreads();
   if (!is_last) return;
+#pragma unroll 1
   for (int i = threadIdx.x; i < num_batch_counters(params.num_ctas); i += kWarps * 32) {
     attention.counters[i] = 0;
   }

@@ -72,14 +72,14 @@ struct CombineParams {
 
 inline constexpr int kCombineThreads = 256;
 inline constexpr int kCombineWarps = kCombineThreads / 32;
-// Parts that a warp loads at once; of rows that have more, the warps of a combining CTA share
-// the groups.
-inline constexpr int kPartsAtOnce = 20;
+// Parts whose sums are added up first, before these groups are.
+inline constexpr int kPartsAtOnce = 17;
+// More parts are too many for one warp to add up a row: groups of them are added up side by side.
+inline constexpr int kMaxPartsOfWarp = 4 * kPartsAtOnce;
+// A warp takes a row, or all of a CTA where there are very many parts.
 constexpr int combine_ctas(int num_splits, int num_rows) {
-  return num_splits > kPartsAtOnce ? num_rows : (num_rows + kCombineWarps - 1) / kCombineWarps;
+  return num_splits > kMaxPartsOfWarp ? num_rows : (num_rows + kCombineWarps - 1) / kCombineWarps;
 }
-// More parts are too many for one CTA to add up: groups of kPartsAtOnce are added up first.
-inline constexpr int kMaxPartsOfCta = 60;
 
 // How a CTA works on one query tile.
 struct TileConfig {

@@ -17,30 +17,34 @@ namespace ridgeline {
 // Counts a part of a tile, which all threads of the CTA have written; with the last one it adds all
 // of them up. Very many are added up in groups first, each by the CTA that completes it.
 template <typename T, typename Traits>
-__device__ __forceinline__ void finish_part(const AttentionParams& params, const WorkItem& work) {
+__device__ __forceinline__ void finish_part(const AttentionParams& params, const WorkItem& work,
+                                            unsigned char* smem) {
   constexpr int kWarps = Traits::kNumThreads / 32;
   const int num_splits = params.num_splits.divisor;
   const int slot = work.partial_row / Traits::kTileQ;
   const int tile = params.num_splits.quotient(slot);
   const float scale = Traits::Variant::exponent_scale(params);
-  const CutParts parts = {{int64(tile) * num_splits * Traits::kTileQ, Traits::kTileQ, num_splits},
-                          tile_rows<Traits>(params, {params.qo_len, params.kv_len}, work)};
+  const CutParts all = {{int64(tile) * num_splits * Traits::kTileQ, Traits::kTileQ, num_splits},
+                        tile_rows<Traits>(params, {params.qo_len, params.kv_len}, work)};
+  CutParts parts = all;
   int* counter = params.counters + tile;
-  int expected = num_splits;
-  if (parts.in_groups()) {
+  bool is_group = all.in_groups();
+  if (is_group) {
     const int group = (slot - tile * num_splits) / kPartsAtOnce;
-    int* of_group = params.counters + params.num_q_tiles * int(params.num_kv_heads.divisor) +
-                    tile * parts.num_groups() + group;
-    const int size = min(kPartsAtOnce, num_splits - group * kPartsAtOnce);
-    if (!counts_last(of_group, size)) return;
-    if (threadIdx.x == 0) *of_group = 0;
-    merge_group<kWarps>(params, parts, group, scale);
-    expected = parts.num_groups();
+    counter = params.counters + params.num_q_tiles * int(params.num_kv_heads.divisor) +
+              tile * all.num_groups() + group;
+    parts = all.of_group(group);
   }
-  if (!counts_last(counter, expected)) return;
-  if (threadIdx.x == 0) *counter = 0;
-  merge_tile<T, kWarps>(params, parts, scale,
-                        [&](int row) { return row_target(params, work, row); });
+#pragma unroll 1
+  while (counts_last(counter, parts.row.num_parts)) {
+    if (threadIdx.x == 0) *counter = 0;
+    merge_rows<T, kWarps>(params, parts, is_group, scale, merge_stage<Traits::kVo>(smem),
+                          [&](int row) { return row_target(params, work, row); });
+    if (!is_group) return;
+    is_group = false;
+    counter = params.counters + tile;
+    parts = all.of_groups();
+  }
 }
 
 template <typename T, typename Dims, int kTileQ, typename Kv, typename Variant>
@@ -59,7 +63,7 @@ __global__ void __launch_bounds__(attention_block_size(Dims::kQk, Dims::kVo, kTi
       params, {params.qo_len, params.kv_len}, blockIdx.x, get_work, make_kv, keep, [] {}, smem);
   if constexpr (kTileQ == 16) {
     if (params.counters != nullptr)
-      finish_part<T, Traits>(params, get_work(opaque(int(blockIdx.x))));
+      finish_part<T, Traits>(params, get_work(opaque(int(blockIdx.x))), smem);
   }
 }
 
