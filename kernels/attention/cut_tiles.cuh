@@ -117,8 +117,8 @@ __device__ __forceinline__ int* group_counter(const BatchAttentionParams& params
 // After a CTA's records: counts its parts, and adds up the tiles that are complete with them. The
 // last CTA of all sets all counters to 0 again, whatever the list said.
 template <typename T, int kWarps, typename Stage>
-__device__ __forceinline__ void finish(const BatchAttentionParams& params, OwnCuts& cuts,
-                                       int lane, const Stage& stage) {
+__device__ __forceinline__ void finish(const BatchAttentionParams& params, OwnCuts& cuts, int lane,
+                                       const Stage& stage) {
   __shared__ bool is_last;
   const AttentionParams& attention = params.attention;
   const float scale = exponent_scale(attention.sm_scale, attention.logits_soft_cap);

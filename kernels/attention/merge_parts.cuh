@@ -1,8 +1,8 @@
 // Adds up the parts of rows whose keys were cut, from the first keys to the last:
 //   out = sum_p 2^((max_p - max) scale) sums_p / sum_p 2^((max_p - max) scale) sum_p
-// A warp takes 128 columns of a row, four a lane. Parts are added up in groups of kPartsAtOnce, then
-// the groups. The bits of a result follow from the parts alone: any warp of any kernel gets the same
-// ones. All SMs; any head_dim_vo that is a multiple of 8.
+// A warp takes 128 columns of a row, four a lane. Parts are added up in groups of kPartsAtOnce,
+// then the groups. The bits of a result follow from the parts alone: any warp of any kernel gets
+// the same ones. All SMs; any head_dim_vo that is a multiple of 8.
 #pragma once
 
 #include "attention/row_target.cuh"
@@ -182,7 +182,8 @@ struct Staged {
   }
 };
 
-// In the memory of a kernel's tiles, which are done. On sm_75 a copy does not run in the background.
+// In the memory of a kernel's tiles, which are done. On sm_75 a copy does not run in the
+// background.
 template <int kVo>
 __device__ __forceinline__ auto merge_stage(const unsigned char* smem) {
   if constexpr (kSm >= 80) {
@@ -213,7 +214,8 @@ __device__ __forceinline__ void store_columns(const AttentionParams& params,
 template <typename T>
 __device__ __forceinline__ void store_sums(const AttentionParams& params, const RowTarget& target,
                                            int column, const RowSums& sums, float scale) {
-  store_columns<T>(params, target, column, sums.values, sums.sum == 0.0f ? 0.0f : 1.0f / sums.sum);
+  store_columns<T>(params, target, column, sums.values,
+                   sums.sum == 0.0f ? 0.0f : reciprocal(sums.sum));
   if (column == 0) target.write_lse(params, scale, sums.maximum, sums.sum);
 }
 

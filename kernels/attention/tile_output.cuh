@@ -3,6 +3,7 @@
 
 #include "attention/row_target.cuh"
 #include "attention/tile_math.cuh"
+#include "common/opaque.cuh"
 
 namespace ridgeline {
 
@@ -106,7 +107,8 @@ __device__ __forceinline__ void merge_and_store(const AttentionParams& params, c
   constexpr int kRowBytes = Traits::kVo * int(sizeof(float));
   constexpr int kThreadsPerRow = Traits::kNumThreads / 16;
   float2* stats = reinterpret_cast<float2*>(query_tile);
-  const int lane = threadIdx.x % 32;
+  // Why opaque: places that a batch's loop over records would hold ready cost its tiles registers.
+  const int lane = opaque(int(threadIdx.x % 32));
   const int warp = threadIdx.x / 32;
   __syncthreads();
 #pragma unroll
