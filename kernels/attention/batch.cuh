@@ -75,10 +75,8 @@ __device__ __forceinline__ WorkRecord read_record(const int* words) {
 
 // Keeps which cut tile a CTA's first or last record is a part of, and has the tile copied.
 __device__ __forceinline__ void keep_cut(const BatchAttentionParams& params,
-                                         const WorkRecord& record, int partial_row, int place,
-                                         OwnCuts& cuts) {
-  if (partial_row < 0) return;
-  cuts.partial_rows[place] = partial_row;
+                                         const WorkRecord& record, int place, OwnCuts& cuts) {
+  if (record.partial_row < 0) return;
   cuts.index[place] = held_to(record.cut_tile, 0, params.max_cut_tiles - 1);
   const int* tile = params.list + kCutTilesAt + cuts.index[place] * kCutTileWords;
 #pragma unroll
@@ -185,7 +183,7 @@ __global__ void __launch_bounds__(
     item = checked_item(params, own.next, own.lane);
     assignment = own;
     cuts.index[0] = cuts.index[1] = -1;
-    if (finishes && own.index < own.end) keep_cut(params, own.next, item.work.partial_row, 0, cuts);
+    if (finishes && own.index < own.end) keep_cut(params, own.next, 0, cuts);
   }
   if (finishes && threadIdx.x >= 32) {
     clear_rows<T>(params, blockIdx.x * (kWarps - 1) + threadIdx.x / 32 - 1,
@@ -197,11 +195,13 @@ __global__ void __launch_bounds__(
     __syncthreads();
     if (threadIdx.x == 0 && ++assignment.index < assignment.end) {
       item = checked_item(params, assignment.next, assignment.lane);
-      if (finishes) keep_cut(params, assignment.next, item.work.partial_row, 1, cuts);
+      if (finishes) keep_cut(params, assignment.next, 1, cuts);
     }
     __syncthreads();
   }
-  if (finishes) finish<T, kWarps>(params, cuts, assignment.lane, merge_stage<Dims::kVo>(smem));
+  if (finishes) {
+    finish<T, kWarps, groups_at_once(Dims::kVo)>(params, cuts, assignment.lane);
+  }
 }
 
 }  // namespace ridgeline

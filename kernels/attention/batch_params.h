@@ -196,10 +196,9 @@ struct BatchAttentionParams {
   int tag;
 };
 
-// Counters of a launch: of its CTAs; of the parts, or groups of parts, of each cut tile, for each
-// head of a team; and of the parts of each group, by slots.
+// Counters of a launch: of its CTAs, and of the parts of each cut tile, for each head of a team.
 constexpr int num_batch_counters(int num_ctas) {
-  return 1 + num_ctas + 2 * num_ctas;
+  return 1 + num_ctas;
 }
 
 // Tile heights that one kernel holds, ascending.

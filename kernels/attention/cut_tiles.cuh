@@ -26,8 +26,8 @@ __device__ __forceinline__ const CutTile* cut_tiles_of(const int* list) {
   return reinterpret_cast<const CutTile*>(list + kCutTilesAt);
 }
 
-__device__ __forceinline__ CutParts parts_of(const CutTile& tile) {
-  return {{tile.partial_row, tile.piece_stride, tile.num_pieces}, tile.num_rows};
+__device__ __forceinline__ CutRow row_parts(const CutTile& tile, int row) {
+  return {int64(tile.partial_row) + row, tile.piece_stride, tile.num_pieces};
 }
 
 // Where a row of a cut tile goes; token -1: nowhere, the list is wrong.
@@ -91,83 +91,53 @@ __device__ __forceinline__ void clear_rows(const BatchAttentionParams& params, i
 // The tiles that a CTA's first and last record are parts of.
 struct OwnCuts {
   CutTile tiles[2];
-  int index[2];         // in the list's tiles, or -1
-  int partial_rows[2];  // where the CTA's own part is
-  bool completes[2];    // it counted the last part of the tile, or of its group of parts
+  int index[2];       // in the list's tiles, or -1
+  bool completes[2];  // it counted the last part
 };
 
-// Counters, of which the first counts CTAs.
-__device__ __forceinline__ int* tile_counter(const BatchAttentionParams& params, int index,
-                                             int lane) {
-  const int place = index * int(params.team_size.divisor) + lane;
-  return params.attention.counters + 1 + min(place, params.num_ctas - 1);
-}
-__device__ __forceinline__ int group_of(const BatchAttentionParams& params, const CutTile& tile,
-                                        int partial_row) {
-  const int slots = params.slot_rows.quotient(max(0, partial_row - tile.partial_row));
-  return int(params.team_size.quotient(slots)) / kPartsAtOnce;
-}
-__device__ __forceinline__ int* group_counter(const BatchAttentionParams& params,
-                                              const CutTile& tile, int group) {
-  const int place =
-      params.slot_rows.quotient(tile.partial_row) + group * int(params.team_size.divisor);
-  return params.attention.counters + 1 + params.num_ctas + min(place, 2 * params.num_ctas - 1);
+// Counts a CTA's parts, all of whose threads wrote them before a barrier. One thread calls it.
+__device__ __forceinline__ void count_parts(const BatchAttentionParams& params, OwnCuts& cuts,
+                                            int lane) {
+  int counted[2] = {};
+  __threadfence();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (cuts.index[i] < 0) continue;
+    const int place = cuts.index[i] * int(params.team_size.divisor) + lane;
+    counted[i] = atomicAdd(params.attention.counters + 1 + min(place, params.num_ctas - 1), 1);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    cuts.tiles[i] = checked_tile(params, cuts.tiles[i], lane);
+    cuts.completes[i] = cuts.index[i] >= 0 && counted[i] + 1 == cuts.tiles[i].num_pieces;
+  }
+  __threadfence();
 }
 
 // After a CTA's records: counts its parts, and adds up the tiles that are complete with them. The
 // last CTA of all sets all counters to 0 again, whatever the list said.
-template <typename T, int kWarps, typename Stage>
-__device__ __forceinline__ void finish(const BatchAttentionParams& params, OwnCuts& cuts, int lane,
-                                       const Stage& stage) {
+template <typename T, int kWarps, int kGroups>
+__device__ __forceinline__ void finish(const BatchAttentionParams& params, OwnCuts& cuts,
+                                       int lane) {
   __shared__ bool is_last;
   const AttentionParams& attention = params.attention;
-  const float scale = exponent_scale(attention.sm_scale, attention.logits_soft_cap);
-  bool counts_later = false;
   int ctas_before = 0;
-  if (threadIdx.x < 32) {
-    const int i = threadIdx.x;
-    if (i < 2) cuts.completes[i] = false;
-    if (i < 2 && cuts.index[i] >= 0) {
-      const CutTile tile = checked_tile(params, cuts.tiles[i], lane);
-      const CutParts parts = parts_of(tile);
-      cuts.tiles[i] = tile;
-      int* counter = tile_counter(params, cuts.index[i], lane);
-      int expected = tile.num_pieces;
-      if (parts.in_groups()) {
-        const int group = group_of(params, tile, cuts.partial_rows[i]);
-        counter = group_counter(params, tile, group);
-        expected = parts.group_size(group);
-        counts_later = true;
-      }
-      fence_gpu();
-      cuts.completes[i] = count_up(counter) + 1 == expected;
-    }
-    counts_later = __any_sync(0xffffffffu, counts_later);
-    __syncwarp();
-    // Why now where that may be: the answer arrives while tiles are added up.
-    if (i == 0 && !counts_later) ctas_before = count_up(attention.counters);
+  if (threadIdx.x == 0) {
+    count_parts(params, cuts, lane);
+    // Why now: the answer arrives while tiles are added up.
+    ctas_before = atomicAdd(attention.counters, 1);
   }
   __syncthreads();
+  const float scale = exponent_scale(attention.sm_scale, attention.logits_soft_cap);
 #pragma unroll 1
   for (int i = 0; i < 2; ++i) {
     if (!cuts.completes[i]) continue;
     const CutTile& tile = cuts.tiles[i];
-    CutParts parts = parts_of(tile);
-    bool is_group = parts.in_groups();
-    if (is_group) parts = parts.of_group(group_of(params, tile, cuts.partial_rows[i]));
-    while (true) {
-      merge_rows<T, kWarps>(attention, parts, is_group, scale, stage,
-                            [&](int row) { return row_target(params, tile, row); });
-      if (!is_group) break;
-      parts = parts_of(tile).of_groups();
-      if (!counts_last(tile_counter(params, cuts.index[i], lane), parts.row.num_parts)) break;
-      is_group = false;
-    }
+    merge_tile<T, kWarps, kGroups>(
+        attention, tile.num_rows, scale, [&](int row) { return row_parts(tile, row); },
+        [&](int row) { return row_target(params, tile, row); });
   }
-  if (threadIdx.x == 0) {
-    if (counts_later) ctas_before = count_up(attention.counters);
-    is_last = ctas_before + 1 == params.num_ctas;
-  }
+  if (threadIdx.x == 0) is_last = ctas_before + 1 == params.num_ctas;
   __syncthreads();
   if (!is_last) return;
 #pragma unroll 1

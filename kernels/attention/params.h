@@ -73,13 +73,13 @@ struct CombineParams {
 inline constexpr int kCombineThreads = 256;
 inline constexpr int kCombineWarps = kCombineThreads / 32;
 // Parts whose sums are added up first, before these groups are.
-inline constexpr int kPartsAtOnce = 17;
-// More parts are too many for one warp to add up a row: groups of them are added up side by side.
-inline constexpr int kMaxPartsOfWarp = 4 * kPartsAtOnce;
-// A warp takes a row, or all of a CTA where there are very many parts.
+inline constexpr int kPartsOfGroup = 8;
+// A combining warp takes a row; with more parts all warps of a CTA do.
 constexpr int combine_ctas(int num_splits, int num_rows) {
-  return num_splits > kMaxPartsOfWarp ? num_rows : (num_rows + kCombineWarps - 1) / kCombineWarps;
+  return num_splits > kPartsOfGroup ? num_rows : (num_rows + kCombineWarps - 1) / kCombineWarps;
 }
+// More parts are too many for the CTA that finishes last: a launch of its own adds them up sooner.
+inline constexpr int kMaxPartsOfCta = 34;
 
 // How a CTA works on one query tile.
 struct TileConfig {

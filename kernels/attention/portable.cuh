@@ -15,36 +15,29 @@
 namespace ridgeline {
 
 // Counts a part of a tile, which all threads of the CTA have written; with the last one it adds all
-// of them up. Very many are added up in groups first, each by the CTA that completes it.
+// of them up.
 template <typename T, typename Traits>
-__device__ __forceinline__ void finish_part(const AttentionParams& params, const WorkItem& work,
-                                            unsigned char* smem) {
-  constexpr int kWarps = Traits::kNumThreads / 32;
+__device__ __forceinline__ void finish_part(const AttentionParams& params, const WorkItem& work) {
+  __shared__ bool completes;
   const int num_splits = params.num_splits.divisor;
-  const int slot = work.partial_row / Traits::kTileQ;
-  const int tile = params.num_splits.quotient(slot);
-  const float scale = Traits::Variant::exponent_scale(params);
-  const CutParts all = {{int64(tile) * num_splits * Traits::kTileQ, Traits::kTileQ, num_splits},
-                        tile_rows<Traits>(params, {params.qo_len, params.kv_len}, work)};
-  CutParts parts = all;
-  int* counter = params.counters + tile;
-  bool is_group = all.in_groups();
-  if (is_group) {
-    const int group = (slot - tile * num_splits) / kPartsAtOnce;
-    counter = params.counters + params.num_q_tiles * int(params.num_kv_heads.divisor) +
-              tile * all.num_groups() + group;
-    parts = all.of_group(group);
+  const int tile = params.num_splits.quotient(work.partial_row / Traits::kTileQ);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int* counter = params.counters + tile;
+    __threadfence();
+    completes = atomicAdd(counter, 1) + 1 == num_splits;
+    if (completes) *counter = 0;
+    __threadfence();
   }
-#pragma unroll 1
-  while (counts_last(counter, parts.row.num_parts)) {
-    if (threadIdx.x == 0) *counter = 0;
-    merge_rows<T, kWarps>(params, parts, is_group, scale, merge_stage<Traits::kVo>(smem),
-                          [&](int row) { return row_target(params, work, row); });
-    if (!is_group) return;
-    is_group = false;
-    counter = params.counters + tile;
-    parts = all.of_groups();
-  }
+  __syncthreads();
+  if (!completes) return;
+  merge_tile<T, Traits::kNumThreads / 32, groups_at_once(Traits::kVo)>(
+      params, tile_rows<Traits>(params, {params.qo_len, params.kv_len}, work),
+      Traits::Variant::exponent_scale(params),
+      [&](int row) -> CutRow {
+        return {int64(tile) * num_splits * Traits::kTileQ + row, Traits::kTileQ, num_splits};
+      },
+      [&](int row) { return row_target(params, work, row); });
 }
 
 template <typename T, typename Dims, int kTileQ, typename Kv, typename Variant>
@@ -63,7 +56,7 @@ __global__ void __launch_bounds__(attention_block_size(Dims::kQk, Dims::kVo, kTi
       params, {params.qo_len, params.kv_len}, blockIdx.x, get_work, make_kv, keep, [] {}, smem);
   if constexpr (kTileQ == 16) {
     if (params.counters != nullptr)
-      finish_part<T, Traits>(params, get_work(opaque(int(blockIdx.x))), smem);
+      finish_part<T, Traits>(params, get_work(opaque(int(blockIdx.x))));
   }
 }
 

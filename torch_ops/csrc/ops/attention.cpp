@@ -180,11 +180,9 @@ void run(const Arg& q, const Arg& k, const Arg& v, const Tensor& out, float* lse
   std::optional<Workspace> parts;
   if (is_cut) {
     const int64_t num_rows = num_ctas * plan.tile_q;
-    // Of tiles, and of their groups of parts.
-    const int num_counters =
-        plan.num_q_tiles * static_cast<int>(shape.num_kv_heads) * (1 + plan.num_splits);
+    const int num_tiles = plan.num_q_tiles * static_cast<int>(shape.num_kv_heads);
     parts.emplace(gpu, num_rows * (shape.head_dim_vo + 2) * int64_t{sizeof(float)},
-                  plan.in_one_launch ? num_counters : 0);
+                  plan.in_one_launch ? num_tiles : 0);
     params.partial_out = static_cast<float*>(parts->data());
     params.partial_stats = params.partial_out + num_rows * shape.head_dim_vo;
     params.counters = parts->counters();

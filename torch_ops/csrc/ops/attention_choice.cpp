@@ -249,7 +249,7 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const AttentionGpu
           .dynamic_smem = smem_of(candidate, gpu.sm, problem.rotates),
           .num_q_tiles = static_cast<int>(ceil_div(rows, candidate.tile_q)),
           .num_splits = num_splits,
-          .in_one_launch = candidate.tile_q == 16};
+          .in_one_launch = candidate.tile_q == 16 && num_splits <= kMaxPartsOfCta};
 }
 
 }  // namespace ridgeline

@@ -245,7 +245,8 @@ BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu) {
           .max_tiles = by_tile ? static_cast<int>(max_tiles) : 0,
           .slot_rows = slot_rows,
           .num_partial_rows = slots * slot_rows + heights.high,
-          .in_one_launch = heights.high == 16 && !problem.invariant};
+          .in_one_launch = heights.high == 16 && !problem.invariant &&
+                           num_ctas / team_size + 1 <= kMaxPartsOfCta};
 }
 
 }  // namespace ridgeline

@@ -55,10 +55,7 @@ Driver load() {
   bind(table.ctx_push_current, "cuCtxPushCurrent");
   bind(table.ctx_pop_current, "cuCtxPopCurrent");
   bind(table.pointer_get_attribute, "cuPointerGetAttribute");
-  bind(table.stream_get_capture_info, "cuStreamGetCaptureInfo");
-  bind(table.event_create, "cuEventCreate");
-  bind(table.event_record, "cuEventRecord");
-  bind(table.event_query, "cuEventQuery");
+  bind(table.stream_is_capturing, "cuStreamIsCapturing");
   bind(table.thread_exchange_capture_mode, "cuThreadExchangeStreamCaptureMode");
   bind(table.library_load_data, "cuLibraryLoadData");
   bind(table.library_get_kernel, "cuLibraryGetKernel");

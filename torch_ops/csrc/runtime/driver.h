@@ -11,10 +11,7 @@ namespace ridgeline {
 using CUdevice = int;
 using CUresult = int;
 using CUcontext = struct CUctx_st*;
-using CUevent = struct CUevent_st*;
 using CUfunction = struct CUfunc_st*;
-using CUgraph = struct CUgraph_st*;
-using CUgraphNode = struct CUgraphNode_st*;
 using CUkernel = struct CUkern_st*;
 using CUlibrary = struct CUlib_st*;
 using CUstream = struct CUstream_st*;
@@ -51,7 +48,6 @@ enum class DeviceAttribute : int {
 };
 enum class FunctionAttribute : int { kMaxDynamicSharedMemory = 8 };
 enum class PointerAttribute : int { kDevicePointer = 3 };
-enum class EventFlag : unsigned { kDisableTiming = 2 };
 enum class CaptureStatus : int { kNone = 0, kActive = 1, kInvalidated = 2 };
 enum class CaptureMode : int { kGlobal = 0, kThreadLocal = 1, kRelaxed = 2 };
 
@@ -68,12 +64,7 @@ struct Driver {
   CUresult (*ctx_push_current)(CUcontext context);
   CUresult (*ctx_pop_current)(CUcontext* context);
   CUresult (*pointer_get_attribute)(void* value, PointerAttribute attribute, uint64_t address);
-  CUresult (*stream_get_capture_info)(CUstream stream, CaptureStatus* status, uint64_t* id,
-                                      CUgraph* graph, const CUgraphNode** dependencies,
-                                      size_t* num_dependencies);
-  CUresult (*event_create)(CUevent* event, EventFlag flags);
-  CUresult (*event_record)(CUevent event, CUstream stream);
-  CUresult (*event_query)(CUevent event);
+  CUresult (*stream_is_capturing)(CUstream stream, CaptureStatus* status);
   CUresult (*thread_exchange_capture_mode)(CaptureMode* mode);
   CUresult (*library_load_data)(CUlibrary* library, const void* code, int* jit_options,
                                 void** jit_values, unsigned num_jit_options, int* library_options,
@@ -94,17 +85,5 @@ std::string driver_error(CUresult error);
 
 // Throws std::runtime_error "<what>: <driver's own text>" unless the call succeeded.
 void driver_check(CUresult error, const std::string& what);
-
-// Lets this thread load modules and look at events while one of its streams is being captured.
-class RelaxedCapture {
- public:
-  RelaxedCapture() { driver().thread_exchange_capture_mode(&mode_); }
-  ~RelaxedCapture() { driver().thread_exchange_capture_mode(&mode_); }
-  RelaxedCapture(const RelaxedCapture&) = delete;
-  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
-
- private:
-  CaptureMode mode_ = CaptureMode::kRelaxed;
-};
 
 }  // namespace ridgeline

@@ -20,6 +20,18 @@ namespace {
 // What a launch gets without asking: 48 KiB, less room for what a kernel declares itself.
 constexpr unsigned kDefaultDynamicSmem = 40 * 1024;
 
+// Lets this thread load modules while one of its streams is being captured.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { driver().thread_exchange_capture_mode(&mode_); }
+  ~RelaxedCapture() { driver().thread_exchange_capture_mode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  CaptureMode mode_ = CaptureMode::kRelaxed;
+};
+
 }  // namespace
 
 const Kernel::Module& Kernel::module(const Device& device) {

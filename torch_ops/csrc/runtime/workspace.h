@@ -15,9 +15,8 @@ namespace ridgeline {
 // that launches of two threads do not mix. While a graph is being captured the memory is the
 // call's own, from the graph's pool.
 //
-// Counters are zeros that every launch must leave as zeros. A stream has its own, and so has a
-// stream of a capture: no two launches that may run at once share them. What a capture gets was
-// set aside and cleared by calls before it; where there were none, it gets no counters.
+// Counters belong to the stream too: zeros, which a launch leaves as zeros. A captured call has
+// none, since nothing would clear memory of the graph's pool before each replay.
 class Workspace {
  public:
   Workspace(const Device& device, int64_t num_bytes, int num_counters);
