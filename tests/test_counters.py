@@ -1,4 +1,4 @@
-"""One launch for decodes whose keys are cut: counters that are shared by none and left as zeros."""
+"""Decodes in one launch: counters that none share and all leave as zeros; two give the same bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 GPU = torch.device("cuda", 0)
 LONG = ((1, 20_000), *((1, 90 + i) for i in range(40)))
-# With one KV head on 264 CTAs a request has so many parts that they are added up in groups.
+# With one KV head on 264 CTAs a request has so many parts that a second launch adds them up.
 DIMS = [(64, 64), (192, 128), (256, 256)]
 HEADS = [(32, 8), (8, 8), (8, 2), (16, 1), (6, 3)]
 
@@ -78,7 +78,7 @@ def test_single_requests(heads: tuple[int, int], rng: torch.Generator) -> None:
 
 
 def test_two_graphs_at_once(rng: torch.Generator) -> None:
-    """Captured on one stream one after the other, replayed on two: each has its own counters."""
+    """Captured on one stream one after the other, replayed on two."""
     all_problems = list(problems(rng))
     expected = [problem.call() for problem in all_problems]
     torch.cuda.synchronize()
@@ -176,8 +176,8 @@ def test_rows_that_no_record_writes(rng: torch.Generator) -> None:
     assert (cut[begin:] == 0).all()
 
 
-def test_without_counters() -> None:
-    """A capture before any other call has none: two launches, and the same bits."""
+def test_two_launches() -> None:
+    """A capture has none: two launches, and the same bits; also where it is the first call."""
     code = """
 import torch
 from test_counters import GPU, HEADS, Single, batch
