@@ -1,4 +1,4 @@
-"""Decodes in one launch: counters that none share and all leave as zeros; two give the same bits."""
+"""Decodes in one launch: counters that none share, left as zeros; two launches, the same bits."""
 
 from __future__ import annotations
 
