@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(
     __syncthreads();
   }
   if (finishes) {
-    finish<T, kWarps, groups_at_once(Dims::kVo)>(params, cuts, assignment.lane);
+    finish<T, kWarps, groups_at_once(Dims::kVo, kSm)>(params, cuts, assignment.lane);
   }
 }
 

@@ -191,8 +191,8 @@ __device__ __forceinline__ void merge_tile(const AttentionParams& params, int nu
 }
 
 // Groups of parts whose loads fit the registers of a kernel with tiles of 16 rows.
-constexpr int groups_at_once(int head_dim_vo) {
-  return head_dim_vo > 64 ? 4 : 2;
+constexpr int groups_at_once(int head_dim_vo, int sm) {
+  return head_dim_vo > 64 && sm >= 80 ? 4 : 2;
 }
 
 }  // namespace ridgeline

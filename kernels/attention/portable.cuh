@@ -31,7 +31,7 @@ __device__ __forceinline__ void finish_part(const AttentionParams& params, const
   }
   __syncthreads();
   if (!completes) return;
-  merge_tile<T, Traits::kNumThreads / 32, groups_at_once(Traits::kVo)>(
+  merge_tile<T, Traits::kNumThreads / 32, groups_at_once(Traits::kVo, kSm)>(
       params, tile_rows<Traits>(params, {params.qo_len, params.kv_len}, work),
       Traits::Variant::exponent_scale(params),
       [&](int row) -> CutRow {
