@@ -41,7 +41,7 @@ struct alignas(16) WorkRecord {
   int kv_len;
   int kv_begin, kv_end;  // keys to visit
   int partial_row;       // where the first CTA's partial result goes, or -1: results are final
-  int unused;
+  int cut_tile;          // which of the cut tiles it is a part of, where it is one
 };
 inline constexpr int kRecordWords = 12;
 static_assert(sizeof(WorkRecord) == kRecordWords * 4, "whole words");
@@ -172,6 +172,7 @@ struct BatchAttentionParams {
       attention;  // its lengths, splits and token strides of k and v apply to no request
   const int* list;
   const int* kv_indices;                   // [num_indices]; null: not paged
+  const int* qo_indptr;                    // [batch_size + 1]; null: every row of q is a request
   int64 records_at;                        // words
   int64 k_origin_stride, v_origin_stride;  // elements, dense: from an origin to the next
   uint32 k_page_units, k_token_units,
@@ -185,33 +186,20 @@ struct BatchAttentionParams {
   int max_records;
   int num_ctas;  // of all teams of a list that is shared out
   Divider team_size;
-  int slot_rows;
+  Divider slot_rows;
+  int max_cut_tiles;
   int num_tokens;        // rows of q
   int last_partial_row;  // from which a whole tile fits the workspace
+  int last_slot_row;     // from which a whole slot fits
+  int batch_size;
+  int max_q_len;
   int tag;
 };
 
-struct BatchCombineParams {
-  const float* partial_out;    // [num_partial_rows, head_dim_vo]
-  const float* partial_stats;  // [num_partial_rows, 2]
-  void* out;                   // [num_tokens, num_qo_heads, head_dim_vo]
-  float* lse;                  // [num_tokens, num_qo_heads]; null: not wanted
-  const int* list;
-  const int* qo_indptr;  // [batch_size + 1]; null: no request can be longer than max_q_len
-  int64 out_stride_token, out_stride_head;
-  int batch_size;
-  int max_q_len;
-  int max_cut_tiles;
-  int num_partial_rows;
-  int num_tokens;
-  int num_qo_heads;
-  int head_dim_vo;
-  Divider group_size;
-  Divider team_size;
-  Divider slot_rows;
-  float exponent_scale;
-  int tag;
-};
+// Counters of a launch: of its CTAs, and of the parts of each cut tile, for each head of a team.
+constexpr int num_batch_counters(int num_ctas) {
+  return 1 + num_ctas;
+}
 
 // Tile heights that one kernel holds, ascending.
 template <int... heights>

@@ -355,12 +355,14 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
     } else if (begin > 0) {
       const int inner_cuts = first_records[c] - from.unit;
       record.partial_row = (inner_cuts + cut_tiles_before[c] - 1) * slot_rows;
+      record.cut_tile = cut_tiles_before[c] - 1;
     } else if (ends_inside) {
       const int inner_cuts = first_records[c + 1] - to.unit;
       const int tile = cut_tiles_before[c + 1] - 1;
       const int last =
           last_at_most(c + 1, params.num_teams, unit, [&](int i) { return cuts[i].unit; });
       record.partial_row = (inner_cuts + tile - 1) * slot_rows;
+      record.cut_tile = tile;
       cut_tiles[tile] = {
           record.q_begin,     record.q_row_begin,
           record.kv_head,     min(int(height.tile_q.divisor), num_rows - item.q_row_begin),

@@ -1,6 +1,7 @@
 // From global memory to the swizzled tiles of shared memory, in the background.
 #pragma once
 
+#include "attention/row_target.cuh"
 #include "attention/tile_traits.cuh"
 #include "common/cp_async.cuh"
 #include "common/opaque.cuh"
@@ -47,8 +48,8 @@ __device__ __forceinline__ void load_query(const AttentionParams& params, const 
   static_assert(Traits::kTileQ / kRowsPerPass <= 8, "a warp has a lane for each of its rows");
   const int lane = threadIdx.x % 32;
   const int row = lane / 4 * kRowsPerPass + threadIdx.x / 32 * 4 + lane % 4;
-  const RowPlace place = row_place(params, work, min(row, num_rows - 1));
-  const int64 offset = place.token * params.q_stride_token + place.head * params.q_stride_head;
+  const RowTarget target = row_target(params, work, min(row, num_rows - 1));
+  const int64 offset = target.token * params.q_stride_token + target.head * params.q_stride_head;
   load_rows<Traits::kTileQ, Traits::kQk, Traits::kNumThreads, T>(
       tile, threadIdx.x, params.head_dim_qk, num_rows,
       [&](int /*lane_row*/, int /*row*/, int pass, int element) {

@@ -1,19 +1,11 @@
 // From a warp's sums to memory: final rows and their LSE, or the partial result of a slot.
 #pragma once
 
+#include "attention/row_target.cuh"
 #include "attention/tile_math.cuh"
+#include "common/opaque.cuh"
 
 namespace ridgeline {
-
-__device__ __forceinline__ void write_lse(const AttentionParams& params, const RowPlace& place,
-                                          float scale, float maximum, float sum) {
-  params.lse[int64(place.token) * params.num_qo_heads + place.head] =
-      sum == 0.0f ? -kInfinity : maximum * (scale * kLn2) + logf(sum);
-}
-
-__device__ __forceinline__ int64 out_offset(const AttentionParams& params, const RowPlace& place) {
-  return place.token * params.out_stride_token + place.head * params.out_stride_head;
-}
 
 // A row's sum over the four lanes that hold it.
 __device__ __forceinline__ float quad_sum(float value) {
@@ -65,7 +57,7 @@ __device__ __forceinline__ void store_final(const AttentionParams& params, const
   unsigned char* rows = query_tile + warp_row * Traits::kQueryRowBytes;
   const int lane = threadIdx.x % 32;
   const int64 offset =
-      out_offset(params, row_place(params, work, min(warp_row + lane, num_rows - 1)));
+      row_target(params, work, min(warp_row + lane, num_rows - 1)).out_offset(params);
   float sum[Traits::kMFrags][2];
   __syncwarp();
 #pragma unroll
@@ -89,8 +81,8 @@ __device__ __forceinline__ void store_final(const AttentionParams& params, const
     for (int i = 0; i < 2 * Traits::kMFrags; ++i) {
       const int row = warp_row + i * 8 + lane / 4;
       if (lane % 4 == 0 && row < num_rows) {
-        write_lse(params, row_place(params, work, row), scale, state.maximum[i / 2][i % 2],
-                  sum[i / 2][i % 2]);
+        row_target(params, work, row)
+            .write_lse(params, scale, state.maximum[i / 2][i % 2], sum[i / 2][i % 2]);
       }
     }
   }
@@ -130,7 +122,8 @@ __device__ __forceinline__ void merge_and_store(const AttentionParams& params, c
   constexpr int kRowBytes = Traits::kVo * int(sizeof(float));
   constexpr int kThreadsPerRow = Traits::kNumThreads / 16;
   float2* stats = reinterpret_cast<float2*>(query_tile);
-  const int lane = threadIdx.x % 32;
+  // Why opaque: places that a batch's loop over records would hold ready cost its tiles registers.
+  const int lane = opaque(int(threadIdx.x % 32));
   const int warp = threadIdx.x / 32;
   __syncthreads();
 #pragma unroll
@@ -162,13 +155,13 @@ __device__ __forceinline__ void merge_and_store(const AttentionParams& params, c
   }
 
   const bool final = work.partial_row < 0;
-  const RowPlace place = row_place(params, work, row);
+  const RowTarget target = row_target(params, work, row);
   if (threadIdx.x % kThreadsPerRow == 0) {
-    if (!final) {
+    if (final) {
+      target.write_lse(params, scale, maximum, sum);
+    } else {
       reinterpret_cast<float2*>(params.partial_stats)[int64(work.partial_row) + row] =
           make_float2(maximum, sum);
-    } else if (params.lse != nullptr) {
-      write_lse(params, place, scale, maximum, sum);
     }
   }
   const float factor = final ? Traits::Variant::output(params, sum) : 1.0f;
@@ -195,8 +188,7 @@ __device__ __forceinline__ void merge_and_store(const AttentionParams& params, c
       packed.y = pack_pair<T>(values[2] * factor, values[3] * factor);
       packed.z = pack_pair<T>(values[4] * factor, values[5] * factor);
       packed.w = pack_pair<T>(values[6] * factor, values[7] * factor);
-      *reinterpret_cast<uint4*>(static_cast<T*>(params.out) + out_offset(params, place) +
-                                unit * 8) = packed;
+      *reinterpret_cast<uint4*>(target.out<T>(params) + unit * 8) = packed;
     } else {
       float4* out = reinterpret_cast<float4*>(
           params.partial_out + (int64(work.partial_row) + row) * uint32(params.head_dim_vo) +

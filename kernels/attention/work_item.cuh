@@ -37,20 +37,6 @@ struct BatchItem {
   int height_idx;  // in the kernel's list of tile heights
 };
 
-// Where a packed row lies in q and out.
-struct RowPlace {
-  int token;
-  int head;
-};
-
-__device__ __forceinline__ RowPlace row_place(const AttentionParams& params, const WorkItem& work,
-                                              int row) {
-  const int packed = work.q_row_begin + row;
-  const int query = params.group_size.quotient(packed);
-  const int group_size = params.group_size.divisor;
-  return {work.q_begin + query, work.kv_head * group_size + packed - query * group_size};
-}
-
 // The keys that a query sees. Query i stands at key i + kv_len - qo_len; causal queries see no key
 // after it, windowed ones none further back than window_left (-1: no window). The range may be
 // empty.

@@ -224,6 +224,7 @@ BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu) {
   const Kernels& heights = kKernels[kernel];
   const int64 group_size = problem.num_qo_heads / problem.num_kv_heads;
   const int num_ctas = num_ctas_of(dims, kernel, gpu);
+  const int team_size = std::gcd(num_ctas, static_cast<int>(problem.num_kv_heads));
   const int tallest_part = problem.invariant ? 16 : heights.high;
   const auto slot_rows = static_cast<int>(
       std::min<int64>(tallest_part, std::max<int64>(1, problem.max_q_len * group_size)));
@@ -240,10 +241,12 @@ BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu) {
           .block = tile_of(dims, heights.high, gpu.sm).num_warps * 32,
           .dynamic_smem = smem_of(dims, kernel, gpu.sm, problem.rotates),
           .num_ctas = num_ctas,
-          .team_size = std::gcd(num_ctas, static_cast<int>(problem.num_kv_heads)),
+          .team_size = team_size,
           .max_tiles = by_tile ? static_cast<int>(max_tiles) : 0,
           .slot_rows = slot_rows,
-          .num_partial_rows = slots * slot_rows + heights.high};
+          .num_partial_rows = slots * slot_rows + heights.high,
+          .in_one_launch = heights.high == 16 && !problem.invariant &&
+                           num_ctas / team_size + 1 <= kMaxPartsOfCta};
 }
 
 }  // namespace ridgeline

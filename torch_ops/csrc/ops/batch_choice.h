@@ -39,6 +39,7 @@ struct BatchPlan {
   int max_tiles;     // of a list by tile; 0: there is none
   int slot_rows;
   int64 num_partial_rows;
+  bool in_one_launch;  // the attention kernel adds up its parts itself, where it has counters
 };
 
 inline constexpr int kNumBatchDims = 4;
