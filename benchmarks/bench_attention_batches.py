@@ -173,7 +173,7 @@ class Cascade:
         wrapper.plan(
             [starts[[0, size]], starts], tables[0], tables[1], tables[2], SHAPE.heads[0],
             SHAPE.heads[1], SHAPE.head_dims[0], SHAPE.page_size, causal=True,
-            q_data_type=self.flat.q.dtype,
+            q_data_type=self.flat.q.dtype, max_q_len=1,
         )  # fmt: skip
         works = wrapper.schedule(size)
         return lambda: wrapper.run(self.flat.q, self.flat.kv, schedule=works)

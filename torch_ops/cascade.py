@@ -146,6 +146,7 @@ class MultiLevelCascadeAttentionWrapper(OlderVerbs):
         *,
         non_blocking: bool = True,
         num_qo_tokens: int | None = None,
+        max_q_len: int | None = None,
         batch_invariant: bool = False,
         validate: bool = False,
     ) -> None:
@@ -163,6 +164,9 @@ class MultiLevelCascadeAttentionWrapper(OlderVerbs):
         pos_encoding_mode, window_left :
             "NONE" and -1 where there is more than one level: a level does not know how far into
             the request its keys are.
+        max_q_len : int, optional
+            Most queries of a request at the last level; longer ones are cut off. It chooses that
+            level's kernel: pass 1 for decode.
         others :
             As in `BatchPrefillWithPagedKVCacheWrapper.plan`.
         """
@@ -182,9 +186,10 @@ class MultiLevelCascadeAttentionWrapper(OlderVerbs):
             if window_left != -1:
                 _check.not_yet(where, "window_left", window_left, way_out)
         for number, (level, *index) in enumerate(zip(self._levels, *arrays.values(), strict=True)):
+            is_last = number == len(self._levels) - 1
             level.plan(
                 *index, num_qo_heads, num_kv_heads, head_dim, page_size,
-                causal=causal and number == len(self._levels) - 1,
+                causal=causal and is_last, max_q_len=max_q_len if is_last else None,
                 pos_encoding_mode=pos_encoding_mode, use_fp16_qk_reduction=use_fp16_qk_reduction,
                 sm_scale=sm_scale, window_left=window_left, logits_soft_cap=logits_soft_cap,
                 rope_scale=rope_scale, rope_theta=rope_theta, q_data_type=q_data_type,
