@@ -224,7 +224,13 @@ __global__ void __launch_bounds__(kCombineThreads, 2)
       combine_row<T>(params, tile, row, false, of_warps);
     }
   }
-  if (header.most_pieces <= kPiecesOfAWarp) return;
+  // Why asked: a bound on the parts says little, and a look at every row takes 15 us.
+  bool has_many = false;
+  for (int i = threadIdx.x; i < num_tiles; i += kCombineThreads) {
+    has_many |= reinterpret_cast<const CutTile*>(params.list + kCutTilesAt)[i].num_pieces >
+                kPiecesOfAWarp;
+  }
+  if (header.most_pieces <= kPiecesOfAWarp || !__syncthreads_or(has_many)) return;
   for (int i = blockIdx.x; i < num_rows; i += gridDim.x) {
     int row;
     const CutTile tile = checked_tile(params, i, row);
