@@ -280,7 +280,7 @@ def test_five_plans_compile_twice_at_most(
         inputs.q = inputs.call()[0]
         assert torch.equal(got, inputs.call()[0])
     assert backend.frame_count <= 2
-    assert not wrapper._captured_lists
+    assert not wrapper._lists.captured
 
 
 def test_an_explicit_list_compiles(device: torch.device, rng: torch.Generator) -> None:

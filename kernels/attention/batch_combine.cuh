@@ -187,34 +187,48 @@ __device__ __forceinline__ CutTile checked_tile(const BatchCombineParams& params
   return tile;
 }
 
+// Clears the rows of a segment's tokens that belong to no request, `num_used` on, or to one beyond
+// its max_q_len. The segment's tokens are [first_token, end_token) of the output.
 template <typename T>
+__device__ __forceinline__ void clear_unused(const BatchCombineParams& params, const int* qo_indptr,
+                                             int batch_size, int max_q_len, int first_token,
+                                             int num_used, int end_token, int warp_idx,
+                                             int num_warps) {
+  const int num_tokens = end_token - first_token;
+  const int used = max(0, min(num_used, num_tokens));
+  fill_tokens<T>(params, first_token + used, end_token, 0.0f, -kInfinity, warp_idx, num_warps);
+  if (qo_indptr == nullptr) return;
+  for (int request = warp_idx; request < batch_size; request += num_warps) {
+    const int64 begin = first_token + max(0, qo_indptr[request]);
+    const int64 end = first_token + min(qo_indptr[request + 1], num_tokens);
+    fill_tokens<T>(params, begin + max_q_len, end, 0.0f, -kInfinity, 0, 1);
+  }
+}
+
+template <typename T, int kSegments = 1>
 __global__ void __launch_bounds__(kCombineThreads, 2)
     batch_combine(const __grid_constant__ BatchCombineParams params) {
   __shared__ RowSums of_warps[kCombineWarps][32];
   const int warp = threadIdx.x / 32;
   pdl_wait();
 
-  // A list of another configuration: no number that could be taken for a result.
-  const bool refused = params.list[0] != params.tag;
-  const int num_tokens =
-      refused ? 0
-              : max(0, min(reinterpret_cast<const ListHeader*>(params.list)->num_tokens,
-                           params.num_tokens));
-  const float value = refused ? __uint_as_float(0x7fffffffu) : 0.0f;
-  const float lse = refused ? value : -kInfinity;
+  const ListHeader& header = *reinterpret_cast<const ListHeader*>(params.list);
   const int warp_idx = blockIdx.x * kCombineWarps + warp;
   const int num_warps = gridDim.x * kCombineWarps;
-  fill_tokens<T>(params, num_tokens, params.num_tokens, value, lse, warp_idx, num_warps);
-  if (refused) return;
-  if (params.qo_indptr != nullptr) {
-    for (int request = warp_idx; request < params.batch_size; request += num_warps) {
-      const int64 begin = max(0, params.qo_indptr[request]);
-      const int64 end = min(params.qo_indptr[request + 1], params.num_tokens);
-      fill_tokens<T>(params, begin + params.max_q_len, end, 0.0f, -kInfinity, 0, 1);
-    }
+  // A list of another configuration: no number that could be taken for a result.
+  if (header.tag != params.tag) {
+    const float none = __uint_as_float(0x7fffffffu);
+    fill_tokens<T>(params, 0, params.num_tokens, none, none, warp_idx, num_warps);
+    return;
+  }
+  const int end_a = kSegments > 1 ? params.token_begin_b : params.num_tokens;
+  clear_unused<T>(params, params.qo_indptr, params.batch_size, params.max_q_len, 0,
+                  header.num_tokens, end_a, warp_idx, num_warps);
+  if constexpr (kSegments > 1) {
+    clear_unused<T>(params, params.qo_indptr_b, params.batch_size_b, params.max_q_len_b, end_a,
+                    header.num_tokens_b, params.num_tokens, warp_idx, num_warps);
   }
 
-  const ListHeader& header = *reinterpret_cast<const ListHeader*>(params.list);
   const int num_tiles = max(0, min(header.num_cut_tiles, params.max_cut_tiles));
   const int num_rows = num_tiles * int(params.team_size.divisor) * int(params.slot_rows.divisor);
   for (int i = warp_idx; i < num_rows; i += num_warps) {
@@ -227,8 +241,8 @@ __global__ void __launch_bounds__(kCombineThreads, 2)
   // Why asked: a bound on the parts says little, and a look at every row takes 15 us.
   bool has_many = false;
   for (int i = threadIdx.x; i < num_tiles; i += kCombineThreads) {
-    has_many |= reinterpret_cast<const CutTile*>(params.list + kCutTilesAt)[i].num_pieces >
-                kPiecesOfAWarp;
+    has_many |=
+        reinterpret_cast<const CutTile*>(params.list + kCutTilesAt)[i].num_pieces > kPiecesOfAWarp;
   }
   if (header.most_pieces <= kPiecesOfAWarp || !__syncthreads_or(has_many)) return;
   for (int i = blockIdx.x; i < num_rows; i += gridDim.x) {
