@@ -12,9 +12,8 @@
 // so the place of every record follows from the number of cuts before it, and all are written at
 // once. Parts of one unit have consecutive slots of partial results, in the order of their keys.
 //
-// By tile, where no tile is as dear as a third of a CTA's share: whole items in four classes of
-// cost, dearest first, each twice as dear as the next. Nothing is cut, and what SMs differ in speed
-// evens out.
+// By tile, where no tile is too dear: whole items in four classes of cost, dearest first, each
+// twice as dear as the next. Nothing is cut, and what SMs differ in speed evens out.
 //
 // All lengths are clamped, so that bad contents give wrong work but none out of bounds. All SMs.
 //
@@ -98,12 +97,15 @@ __device__ __forceinline__ WorkRecord record_of(const ScheduleParams<kSegments>&
   return record;
 }
 
-// Whether whole items, dearest first, fill the GPU evenly.
+// Whether whole items, dearest first, fill the GPU evenly: where none is as dear as a third of a
+// CTA's share; or as a whole one, where the items of all fractions of that cost come last, as the
+// tiles of causal prompts do, so that their mean is about half of the dearest.
 template <int kSegments>
 __device__ __forceinline__ bool goes_by_tile(const ScheduleParams<kSegments>& params, int num_items,
                                              int64 total_cost, int64 most_cost) {
-  return num_items <= params.max_tiles &&
-         3 * most_cost * params.num_teams <= total_cost * params.num_bundles.divisor;
+  const bool has_cheap_ones = 5 * total_cost <= 3 * most_cost * num_items;
+  return num_items <= params.max_tiles && (has_cheap_ones ? 1 : 3) * most_cost * params.num_teams <=
+                                              total_cost * params.num_bundles.divisor;
 }
 
 // Items by class of cost, the dearest class first, and the last items of a class first: the last
