@@ -383,6 +383,40 @@ def test_no_synchronisation(rng: torch.Generator) -> None:
         torch.cuda.synchronize()
 
 
+@pytest.mark.gpu
+def test_graphs_schedule_for_the_lengths_they_find(rng: torch.Generator) -> None:
+    """Lengths change in place after the capture; an eager caller plans again."""
+    device = torch.device("cuda", 0)
+    tree = trees(device, rng)[3]
+    cascade = ridgeline.MultiLevelCascadeAttentionWrapper(2, device=device)
+    inputs, prefill = pod_inputs(device, rng)
+    pod = ridgeline.PODWithPagedKVCacheWrapper(device=device)
+    table = [inputs.index[name] for name in ("kv_indptr", "kv_indices", "kv_last_page_len")]
+
+    def plan() -> None:
+        cascade.plan(*tree.arrays(), *HEADS, DIM, PAGE)
+        pod.plan(*table, 4, 2, 64, 16)
+
+    def run() -> list[Tensor]:
+        merged = cascade.run(tree.q, tree.pool)
+        return [merged, *pod.run(*prefill, inputs.q, inputs.cache, causal_p=True)]  # type: ignore[list-item]
+
+    plan()
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    for last_page_len in (1, 3):
+        for tensor in (tree.levels[0][3], table[2]):
+            tensor.fill_(last_page_len)
+        for result in results:
+            result.fill_(torch.nan)
+        graph.replay()
+        plan()
+        for got, expected in zip(results, run(), strict=True):
+            assert torch.equal(got, expected)
+
+
 def test_cascade_equals_flat_paging(device: torch.device, rng: torch.Generator) -> None:
     """The same keys as one level: the wrapper's other form of the same attention."""
     tree = Tree([[(3, 64)], [(1, n) for n in (7, 40, 16)]], [1, 1, 1], device, rng)

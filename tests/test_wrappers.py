@@ -11,7 +11,7 @@ import torch
 from batch_problem import Batch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ridgeline import _wrapper
+from ridgeline import _work_lists, _wrapper
 from support import poison, supports_bf16_attention
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -218,8 +218,9 @@ def test_a_capture_has_a_list_of_its_own(
     wrapper = planned("prefill", inputs)
     wrapper._on_gpu = True
     state: dict[str, Any] = {"capture": None}
-    monkeypatch.setattr(_wrapper, "is_capturing", lambda: state["capture"] is not None)
-    monkeypatch.setattr(_wrapper, "current_capture", lambda _: state["capture"])
+    for module in (_wrapper, _work_lists):
+        monkeypatch.setattr(module, "is_capturing", lambda: state["capture"] is not None)
+    monkeypatch.setattr(_work_lists, "current_capture", lambda _: state["capture"])
     made = counted(wrapper)
 
     def lists_made(*captures: tuple[int, int] | None) -> int:
