@@ -298,8 +298,8 @@ std::array<int, 2> heights_of(int kernel) {
 // Costs in quarters of the time that a CTA takes for 64 keys of a decoding tile. On an H200 with
 // both kinds in one launch that is 1.4 us, 64 keys of a 128-row tile take 3.9, and a tile of 128
 // rows 5.3 us beside its keys; with 7 in place of 11 the decodes of a mixed batch waited for its
-// prefills (828 us, 669). A decoding tile costs 3 us beside its keys; with 4 a skewed
-// batch took 1 us of 113 more than with 7 or 10.
+// prefills (828 us, 669). A decoding tile costs 3.5 us beside its keys; with 8 in place of 10 a
+// cascade waited for its decodes (465 us, 456; one of 64 requests 100 us, 86).
 TileHeight tile_height(int dims, int tile_q, int sm) {
   const int kv_tile = tile_of(dims, tile_q, sm).kv_tile;
   const int per_64_keys = tile_q == 16 ? 4 : tile_q == 64 ? 8 : 11;
@@ -309,7 +309,7 @@ TileHeight tile_height(int dims, int tile_q, int sm) {
           .kv_tile = make_divider(static_cast<uint32>(kv_tile)),
           .step_cost = step_cost,
           .steps_of_cost = make_divider(static_cast<uint32>(step_cost)),
-          .tile_cost = tile_q == 16   ? 8
+          .tile_cost = tile_q == 16   ? 10
                        : tile_q == 64 ? 14
                                       : 19,
           .min_kv_tiles = tall ? std::max(1, 512 / kv_tile) : 1};
