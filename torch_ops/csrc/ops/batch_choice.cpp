@@ -81,18 +81,23 @@ int dims_of(int head_dim_qk, int head_dim_vo) {
   return dims;
 }
 
-// Why not for the narrowest heads: beside other tiles in one kernel theirs of 128 rows spill.
-bool pair_exists(int dims, int kernel, int sm) {
-  return exists(dims, kernel, sm) && !(dims == 0 && kernel == 2) &&
-         !(kernel == 3 && exists(dims, 1, sm));
+bool is_low(const BatchProblem& problem) {
+  return problem.max_q_len * (problem.num_qo_heads / problem.num_kv_heads) <= 16;
+}
+
+// Whether there is a kernel for a pair, of low tiles or others in the second segment. Why not all:
+// some spill, with tiles of 128 rows beside others.
+bool pair_exists(int dims, int kernel, bool paged, bool low_b, int sm) {
+  if (!exists(dims, kernel, sm) || (kernel == 3 && exists(dims, 1, sm))) return false;
+  return kernel != 2 || (dims > 0 && (low_b || paged || dims > 1));
 }
 
 // The kernel of a pair's first segment, for the longest query of both: it holds 16 rows too, where
 // there is such a kernel.
 int kernel_of_pair(const BatchProblem& a, const BatchProblem& b, int dims, int sm) {
   const int64 rows = std::max(a.max_q_len, b.max_q_len) * (a.num_qo_heads / a.num_kv_heads);
-  if (rows > 64 && pair_exists(dims, 2, sm)) return 2;
-  return pair_exists(dims, 1, sm) ? 1 : 3;
+  if (rows > 64 && pair_exists(dims, 2, a.paged, is_low(b), sm)) return 2;
+  return exists(dims, 1, sm) ? 1 : 3;
 }
 
 // Whether a second segment of at most 16 rows can have the kernel for these beside another.
@@ -101,8 +106,7 @@ bool low_fits(int dims, int kernel, int sm) {
 }
 
 int kernel_of_second(const BatchProblem& b, int dims, int kernel, int sm) {
-  const bool low = b.max_q_len * (b.num_qo_heads / b.num_kv_heads) <= 16;
-  return low && low_fits(dims, kernel, sm) ? 0 : kernel;
+  return is_low(b) && low_fits(dims, kernel, sm) ? 0 : kernel;
 }
 
 Choice choose_batch(const std::string& op, const Config& config, int sm) {
@@ -185,7 +189,8 @@ void add_pair_rows(std::vector<Row>& rows, int dims, int kernel, int kernel_b) {
   for (const bool paged : {true, false}) {
     for (const bool bf16 : {false, true}) {
       for (const auto& [min_sm, max_sm] : {std::pair{75, 79}, std::pair{80, 999}}) {
-        if (!pair_exists(dims, kernel, min_sm) || (bf16 && min_sm < 80)) continue;
+        if (!pair_exists(dims, kernel, paged, kernel_b == 0, min_sm)) continue;
+        if (bf16 && min_sm < 80) continue;
         if (kernel_b == 0 && !low_fits(dims, kernel, min_sm)) continue;
         rows.push_back({.op = "attention_pair",
                         .kernel = pair_name(dims, kernel, paged, kernel_b, bf16),

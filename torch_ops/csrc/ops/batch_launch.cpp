@@ -50,6 +50,7 @@ BatchProblem problem_of(const Lengths& of) {
   problem.max_q_len = of.max_q_len < 0 ? most : std::min(of.max_q_len, most);
   problem.num_qo_heads = of.num_qo_heads;
   problem.num_kv_heads = of.num_kv_heads;
+  problem.paged = is_paged(of.form);
   problem.invariant = (of.flags & kInvariant) != 0;
   return problem;
 }
@@ -57,7 +58,6 @@ BatchProblem problem_of(const Lengths& of) {
 BatchProblem problem_of(const Inputs& in, const Lengths& of, const BatchOptions& options) {
   BatchProblem problem = problem_of(of);
   problem.bf16 = in.q.dtype == Dtype::BFloat16;
-  problem.paged = in.kv_indices.has_value();
   problem.rotates = options.logits.rotates;
   problem.fp16_logits = options.logits.fp16_logits;
   return problem;
