@@ -38,10 +38,6 @@ void check_pair(const Lengths& a, const Lengths& b) {
            std::to_string(of_b), "Call ridgeline.attention for each");
     }
   }
-  if (!is_paged(b.form)) {
-    fail(b.op, "kv_indices", "a tensor: the keys of segment b are paged", "None",
-         "Pass the batch with another cache as segment a");
-  }
   for (const Lengths* of : {&a, &b}) {
     if ((of->flags & kInvariant) != 0) {
       fail(of->op, "flags", "no batch_invariant (4)", std::to_string(of->flags),
@@ -171,6 +167,10 @@ std::tuple<Tensor, Tensor> attention_pair(
     const MaybeTensor& schedule, int64_t flags_a, int64_t flags_b, int64_t max_q_len_a,
     int64_t max_q_len_b, int64_t window_left_a, int64_t window_left_b,
     const std::optional<double>& sm_scale, double logits_soft_cap) {
+  if (!kv_indices_b) {
+    fail(kOpB, "kv_indices", "a tensor: the keys of segment b are paged", "None",
+         "Pass the batch with another cache as segment a");
+  }
   const MaybeTensor none;
   const Inputs in_a(kOpA, q_a, k_a, v_a, qo_indptr_a, kv_indptr_a, kv_indices_a, kv_lens_a, none);
   const Inputs in_b(kOpB, q_b, k_b, v_b, qo_indptr_b, kv_indptr_b, kv_indices_b, kv_lens_b, none);
