@@ -7,6 +7,7 @@ goals follow from what the same kernels reach in the first two cases.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,10 +24,13 @@ from .timer import Call
 TITLE = "Batches of a serving step, bf16, head_dim 128, 32/8 heads, page 16"
 PREDICTION = (
     "skewed: its bytes / 4,500 GB/s + 12 us; mixed: the sum of its parts less 15 us; schedule: "
-    "4 us; cascade: the prefix's operations at the prefill rate + 50 us; batch_invariant: 10%"
+    "4 us; cascade: the prefix's operations at the prefill rate + 50 us; POD: 5% less than its "
+    "parts one after the other; batch_invariant: 10%"
 )
 SHAPE = Shape(causal=True)
 SKEWED = [(1, 65536)] + [(1, 512)] * 63
+# Queries of the prefill, decodes and their keys.
+PODS = [(2048, 64, 4096), (4096, 32, 1024), (8192, 64, 4096)]
 PREFILLS, DECODES = [(1024, 1024)] * 8, [(1, 4096)] * 120
 SCHEDULE_GOAL_US = 5.0
 ROUNDS = 5
@@ -47,7 +51,7 @@ def run(session: Session) -> list[Row]:
     rates = Rates(prefill.us / prefill.num_flops, decode.us / decode.num_bytes)
     for part in (chunked, skewed, cascade):
         rows += part(session, rates)
-    return [*rows, *mixed(session), *schedules(session), *invariance(session)]
+    return [*rows, *pod(session), *mixed(session), *schedules(session), *invariance(session)]
 
 
 def small(session: Session, requests: Requests) -> Requests:
@@ -151,7 +155,7 @@ class Cascade:
         return cls(flat, shared, own)
 
     def ops(self) -> Call:
-        """Two calls and a merge."""
+        """A launch for each level and a merge."""
         works = self.shared.schedule(), self.own.schedule()
 
         def call() -> Tensor:
@@ -162,6 +166,7 @@ class Cascade:
         return call
 
     def wrapper(self) -> Call:
+        """Both levels in one launch, and a merge."""
         levels = (self.shared, self.own)
         size = len(self.flat.requests)
         starts = torch.arange(size + 1, dtype=torch.int32, device=self.flat.q.device)
@@ -173,7 +178,7 @@ class Cascade:
         wrapper.plan(
             [starts[[0, size]], starts], tables[0], tables[1], tables[2], SHAPE.heads[0],
             SHAPE.heads[1], SHAPE.head_dims[0], SHAPE.page_size, causal=True,
-            q_data_type=self.flat.q.dtype,
+            q_data_type=self.flat.q.dtype, max_q_len=1,
         )  # fmt: skip
         works = wrapper.schedule(size)
         return lambda: wrapper.run(self.flat.q, self.flat.kv, schedule=works)
@@ -216,6 +221,48 @@ def cascade(session: Session, rates: Rates) -> list[Row]:
         flops = part.num_flops
         rows.append(session.case(text, "", call, peers={}, num_flops=flops, net=False))
     return rows
+
+
+def pod(session: Session) -> list[Row]:
+    """One prefill over dense keys beside decodes, in one launch, against one after the other."""
+    rows = []
+    for length, size, kv_len in PODS:
+        name = f"POD: {length} dense beside {size} x {kv_len}"
+        if not session.wants(name):
+            continue
+        prefill_shape = replace(SHAPE, place="ragged")
+        prefill = Batch.of(session, prefill_shape, small(session, [(length, length)]))
+        decode = Batch.of(session, SHAPE, small(session, [(1, kv_len)] * size))
+        work = decode.schedule()
+        row = session.case(name, "", pod_call(prefill, decode), peers={}, net=False)
+        row.goal_us = row.peers["one after the other"] = session.timer.time(
+            partial(one_by_one, prefill, decode, work)
+        )
+        for batch, out in zip((prefill, decode), pod_call(prefill, decode)(), strict=True):
+            note_error(row, batch, out)
+        rows.append(row)
+    return rows
+
+
+def pod_call(prefill: Batch, decode: Batch) -> Callable[[], tuple[Tensor, Tensor]]:
+    wrapper = ridgeline.PODWithPagedKVCacheWrapper(device=decode.q.device)
+    index, shape = decode.index, decode.shape
+    table = (index["kv_indptr"], index["kv_indices"], index["kv_last_page_len"])
+    wrapper.plan(*table, *shape.heads, shape.head_dims[0], shape.page_size, q_data_type=shape.dtype)
+    lengths = (len(prefill.q), len(prefill.kv[0]))
+    work = wrapper.schedule(*lengths, causal_p=True)
+
+    def call() -> Any:
+        return wrapper.run(
+            prefill.q, *prefill.kv, decode.q, decode.kv, causal_p=True, schedule=work
+        )
+
+    return call
+
+
+def one_by_one(prefill: Batch, decode: Batch, work: Tensor) -> None:
+    ridgeline.single_prefill_with_kv_cache(prefill.q, *prefill.kv, causal=True)
+    decode.attention(work)
 
 
 def with_schedule(batch: Batch) -> Tensor:

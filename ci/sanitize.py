@@ -134,6 +134,10 @@ def batches(dtype: torch.dtype) -> Iterator[torch.Tensor]:
                         q, pool, qo_indptr=qo_indptr, kv_indptr=indptr, kv_indices=indices,
                         kv_last_page_len=last_page_len, causal=True, batch_invariant=invariant,
                     )  # fmt: skip
+                pod = ridgeline.PODWithPagedKVCacheWrapper(device=DEVICE)
+                pod.plan(indptr, indices, last_page_len, 6, 2, head_dim, page_size,
+                         q_data_type=dtype)  # fmt: skip
+                yield from pod.run(q, *random(2, 61, 2, head_dim, dtype=dtype), q[:3], pool)
         k, v = (with_gaps(random(470, 2, head_dim, dtype=dtype)) for _ in range(2))
         for indptr in (ints(0, 7, 137, 470), garbage[:4]):
             yield ridgeline.attention(q, (k, v), qo_indptr=qo_indptr, kv_indptr=indptr)

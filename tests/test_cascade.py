@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import oracle
@@ -119,7 +120,55 @@ def test_cascade(number: int, causal: bool, device: torch.device, rng: torch.Gen
         tree.check(causal, out, lse)
         assert torch.equal(wrapper.run(tree.q, tree.pool), out)
     work = wrapper.schedule(len(tree.q))
+    assert len(work) == (len(tree.levels) + 1) // 2
     assert torch.equal(wrapper.run(tree.q, tree.pool, schedule=work), out)
+
+
+def attention_ops(call: Callable[[], Any]) -> list[str]:
+    """Names of the attention ops that a call runs, with their work lists."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    names = [event.name for event in profile.events() if "ridgeline" in event.name]
+    return [name.split("::")[1] for name in names if "attention" in name]
+
+
+def test_two_parts_are_one_launch(device: torch.device, rng: torch.Generator) -> None:
+    tree = trees(device, rng)[3]
+    cascade = ridgeline.MultiLevelCascadeAttentionWrapper(2, device=device)
+    cascade.plan(*tree.arrays(), *HEADS, DIM, PAGE, max_q_len=1)
+    shared = ridgeline.BatchDecodeWithSharedPrefixPagedKVCacheWrapper(device=device)
+    shared.begin_forward(*tree.levels[1][1:], *HEADS, DIM, PAGE)
+    prefix = tree.keys[0][0].unbind(1)
+    inputs, prefill = pod_inputs(device, rng)
+    pod = ridgeline.PODWithPagedKVCacheWrapper(device=device)
+    index = inputs.index
+    pod.plan(index["kv_indptr"], index["kv_indices"], index["kv_last_page_len"], 4, 2, 64, 16)
+    batch, parts = batch_pod(device, rng)
+    arguments = [one for part in parts for one in (part.q, part.cache)]
+    for call in (
+        lambda: cascade.run(tree.q, tree.pool),
+        lambda: shared.forward(tree.q, *prefix, tree.pool),
+        lambda: pod.run(*prefill, inputs.q, inputs.cache, causal_p=True),
+        lambda: batch.run(*arguments, causal_p=True),
+    ):
+        assert attention_ops(call) == ["attention_pair_schedule", "attention_pair"]
+        assert attention_ops(call) == ["attention_pair"]
+
+
+def test_options_that_need_two_launches(device: torch.device, rng: torch.Generator) -> None:
+    tree = flat_tree(device, rng)
+    wrapper = ridgeline.MultiLevelCascadeAttentionWrapper(3, device=device)
+    for options in ({"batch_invariant": True}, {"use_fp16_qk_reduction": True}):
+        wrapper.plan(*tree.arrays(), *HEADS, DIM, PAGE, causal=True, **options)
+        lists = wrapper.schedule(len(tree.q))
+        assert len(lists) == 3
+        out, lse = wrapper.run(tree.q, tree.pool, return_lse=True, schedule=lists)
+        assert torch.equal(wrapper.run(tree.q, tree.pool), out)
+        if "batch_invariant" in options:
+            tree.check(True, out, lse)
+            wrapper.plan(*tree.arrays(), *HEADS, DIM, PAGE, causal=True)
+            lists = [level.schedule(len(tree.q)) for level in wrapper._levels]
+            tree.check(True, *wrapper.run(tree.q, tree.pool, return_lse=True, schedule=lists))
 
 
 def test_cascade_options(device: torch.device, rng: torch.Generator) -> None:
@@ -231,6 +280,11 @@ def test_pod(device: torch.device, rng: torch.Generator) -> None:
     assert isinstance(plain_d, Tensor)
     assert torch.equal(plain_p, out_p[0])
     assert torch.equal(plain_d, out_d[0])
+    work = wrapper.schedule(40, 90, causal_p=True, window_left_p=30)
+    given = wrapper.run(
+        *prefill, inputs.q, inputs.cache, causal_p=True, window_left_p=30, schedule=work
+    )
+    assert all(torch.equal(a, b) for a, b in zip(given, (plain_p, plain_d), strict=True))
     changed = wrapper.run(
         *prefill, inputs.q, inputs.cache, window_left_d=9, sm_scale_d=0.3, return_lse_d=True
     )[1]
@@ -261,9 +315,14 @@ def test_batch_pod(device: torch.device, rng: torch.Generator) -> None:
     parts[0].batch = MIXED.with_(causal=False, window_left=12)
     assert torch.equal(open_mask[0], parts[0].call(return_lse=False))
     assert torch.equal(open_mask[1], parts[1].call(return_lse=False, sm_scale=0.4, max_q_len=1))
-    lists = (wrapper._prefill.schedule(len(parts[0].q)), wrapper._decode.schedule(len(parts[1].q)))
-    given = wrapper.run(*arguments, schedule=lists)
-    assert torch.equal(given[1], got[1][0])
+    counts = [len(part.q) for part in parts]
+    given = wrapper.run(
+        *arguments, causal_p=True, schedule=wrapper.schedule(*counts, causal_p=True)
+    )
+    assert torch.equal(given[1], plain[1])
+    lists = (wrapper._prefill.schedule(counts[0]), wrapper._decode.schedule(counts[1]))
+    apart = wrapper.run(*arguments, return_lse_d=True, schedule=lists)
+    oracle.check(parts[1].reference(), *apart[1])
 
 
 def test_pod_compiles(device: torch.device, rng: torch.Generator) -> None:
@@ -322,6 +381,40 @@ def test_no_synchronisation(rng: torch.Generator) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_graphs_schedule_for_the_lengths_they_find(rng: torch.Generator) -> None:
+    """Lengths change in place after the capture; an eager caller plans again."""
+    device = torch.device("cuda", 0)
+    tree = trees(device, rng)[3]
+    cascade = ridgeline.MultiLevelCascadeAttentionWrapper(2, device=device)
+    inputs, prefill = pod_inputs(device, rng)
+    pod = ridgeline.PODWithPagedKVCacheWrapper(device=device)
+    table = [inputs.index[name] for name in ("kv_indptr", "kv_indices", "kv_last_page_len")]
+
+    def plan() -> None:
+        cascade.plan(*tree.arrays(), *HEADS, DIM, PAGE)
+        pod.plan(*table, 4, 2, 64, 16)
+
+    def run() -> list[Tensor]:
+        merged = cascade.run(tree.q, tree.pool)
+        return [merged, *pod.run(*prefill, inputs.q, inputs.cache, causal_p=True)]  # type: ignore[list-item]
+
+    plan()
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    for last_page_len in (1, 3):
+        for tensor in (tree.levels[0][3], table[2]):
+            tensor.fill_(last_page_len)
+        for result in results:
+            result.fill_(torch.nan)
+        graph.replay()
+        plan()
+        for got, expected in zip(results, run(), strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_cascade_equals_flat_paging(device: torch.device, rng: torch.Generator) -> None:

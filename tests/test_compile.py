@@ -9,6 +9,7 @@ import pytest
 import ridgeline
 import torch
 from batch_problem import Batch
+from pair_problem import Pair
 from support import normal, supports_bf16_attention
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -148,6 +149,15 @@ def batch_cases(device: torch.device) -> dict[str, list[Arguments]]:
         cases["attention_out"].append(((wide, lse, *narrow, 0.0, 1), {}))
         cases["attention_out"].append(((out, None, *narrow), {}))
         cases["attention_schedule"] = [(inputs.schedule_operands(flags=2), {})]
+    decode = Batch(lengths=((1, 40), (1, 5), (1, 0)), decode=True)
+    cases["attention_pair"], cases["attention_pair_schedule"] = [], []
+    for form, single in (("paged", False), ("ragged", False), ("ragged", True)):
+        lengths = ((30, 50),) if single else ((3, 40), (0, 5), (20, 60))
+        first = Batch(lengths=lengths, form=form, causal=True)
+        pair = Pair.of(first, decode, device, rng, single)
+        options = (*pair.numbers(), 0.125, 30.0)
+        cases["attention_pair"].append(((*pair.operands(), None, *options), {}))
+        cases["attention_pair_schedule"].append((pair.schedule_operands(), {}))
     stacked = Batch(lengths=((3, 40), (0, 5), (1, 0)), stacked=True).inputs(device, rng)
     pool = stacked.cache
     operands = stacked.operands(flags=2)

@@ -11,7 +11,7 @@ import torch
 from batch_problem import Batch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ridgeline import _wrapper
+from ridgeline import _work_lists, _wrapper
 from support import poison, supports_bf16_attention
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -218,8 +218,9 @@ def test_a_capture_has_a_list_of_its_own(
     wrapper = planned("prefill", inputs)
     wrapper._on_gpu = True
     state: dict[str, Any] = {"capture": None}
-    monkeypatch.setattr(_wrapper, "is_capturing", lambda: state["capture"] is not None)
-    monkeypatch.setattr(_wrapper, "current_capture", lambda _: state["capture"])
+    for module in (_wrapper, _work_lists):
+        monkeypatch.setattr(module, "is_capturing", lambda: state["capture"] is not None)
+    monkeypatch.setattr(_work_lists, "current_capture", lambda _: state["capture"])
     made = counted(wrapper)
 
     def lists_made(*captures: tuple[int, int] | None) -> int:
@@ -280,7 +281,7 @@ def test_five_plans_compile_twice_at_most(
         inputs.q = inputs.call()[0]
         assert torch.equal(got, inputs.call()[0])
     assert backend.frame_count <= 2
-    assert not wrapper._captured_lists
+    assert not wrapper._lists.captured
 
 
 def test_an_explicit_list_compiles(device: torch.device, rng: torch.Generator) -> None:

@@ -37,6 +37,29 @@ _MIN_TALL_TILE = 64
 _TAG_SIZES = 1021
 
 
+def _list_words(batch_size: int, num_tokens: int, heads: tuple[int, int], invariant: bool) -> int:
+    """Words of a work list, but for `_list_config`; heads of queries, and of keys."""
+    items = (
+        batch_size * (_INVARIANT_PIECES if invariant else 1)
+        + num_tokens * (heads[0] // heads[1]) // _MIN_TALL_TILE
+    )
+    cut_tiles = batch_size * heads[1] if invariant else _MAX_CTAS
+    records = items * heads[1] + _MAX_CTAS
+    requests_at = _CUT_TILES_AT + cut_tiles * _CUT_TILE_WORDS + records * _RECORD_WORDS
+    costs_at = requests_at + batch_size * _REQUEST_WORDS + items * _ITEM_WORDS
+    return costs_at + 2 * (items + 1) + batch_size + 1
+
+
+def _list_config(
+    heads: tuple[int, int], head_dims: tuple[int, int], flags: int, page_size: int, config: int = 0
+) -> int:
+    """A number that tells configurations apart, going on from `config`."""
+    told = flags & (CAUSAL | BATCH_INVARIANT | LENS_ARE_TOKENS)
+    for value in (*heads, *head_dims, told, page_size):
+        config = (config * 31 + value) % _TAG_SIZES
+    return config
+
+
 def _list_length(
     batch_size: int,
     num_tokens: int,
@@ -47,22 +70,9 @@ def _list_length(
     page_size: int,
 ) -> int:
     """Words of a work list; its remainder tells configurations apart."""
-    invariant = bool(flags & BATCH_INVARIANT)
-    group_size = num_qo_heads // num_kv_heads
-    items = (
-        batch_size * (_INVARIANT_PIECES if invariant else 1)
-        + num_tokens * group_size // _MIN_TALL_TILE
-    )
-    cut_tiles = batch_size * num_kv_heads if invariant else _MAX_CTAS
-    records = items * num_kv_heads + _MAX_CTAS
-    requests_at = _CUT_TILES_AT + cut_tiles * _CUT_TILE_WORDS + records * _RECORD_WORDS
-    costs_at = requests_at + batch_size * _REQUEST_WORDS + items * _ITEM_WORDS
-    config = num_qo_heads
-    for value in (
-        num_kv_heads, *head_dims, flags & (CAUSAL | BATCH_INVARIANT | LENS_ARE_TOKENS), page_size
-    ):  # fmt: skip
-        config = (config * 31 + value) % _TAG_SIZES
-    return costs_at + 2 * (items + 1) + batch_size + 1 + config
+    heads = (num_qo_heads, num_kv_heads)
+    words = _list_words(batch_size, num_tokens, heads, bool(flags & BATCH_INVARIANT))
+    return words + _list_config(heads, head_dims, flags, page_size)
 
 
 def _check_index(

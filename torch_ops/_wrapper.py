@@ -27,13 +27,11 @@ from ._batch_ops import (
     attend,
     trimmed,
 )
-from ._capture import current_capture, is_capturing
+from ._capture import is_capturing
 from ._older_verbs import OlderVerbs
 from ._ops import is_compiling, is_grad_enabled, refuse_grad
+from ._work_lists import WorkLists
 from ._wrapper_options import dtypes_of, refuse_backend
-
-# Most work lists kept at a time; a step needs one for each mask that its layers use.
-_MAX_LISTS = 16
 
 # Index tensors, in the order of the ops' arguments.
 _INDEX = ("qo_indptr", "kv_indptr", "kv_indices", "kv_lens")
@@ -101,9 +99,7 @@ class Wrapper(OlderVerbs):
         self._options = Options(0, -1, None, None)
         self._problem: Problem = ()
         self._unvalidated = False
-        self._lists: dict[tuple[int, ...], Tensor] = {}
-        self._capture = -1
-        self._captured_lists: dict[tuple[int, ...], Tensor] = {}
+        self._lists = WorkLists()
         self._captured_indices: list[Index] = []
 
     @property
@@ -185,8 +181,7 @@ class Wrapper(OlderVerbs):
         self._max_q_len = -1 if max_q_len is None or qo_indptr is None else max_q_len
         self._problem = self._problem_of(options)
         self._unvalidated = validate
-        self._lists = {}
-        self._captured_lists = {}
+        self._lists.clear()
         if num_tokens is not None and self._schedules_in_plan:
             self._list_for((num_tokens, options.flags, options.window_left))
 
@@ -262,7 +257,7 @@ class Wrapper(OlderVerbs):
                 key = (q.shape[0], options.flags, options.window_left)
                 # Why looked at here: a call costs 0.1 us, and most runs find their list.
                 if not (self._on_gpu and is_capturing()):
-                    schedule = self._lists.get(key)
+                    schedule = self._lists.eager.get(key)
                 if schedule is None:
                     schedule = self._list_for(key)
         problem = self._problem if options is self._options else self._problem_of(options)
@@ -287,29 +282,14 @@ class Wrapper(OlderVerbs):
 
         The runs of this plan share it, or those of this capture where the driver tells which it is.
         """
-        if not (self._on_gpu and is_capturing()):
-            return self._shared_list(self._lists, key)
-        assert self._device is not None
-        found = current_capture(self._device)
-        if found is None:
-            return self._make_list(*key)
-        capture, stream = found
-        if capture != self._capture:
-            self._capture, self._captured_lists = capture, {}
-            if not self._use_cuda_graph:
-                # The graph reads these tensors at every replay, whatever is planned later.
-                assert self._index is not None
-                self._captured_indices.append(self._index)
-        # Why the stream: another one of the capture need not wait for the one that made it.
-        return self._shared_list(self._captured_lists, (*key, stream))
+        gpu = self._device if self._on_gpu else None
+        return self._lists.find(key, self._make_list, gpu, self._keep_index)
 
-    def _shared_list(self, lists: dict[tuple[int, ...], Tensor], key: tuple[int, ...]) -> Tensor:
-        work = lists.get(key)
-        if work is None:
-            if len(lists) >= _MAX_LISTS:
-                lists.clear()
-            work = lists[key] = self._make_list(*key[:3])
-        return work
+    def _keep_index(self) -> None:
+        """Keep the index tensors: a graph reads them at every replay, whatever is planned later."""
+        if not self._use_cuda_graph:
+            assert self._index is not None
+            self._captured_indices.append(self._index)
 
     def _make_list(self, num_tokens: int, flags: int, window_left: int) -> Tensor:
         assert self._index is not None

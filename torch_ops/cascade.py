@@ -1,8 +1,8 @@
 """Cascade attention: requests that share prefixes read them once.
 
-Each level is one batch attention call with its LSE: at the root, the queries of all requests that
-share a prefix are one long request over it; at the last level each request has its own keys. The
-levels' states are then merged.
+Each level is batch attention with its LSE: at the root, the queries of all requests that share a
+prefix are one long request over it; at the last level each request has its own keys. Levels run two
+at a time, each two in one launch, and their states are then merged.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from . import _check
 from ._attention_cpu import one_of, refuse_given
 from ._batch_ops import LOG2_E, Cache, Result, into
 from ._older_verbs import OlderVerbs
+from ._paged_wrapper import PagedWrapper
+from ._segments import Segment, Segments, in_one_launch, planned
+from ._wrapper import Options
 from .attention import single_prefill_with_kv_cache_return_lse
 from .decode_wrapper import BatchDecodeWithPagedKVCacheWrapper
-from .merge import merge_state_in_place
+from .merge import merge_state, merge_state_in_place
 from .prefill_wrapper import BatchPrefillWithPagedKVCacheWrapper
 
 __all__ = [
@@ -113,6 +116,15 @@ class MultiLevelCascadeAttentionWrapper(OlderVerbs):
             )
             for level in range(num_levels)
         ]
+        # The last two levels, the two above them, and so on; a root may be left over.
+        self._pairs = [
+            Segments(self._levels[last - 1], self._levels[last])
+            for last in range(num_levels - 1, 0, -2)
+        ]
+        self._runs_pairs = False
+        if self._pairs:
+            for level in self._levels:
+                level._schedules_in_plan = False
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -120,8 +132,20 @@ class MultiLevelCascadeAttentionWrapper(OlderVerbs):
         return self._levels[0].is_cuda_graph_enabled
 
     def schedule(self, num_qo_tokens: int) -> list[Tensor]:
-        """Make the work lists of the plan, one a level, for the `schedule` argument of `run`."""
-        return [level.schedule(num_qo_tokens) for level in self._levels]
+        """Make the work lists of the plan, for the `schedule` argument of `run`.
+
+        One a launch: of the last two levels, of the two above them, and so on.
+        """
+        if not self._runs_pairs:
+            return [level.schedule(num_qo_tokens) for level in self._levels]
+        lists = []
+        for pair in self._pairs:
+            a, b = pair.parts
+            lists.append(pair.schedule(num_qo_tokens, num_qo_tokens, a._options, b._options))
+        return lists + [level.schedule(num_qo_tokens) for level in self._unpaired()]
+
+    def _unpaired(self) -> list[BatchPrefillWithPagedKVCacheWrapper]:
+        return self._levels[: len(self._levels) % 2]
 
     def plan(
         self,
@@ -146,10 +170,11 @@ class MultiLevelCascadeAttentionWrapper(OlderVerbs):
         *,
         non_blocking: bool = True,
         num_qo_tokens: int | None = None,
+        max_q_len: int | None = None,
         batch_invariant: bool = False,
         validate: bool = False,
     ) -> None:
-        """Store a step's levels and options, and launch their schedules.
+        """Store a step's levels and options; the first run launches their schedules.
 
         Parameters
         ----------
@@ -163,6 +188,9 @@ class MultiLevelCascadeAttentionWrapper(OlderVerbs):
         pos_encoding_mode, window_left :
             "NONE" and -1 where there is more than one level: a level does not know how far into
             the request its keys are.
+        max_q_len : int, optional
+            Most queries of a request at the last level; longer ones are cut off. It chooses that
+            level's kernel: pass 1 for decode.
         others :
             As in `BatchPrefillWithPagedKVCacheWrapper.plan`.
         """
@@ -182,15 +210,20 @@ class MultiLevelCascadeAttentionWrapper(OlderVerbs):
             if window_left != -1:
                 _check.not_yet(where, "window_left", window_left, way_out)
         for number, (level, *index) in enumerate(zip(self._levels, *arrays.values(), strict=True)):
+            is_last = number == len(self._levels) - 1
             level.plan(
                 *index, num_qo_heads, num_kv_heads, head_dim, page_size,
-                causal=causal and number == len(self._levels) - 1,
+                causal=causal and is_last, max_q_len=max_q_len if is_last else None,
                 pos_encoding_mode=pos_encoding_mode, use_fp16_qk_reduction=use_fp16_qk_reduction,
                 sm_scale=sm_scale, window_left=window_left, logits_soft_cap=logits_soft_cap,
                 rope_scale=rope_scale, rope_theta=rope_theta, q_data_type=q_data_type,
                 kv_data_type=kv_data_type, non_blocking=non_blocking, num_qo_tokens=num_qo_tokens,
                 batch_invariant=batch_invariant, validate=validate,
             )  # fmt: skip
+        options = self._levels[-1]._options
+        self._runs_pairs = bool(self._pairs) and in_one_launch(options, options, head_dim)
+        for pair in self._pairs:
+            pair.clear()
 
     begin_forward = plan
 
@@ -245,7 +278,8 @@ class MultiLevelCascadeAttentionWrapper(OlderVerbs):
         out, lse, return_lse, lse_base, lse_layout :
             As there.
         schedule : list of Tensor, optional
-            A work list for each level.
+            What `schedule` made; or a work list for each level, root first, which then run one
+            after the other.
 
         Returns
         -------
@@ -257,28 +291,66 @@ class MultiLevelCascadeAttentionWrapper(OlderVerbs):
         where = f"{self._name}.run"
         one_of(where, "lse_base", lse_base, ("ln", "log2"))
         one_of(where, "lse_layout", lse_layout, ("NH", "HN"))
+        num_levels = len(self._levels)
+        num_lists = (num_levels + 1) // 2 if self._runs_pairs else num_levels
+        if self._runs_pairs and (schedule is None or len(schedule) == num_lists):
+            merged, logs = self._run_pairs(q, paged_kv_cache, schedule or [None] * num_lists)
+            if out is not None:
+                merged = into(where, "out", out, merged)
+            if lse is not None and lse_layout == "NH":
+                logs = into(where, "lse", lse, logs)
+            return self._with_lse(merged, logs, lse, return_lse, lse_base, lse_layout)
         if schedule is None:
-            lists: Sequence[Tensor | None] = [None] * len(self._levels)
+            lists: Sequence[Tensor | None] = [None] * num_levels
         else:
             lists = schedule
-            self._one_each(where, "schedule", lists, len(self._levels))
+            self._one_each(where, "schedule", lists, num_levels)
         if len(self._levels) == 1 and not return_lse and lse is None:
             return self._levels[0].run(q, paged_kv_cache, out=out, schedule=lists[0])
-        logs: Tensor | None = None if lse_layout == "HN" else lse
         merged, logs = self._levels[-1].run(
-            q, paged_kv_cache, out=out, lse=logs, return_lse=True, schedule=lists[-1]
-        )
+            q, paged_kv_cache, out=out, lse=None if lse_layout == "HN" else lse, return_lse=True,
+            schedule=lists[-1],
+        )  # fmt: skip
         for level, work in zip(self._levels[:-1], lists[:-1], strict=True):
             merge_state_in_place(
                 merged, logs, *level.run(q, paged_kv_cache, return_lse=True, schedule=work)
             )
+        return self._with_lse(merged, logs, lse, return_lse, lse_base, lse_layout)
+
+    forward = run
+
+    def _run_pairs(
+        self, q: Tensor, paged_kv_cache: Cache, lists: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """The merged state of all levels, two of them a launch."""
+        states = []
+        num = q.shape[0]
+        for pair, work in zip(self._pairs, lists, strict=False):
+            a, b = (planned(level, q, paged_kv_cache, level._options) for level in pair.parts)
+            out, lse = pair.run(a, b, work)
+            states += [(out[num:], lse[num:]), (out[:num], lse[:num])]
+        for level in self._unpaired():
+            states.append(level.run(q, paged_kv_cache, return_lse=True, schedule=lists[-1]))
+        merged, logs = merge_state(*states[0], *states[1])
+        for state in states[2:]:
+            merge_state_in_place(merged, logs, *state)
+        return merged, logs
+
+    def _with_lse(
+        self,
+        merged: Tensor,
+        logs: Tensor,
+        lse: Tensor | None,
+        return_lse: bool,
+        lse_base: str,
+        lse_layout: str,
+    ) -> Result:
         if lse_base == "log2":
             logs = logs.mul_(LOG2_E)
         if lse_layout == "HN":
+            where = f"{self._name}.run"
             logs = logs.t().contiguous() if lse is None else into(where, "lse", lse, logs.t())
         return (merged, logs) if return_lse else merged
-
-    forward = run
 
     @staticmethod
     def _one_each(where: str, name: str, given: Sequence[Tensor | None], num_levels: int) -> None:
@@ -290,28 +362,42 @@ class MultiLevelCascadeAttentionWrapper(OlderVerbs):
 class _SharedPrefix(OlderVerbs):
     """What the two older shared-prefix wrappers share: a dense prefix beside a paged cache."""
 
-    def __init__(self, kv_layout: str) -> None:
+    def __init__(self, kv_layout: str, own: PagedWrapper) -> None:
         self._name = type(self).__name__
         self._kv_layout = kv_layout
+        self._own = own
+        own._schedules_in_plan = False
+        self._segments = Segments(None, own)
 
-    def _with_prefix(
+    def _attend(
         self,
         q: Tensor,
         k_shared: Tensor,
         v_shared: Tensor,
-        own: tuple[Tensor, Tensor],
+        unique_kv_cache: Cache,
+        options: Options,
         use_fp16_qk_reduction: bool,
         sm_scale: float | None,
     ) -> Tensor:
         """Merge a batch's own state with that of its queries over the prefix."""
-        merge_state_in_place(
-            *own,
-            *single_prefill_with_kv_cache_return_lse(
-                q, k_shared, v_shared, kv_layout=self._kv_layout, sm_scale=sm_scale,
-                use_fp16_qk_reduction=use_fp16_qk_reduction,
-            ),
+        own = self._own
+        prefix = own._options_of(own._where("forward"), sm_scale=sm_scale)
+        if in_one_launch(prefix, options, own._shape.head_dim_qk) and not use_fp16_qk_reduction:
+            out, lse = self._segments.run(
+                Segment(q, k_shared, v_shared, prefix),
+                planned(own, q, unique_kv_cache, options),
+                None,
+            )
+            num = q.shape[0]
+            return merge_state(out[num:], lse[num:], out[:num], lse[:num])[0]
+        merged: Tensor
+        merged, lse = own._forward(q, unique_kv_cache, options, True)
+        prefix_state = single_prefill_with_kv_cache_return_lse(
+            q, k_shared, v_shared, kv_layout=self._kv_layout, sm_scale=sm_scale,
+            use_fp16_qk_reduction=use_fp16_qk_reduction,
         )  # fmt: skip
-        return own[0]
+        merge_state_in_place(merged, lse, *prefix_state)
+        return merged
 
     def _refuse_rope(self, rope_scale: float | None, rope_theta: float | None) -> None:
         refuse_given(f"{self._name}.forward", rope_scale=rope_scale, rope_theta=rope_theta)
@@ -350,10 +436,9 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
         *,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(kv_layout)
-        self._own = BatchDecodeWithPagedKVCacheWrapper(
-            float_workspace_buffer, kv_layout, device=device
-        )
+        own = BatchDecodeWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout, device=device)
+        super().__init__(kv_layout, own)
+        self._plan = own.plan
 
     def begin_forward(
         self,
@@ -366,14 +451,15 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
         page_size: int,
         data_type: torch.dtype | str = "float16",
     ) -> None:
-        """Store a step's page table of the requests' own keys, and launch its schedule.
+        """Store a step's page table of the requests' own keys.
 
         The arguments are those of `BatchDecodeWithPagedKVCacheWrapper.plan`.
         """
-        self._own.plan(
+        self._plan(
             unique_kv_indptr, unique_kv_indices, unique_kv_last_page_len, num_qo_heads,
             num_kv_heads, head_dim, page_size, q_data_type=data_type,
         )  # fmt: skip
+        self._segments.clear()
 
     def forward(
         self,
@@ -409,8 +495,12 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
             ``[batch_size, num_qo_heads, head_dim]``.
         """
         self._refuse_rope(rope_scale, rope_theta)
-        own = self._own.forward_return_lse(q, unique_kv_cache, sm_scale=sm_scale)
-        return self._with_prefix(q, k_shared, v_shared, own, allow_fp16_qk_reduction, sm_scale)
+        own = self._own
+        own._planned()
+        options = own._options_of(own._where("forward"), sm_scale=sm_scale)
+        return self._attend(
+            q, k_shared, v_shared, unique_kv_cache, options, allow_fp16_qk_reduction, sm_scale
+        )
 
 
 class BatchPrefillWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
@@ -447,10 +537,9 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
         *,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(kv_layout)
-        self._own = BatchPrefillWithPagedKVCacheWrapper(
-            float_workspace_buffer, kv_layout, device=device
-        )
+        own = BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout, device=device)
+        super().__init__(kv_layout, own)
+        self._plan = own.plan
 
     def begin_forward(
         self,
@@ -468,10 +557,11 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
 
         The arguments are those of `BatchPrefillWithPagedKVCacheWrapper.plan`.
         """
-        self._own.plan(
+        self._plan(
             qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads,
             num_kv_heads, head_dim, page_size, q_data_type=q_data_type,
         )  # fmt: skip
+        self._segments.clear()
 
     def forward(
         self,
@@ -510,8 +600,12 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper(_SharedPrefix):
             ``[num_tokens, num_qo_heads, head_dim]``.
         """
         self._refuse_rope(rope_scale, rope_theta)
-        own = self._own.forward_return_lse(
-            q, unique_kv_cache, causal=causal, sm_scale=sm_scale,
+        own = self._own
+        own._planned()
+        options = own._options_of(
+            own._where("forward"), causal=causal, sm_scale=sm_scale,
             use_fp16_qk_reduction=allow_fp16_qk_reduction,
         )  # fmt: skip
-        return self._with_prefix(q, k_shared, v_shared, own, allow_fp16_qk_reduction, sm_scale)
+        return self._attend(
+            q, k_shared, v_shared, unique_kv_cache, options, allow_fp16_qk_reduction, sm_scale
+        )

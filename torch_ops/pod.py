@@ -1,4 +1,8 @@
-"""Prefill beside decode: `PODWithPagedKVCacheWrapper` and `BatchPODWithPagedKVCacheWrapper`."""
+"""Prefill beside decode: `PODWithPagedKVCacheWrapper` and `BatchPODWithPagedKVCacheWrapper`.
+
+Both run their two parts in one launch, from one work list, where the parts' logits have one scale
+and soft cap and nothing rotates; with other options they run one part after the other.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,11 @@ import torch
 from torch import Tensor
 
 from ._attention_cpu import one_of
+from ._batch_attention_cpu import HND
 from ._batch_ops import Cache, Result
 from ._older_verbs import OlderVerbs
 from ._paged_wrapper import PagedWrapper
+from ._segments import Segment, Segments, in_one_launch, planned
 from ._wrapper import Options
 from ._wrapper_options import refuse_run_options
 from .attention import single_prefill_with_kv_cache
@@ -26,11 +32,15 @@ class _Pod(OlderVerbs):
     _parts: tuple[PagedWrapper, ...]
     _name: str
 
+    _segments: Segments
+
     def _adopt(self, *parts: PagedWrapper) -> None:
         self._parts = parts
         self._name = type(self).__name__
         for part in parts:
             part._name = self._name
+            # Why not: the prefill, and the masks that a schedule counts, come with `run`.
+            part._schedules_in_plan = False
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -47,6 +57,20 @@ class _Pod(OlderVerbs):
         own = self._parts[0]._kv_layout
         for name, kv_layout in kv_layouts.items():
             one_of(where, name, kv_layout, (None, own))
+
+
+def _parted(
+    both: tuple[Tensor, Tensor], num_prefill: int, return_lse_p: bool, return_lse_d: bool
+) -> tuple[Result, Result]:
+    """Results of the prefill and of the decode, from those of both."""
+    out, lse = both
+    prefill: Result = out[:num_prefill]
+    decode: Result = out[num_prefill:]
+    if return_lse_p:
+        prefill = (out[:num_prefill], lse[:num_prefill])
+    if return_lse_d:
+        decode = (out[num_prefill:], lse[num_prefill:])
+    return prefill, decode
 
 
 def _changed(part: PagedWrapper, plan: dict[str, Any], causal: bool, **given: Any) -> Options:
@@ -99,6 +123,7 @@ class PODWithPagedKVCacheWrapper(_Pod):
             device=device,
         )  # fmt: skip
         self._adopt(self._decode)
+        self._segments = Segments(None, self._decode)
         self._options: dict[str, Any] = {}
 
     def plan(
@@ -123,7 +148,7 @@ class PODWithPagedKVCacheWrapper(_Pod):
         *,
         validate: bool = False,
     ) -> None:
-        """Store the decodes' page table and options, and launch their schedule.
+        """Store the decodes' page table and options; the first run launches the schedule.
 
         The arguments are those of `BatchDecodeWithPagedKVCacheWrapper.plan`. `logits_soft_cap` is
         the prefill's as well; the prefill's other options come with `run`.
@@ -142,8 +167,50 @@ class PODWithPagedKVCacheWrapper(_Pod):
             non_blocking=non_blocking, validate=validate,
         )  # fmt: skip
         self._options = options
+        self._segments.clear()
 
     begin_forward = plan
+
+    def schedule(
+        self,
+        qo_len_p: int,
+        kv_len_p: int,
+        *,
+        causal_p: bool = False,
+        window_left_p: int = -1,
+        window_left_d: int | None = None,
+    ) -> Tensor:
+        """Make the work list of a prefill and the planned decodes, for the `schedule` of `run`.
+
+        Eager runs share one by themselves. A compiled graph makes it once with this and passes it
+        to every layer.
+
+        Parameters
+        ----------
+        qo_len_p, kv_len_p : int
+            Rows of ``q_p``, and keys of the prefill.
+        causal_p, window_left_p, window_left_d :
+            As in `run`.
+
+        Returns
+        -------
+        Tensor
+            Int32; of the decodes alone where the plan's options need a launch for each part.
+        """
+        self._decode._planned()
+        options = _changed(self._decode, self._options, False, window_left=window_left_d)
+        prefill = self._prefill_options(causal=causal_p, window_left=window_left_p)
+        lens = self._decode._index
+        assert lens is not None
+        assert lens[3] is not None
+        num_decodes = lens[3].shape[0]
+        if not in_one_launch(prefill, options, self._decode._shape.head_dim_qk):
+            return self._decode.schedule(num_decodes, window_left=window_left_d)
+        return self._segments.schedule(qo_len_p, num_decodes, prefill, options, kv_len_p)
+
+    def _prefill_options(self, **given: Any) -> Options:
+        cap = self._options["logits_soft_cap"]
+        return self._decode._options_of(self._decode._where("run"), logits_soft_cap=cap, **given)
 
     def run(
         self,
@@ -188,7 +255,7 @@ class PODWithPagedKVCacheWrapper(_Pod):
             The prefill's queries, ``[qo_len, num_qo_heads, head_dim]``.
         k_p, v_p : Tensor
             Its keys and values, ``[kv_len, num_kv_heads, head_dim]`` (`kv_layout_p` NHD) or
-            ``[num_kv_heads, kv_len, head_dim]`` (HND).
+            ``[num_kv_heads, kv_len, head_dim]`` (HND); heads, head_dim and dtype are the plan's.
         q_d : Tensor
             The decodes' queries, ``[batch_size, num_qo_heads, head_dim]``.
         paged_kv_cache_d : tuple of Tensor, or Tensor
@@ -210,7 +277,8 @@ class PODWithPagedKVCacheWrapper(_Pod):
         return_lse_p, return_lse_d : bool
             Whether a result is ``(out, lse)`` instead of ``out``.
         schedule : Tensor, optional
-            A work list of the decodes, as in `BatchDecodeWithPagedKVCacheWrapper.run`.
+            What `schedule` made for these lengths and masks. None: eager runs of a plan share one,
+            and so do the runs of a CUDA-graph capture.
 
         Returns
         -------
@@ -225,13 +293,28 @@ class PODWithPagedKVCacheWrapper(_Pod):
             packed_custom_mask_d=packed_custom_mask_d, q_scale=q_scale, k_scale=k_scale,
             v_scale=v_scale,
         )  # fmt: skip
-        one_of(f"{self._name}.run", "causal_d", causal_d, (False, True))
+        where = f"{self._name}.run"
+        one_of(where, "causal_d", causal_d, (False, True))
+        one_of(where, "kv_layout_p", kv_layout_p, ("NHD", "HND"))
         self._decode._planned()
         options = _changed(
             self._decode, self._options, False, pos_encoding_mode=pos_encoding_mode_d,
             sm_scale=sm_scale_d, window_left=window_left_d, rope_scale=rope_scale_d,
             rope_theta=rope_theta_d, use_fp16_qk_reduction=use_fp16_qk_reduction or None,
         )  # fmt: skip
+        options_p = self._prefill_options(
+            causal=causal_p, pos_encoding_mode=pos_encoding_mode_p, sm_scale=sm_scale_p,
+            window_left=window_left_p, rope_scale=rope_scale_p, rope_theta=rope_theta_p,
+            use_fp16_qk_reduction=use_fp16_qk_reduction,
+        )  # fmt: skip
+        if in_one_launch(options_p, options, self._decode._shape.head_dim_qk):
+            flags = (options_p.flags & ~HND) | (HND if kv_layout_p == "HND" else 0)
+            both = self._segments.run(
+                Segment(q_p, k_p, v_p, options_p._replace(flags=flags)),
+                planned(self._decode, q_d, paged_kv_cache_d, options),
+                schedule,
+            )
+            return _parted(both, q_p.shape[0], return_lse_p, return_lse_d)
         prefill: Any = single_prefill_with_kv_cache(
             q_p, k_p, v_p, causal=causal_p, kv_layout=kv_layout_p,
             pos_encoding_mode=pos_encoding_mode_p, use_fp16_qk_reduction=use_fp16_qk_reduction,
@@ -279,9 +362,7 @@ class BatchPODWithPagedKVCacheWrapper(_Pod):
             for _ in range(2)
         )
         self._adopt(self._prefill, self._decode)
-        for part in self._parts:
-            # Why not: the masks that a schedule counts come with `run`.
-            part._schedules_in_plan = False
+        self._segments = Segments(self._prefill, self._decode)
         self._options: dict[str, Any] = {}
 
     def plan(
@@ -312,7 +393,7 @@ class BatchPODWithPagedKVCacheWrapper(_Pod):
         max_q_len_d: int | None = None,
         validate: bool = False,
     ) -> None:
-        """Store both batches' page tables and options; the first run launches their schedules.
+        """Store both batches' page tables and options; the first run launches the schedule.
 
         Parameters
         ----------
@@ -347,8 +428,50 @@ class BatchPODWithPagedKVCacheWrapper(_Pod):
                 max_q_len=max_q_len, validate=validate,
             )  # fmt: skip
         self._options = options
+        self._segments.clear()
 
     begin_forward = plan
+
+    def schedule(
+        self,
+        num_qo_tokens_p: int,
+        num_qo_tokens_d: int,
+        *,
+        causal_p: bool = False,
+        causal_d: bool = False,
+        window_left_p: int | None = None,
+        window_left_d: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Make the work list of the planned prefills and decodes, for the `schedule` of `run`.
+
+        Parameters
+        ----------
+        num_qo_tokens_p, num_qo_tokens_d : int
+            Rows of ``q_p`` and ``q_d``.
+        causal_p, causal_d, window_left_p, window_left_d :
+            As in `run`.
+
+        Returns
+        -------
+        Tensor or tuple of Tensor
+            Int32; one for each part where the plan's options need a launch for each.
+        """
+        parts = (self._prefill, self._decode)
+        counts = (num_qo_tokens_p, num_qo_tokens_d)
+        a, b = (
+            _changed(part, self._options, causal, window_left=window)
+            for part, causal, window in zip(
+                parts, (causal_p, causal_d), (window_left_p, window_left_d), strict=True
+            )
+        )
+        self._decode._planned()
+        if in_one_launch(a, b, self._decode._shape.head_dim_qk):
+            return self._segments.schedule(*counts, a, b)
+        list_p, list_d = (
+            part._make_list(count, options.flags, options.window_left)
+            for part, count, options in zip(parts, counts, (a, b), strict=True)
+        )
+        return list_p, list_d
 
     def run(
         self,
@@ -382,7 +505,7 @@ class BatchPODWithPagedKVCacheWrapper(_Pod):
         use_fp16_qk_reduction: bool = False,
         enable_pdl: bool | None = None,
         *args: object,
-        schedule: tuple[Tensor, Tensor] | None = None,
+        schedule: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Result, Result]:
         """Attention of the planned prefills and decodes.
 
@@ -398,8 +521,9 @@ class BatchPODWithPagedKVCacheWrapper(_Pod):
             The wrapper's own layout.
         pos_encoding_mode_p, sm_scale_p, window_left_p, rope_scale_p, rope_theta_p : optional
             Options of the prefills, where they are not the plan's; likewise those of the decodes.
-        schedule : tuple of Tensor, optional
-            Work lists of the prefills and of the decodes.
+        schedule : Tensor or tuple of Tensor, optional
+            What `schedule` made for these lengths and masks; or a list of the prefills and one of
+            the decodes, which then run one after the other.
         others :
             As in `PODWithPagedKVCacheWrapper.run`.
 
@@ -427,6 +551,15 @@ class BatchPODWithPagedKVCacheWrapper(_Pod):
             sm_scale=sm_scale_d, window_left=window_left_d, rope_scale=rope_scale_d,
             rope_theta=rope_theta_d, use_fp16_qk_reduction=fp16,
         )  # fmt: skip
+        self._decode._planned()
+        both = in_one_launch(options_p, options_d, self._decode._shape.head_dim_qk)
+        if both and (schedule is None or isinstance(schedule, Tensor)):
+            results = self._segments.run(
+                planned(self._prefill, q_p, paged_kv_cache_p, options_p),
+                planned(self._decode, q_d, paged_kv_cache_d, options_d),
+                schedule,
+            )
+            return _parted(results, q_p.shape[0], return_lse_p, return_lse_d)
         list_p, list_d = (None, None) if schedule is None else schedule
         return (
             self._prefill._forward(q_p, paged_kv_cache_p, options_p, return_lse_p, list_p),

@@ -23,10 +23,44 @@ struct SlotRow {
   }
 };
 
+// Of one batch; or of two, whose second segment is first in the output and has the parameters that
+// hold for all of it, its num_tokens included.
+template <int kSegments>
+struct CombinedBatches {
+  using Params = BatchAttentionParams;
+};
+template <>
+struct CombinedBatches<2> {
+  using Params = BatchPairParams;
+};
+
+__device__ __forceinline__ const BatchAttentionParams& whole(const BatchAttentionParams& params) {
+  return params;
+}
+__device__ __forceinline__ const BatchAttentionParams& whole(const BatchPairParams& params) {
+  return params.segments[1];
+}
+
 template <typename T>
+__device__ __forceinline__ void clear_all_rows(const BatchAttentionParams& params, int first_warp,
+                                               int num_warps) {
+  clear_rows<T>(params, header_of(params.list).num_tokens, params.num_tokens, first_warp,
+                num_warps);
+}
+template <typename T>
+__device__ __forceinline__ void clear_all_rows(const BatchPairParams& params, int first_warp,
+                                               int num_warps) {
+  const BatchAttentionParams &b = params.segments[0], &a = params.segments[1];
+  const ListHeader& header = header_of(a.list);
+  clear_rows<T>(a, header.num_tokens, a.num_tokens - b.num_tokens, first_warp, num_warps);
+  clear_rows<T>(b, header.num_tokens_b, b.num_tokens, first_warp, num_warps);
+}
+
+template <typename T, int kSegments = 1>
 __global__ void __launch_bounds__(kCombineThreads, 2)
-    batch_combine(const __grid_constant__ BatchAttentionParams params) {
+    batch_combine(const __grid_constant__ typename CombinedBatches<kSegments>::Params given) {
   __shared__ RowSums of_warps[kCombineWarps][32];
+  const BatchAttentionParams& params = whole(given);
   const AttentionParams& attention = params.attention;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -34,8 +68,8 @@ __global__ void __launch_bounds__(kCombineThreads, 2)
   const int num_warps = gridDim.x * kCombineWarps;
   pdl_wait();
 
-  const ListHeader& header = *reinterpret_cast<const ListHeader*>(params.list);
-  clear_rows<T>(params, warp_idx, num_warps);
+  const ListHeader& header = header_of(params.list);
+  clear_all_rows<T>(given, warp_idx, num_warps);
   if (header.tag != params.tag) return;
   const float scale = exponent_scale(attention.sm_scale, attention.logits_soft_cap);
   const int num_tiles = max(0, min(header.num_cut_tiles, params.max_cut_tiles));

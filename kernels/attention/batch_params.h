@@ -23,6 +23,7 @@ enum class KvForm : int {
   kPagedByLength,    // pages from kv_indptr[b] on, kv_lens = tokens
   kRagged,           // tokens kv_indptr[b] .. kv_indptr[b + 1]
   kPadded,           // kv_lens tokens of row b
+  kSingle,           // one request, which has all queries and all tokens
 };
 
 constexpr bool is_paged(KvForm form) {
@@ -59,7 +60,7 @@ static_assert(sizeof(TeamShare) == kShareWords * 4, "whole words");
 // A tile whose keys were cut into parts, which lie piece_stride rows apart, in order; of the team's
 // first head, with the others' parts a slot further each.
 struct alignas(16) CutTile {
-  int q_begin;      // the request's first token in q
+  int q_begin;      // the request's first token in the output
   int q_row_begin;  // first packed row
   int kv_head;
   int num_rows;
@@ -76,8 +77,9 @@ struct ListHeader {
   int by_tile;
   int num_records;
   int num_cut_tiles;
-  int num_tokens;   // of all requests: rows of the output from here on are padding
-  int most_pieces;  // no tile was cut into more
+  int num_tokens;    // of all requests: rows of the output from here on are padding
+  int most_pieces;   // no tile was cut into more
+  int num_tokens_b;  // of the segment that is second in the output
 };
 
 inline constexpr int kMaxBatchCtas = 1024;
@@ -133,27 +135,38 @@ struct TileHeight {
   int min_kv_tiles;  // of a part: less is not worth a partial result
 };
 
-struct ScheduleParams {
+// Requests over one cache. Of two segments the one with fewer rows a tile comes first on the line
+// of units, where it is not the first in the output.
+struct ScheduleSegment {
   const int* qo_indptr;  // [batch_size + 1]; null: one token a request
   const int* kv_indptr;  // [batch_size + 1]; null: padded
   const int* kv_lens;    // [batch_size]; null: ragged
+  int batch_size;
+  int num_tokens;   // rows of q
+  int first_token;  // where they are in the output
+  int max_q_len;    // of longer requests no more is computed
+  KvForm form;
+  int page_size;
+  int single_kv_len;  // of kSingle
+  int causal;
+  int window_left;
+  int num_heights;  // 1 or 2; with two, requests of up to tile_q rows of the first take it
+  TileHeight heights[2];
+};
+
+// Requests are numbered through all segments.
+template <int kSegments>
+struct ScheduleParams {
+  ScheduleSegment segments[kSegments];
   int* list;
   int64 records_at, requests_at, items_at, costs_at, item_starts_at;  // words
   int max_items;
   int batch_size;
-  int num_tokens;  // rows of q
-  int max_q_len;   // of longer requests no more is computed
-  KvForm form;
-  int page_size;
-  int causal;
-  int window_left;
   int num_teams;
   Divider team_count;   // num_teams
   int team_size;        // CTAs, a divisor of num_kv_heads
   Divider num_bundles;  // num_kv_heads / team_size
   int max_tiles;        // that the grid has CTAs for, where a list may be by tile; or 0
-  int num_heights;      // 1 or 2; with two, requests of up to tile_q rows of the first take it
-  TileHeight heights[2];
   Divider group_size;
   int invariant;
   int slot_rows;  // rows of a partial result
@@ -194,6 +207,11 @@ struct BatchAttentionParams {
   int batch_size;
   int max_q_len;
   int tag;
+};
+
+// Two segments of one launch, in the order of the line; what the list has is the same in both.
+struct BatchPairParams {
+  BatchAttentionParams segments[2];
 };
 
 // Counters of a launch: of its CTAs, and of the parts of each cut tile, for each head of a team.

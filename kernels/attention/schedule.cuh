@@ -12,9 +12,8 @@
 // so the place of every record follows from the number of cuts before it, and all are written at
 // once. Parts of one unit have consecutive slots of partial results, in the order of their keys.
 //
-// By tile, where no tile is as dear as a third of a CTA's share: whole items in four classes of
-// cost, dearest first, each twice as dear as the next. Nothing is cut, and what SMs differ in speed
-// evens out.
+// By tile, where no tile is too dear: whole items in four classes of cost, dearest first, each
+// twice as dear as the next. Nothing is cut, and what SMs differ in speed evens out.
 //
 // All lengths are clamped, so that bad contents give wrong work but none out of bounds. All SMs.
 //
@@ -43,8 +42,8 @@ struct Found {
 };
 
 // Where the line of costs is cut for the c-th time.
-template <bool kTall>
-__device__ __forceinline__ Cut find_cut(const ScheduleParams& params, const Found& found,
+template <bool kTall, int kSegments>
+__device__ __forceinline__ Cut find_cut(const ScheduleParams<kSegments>& params, const Found& found,
                                         int num_items, int c) {
   const int num_bundles = params.num_bundles.divisor;
   const int64 total = found.costs[num_items];
@@ -54,8 +53,9 @@ __device__ __forceinline__ Cut find_cut(const ScheduleParams& params, const Foun
   const int index = last_at_most(0, num_items, place, [&](int i) { return found.costs[i]; });
   const int64 rest = place - found.costs[index];
   const ScheduledItem item = found.items[index];
+  const ScheduleSegment& segment = params.segments[segment_of(params, item.request)];
   const int num_rows = num_rows_of(params, found.requests[item.request].lengths);
-  const TileHeight& height = params.heights[height_of<kTall>(params, num_rows)];
+  const TileHeight& height = segment.heights[height_of<kTall>(segment, num_rows)];
   const int num_tiles = num_kv_tiles(height, item);
   const int64 cost = cost_of(height, num_tiles);
   // Why two: a division of 64 bits takes ten times as long.
@@ -75,38 +75,45 @@ __device__ __forceinline__ Cut find_cut(const ScheduleParams& params, const Foun
 }
 
 // The fields that every record of an item has.
-template <bool kTall>
-__device__ __forceinline__ WorkRecord record_of(const ScheduleParams& params, const Found& found,
-                                                int index) {
+template <bool kTall, int kSegments>
+__device__ __forceinline__ WorkRecord record_of(const ScheduleParams<kSegments>& params,
+                                                const Found& found, int index) {
   const ScheduledItem item = found.items[index];
   const ScheduledRequest of = found.requests[item.request];
-  const int height_idx = height_of<kTall>(params, num_rows_of(params, of.lengths));
+  const int segment_idx = segment_of(params, item.request);
+  const ScheduleSegment& segment = params.segments[segment_idx];
+  const int height_idx = height_of<kTall>(segment, num_rows_of(params, of.lengths));
   WorkRecord record = {};
-  record.segment_height = height_idx;
-  record.request = item.request;
+  record.segment_height = segment_idx * 256 + height_idx;
+  record.request = item.request - first_request(params, segment_idx);
   record.q_row_begin = item.q_row_begin;
   record.q_begin = of.q_begin;
   record.qo_len = of.lengths.qo_len;
   record.kv_origin = of.kv_origin;
   record.kv_len = of.lengths.kv_len;
-  record.kv_begin = item.first_kv_tile * int(params.heights[height_idx].kv_tile.divisor);
+  record.kv_begin = item.first_kv_tile * int(segment.heights[height_idx].kv_tile.divisor);
   record.kv_end = max(item.end_key, record.kv_begin);
   record.partial_row = -1;
   return record;
 }
 
-// Whether whole items, dearest first, fill the GPU evenly.
-__device__ __forceinline__ bool goes_by_tile(const ScheduleParams& params, int num_items,
+// Whether whole items, dearest first, fill the GPU evenly: where none is as dear as a third of a
+// CTA's share; or as a whole one, where the items of all fractions of that cost come last, as the
+// tiles of causal prompts do, so that their mean is about half of the dearest.
+template <int kSegments>
+__device__ __forceinline__ bool goes_by_tile(const ScheduleParams<kSegments>& params, int num_items,
                                              int64 total_cost, int64 most_cost) {
-  return num_items <= params.max_tiles &&
-         3 * most_cost * params.num_teams <= total_cost * params.num_bundles.divisor;
+  const bool has_cheap_ones = 5 * total_cost <= 3 * most_cost * num_items;
+  return num_items <= params.max_tiles && (has_cheap_ones ? 1 : 3) * most_cost * params.num_teams <=
+                                              total_cost * params.num_bundles.divisor;
 }
 
 // Items by class of cost, the dearest class first, and the last items of a class first: the last
 // query tiles of a causal request are the dearest.
-template <bool kTall>
-__device__ __forceinline__ void write_by_tile(const ScheduleParams& params, const Found& found,
-                                              int num_items, int64 most_cost, int64* warp_sums) {
+template <bool kTall, int kSegments>
+__device__ __forceinline__ void write_by_tile(const ScheduleParams<kSegments>& params,
+                                              const Found& found, int num_items, int64 most_cost,
+                                              int64* warp_sums) {
   constexpr int kThreads = schedule_threads(kTall);
   constexpr int kClasses = 4;
   // Counts of all classes, 16 bits each.
@@ -144,9 +151,9 @@ __device__ __forceinline__ void write_by_tile(const ScheduleParams& params, cons
   }
 }
 
-template <bool kTall>
+template <bool kTall, int kSegments = 1>
 __global__ void __launch_bounds__(schedule_threads(kTall), 1)
-    schedule(const __grid_constant__ ScheduleParams params) {
+    schedule(const __grid_constant__ ScheduleParams<kSegments> params) {
   constexpr int kThreads = schedule_threads(kTall);
   __shared__ int64 warp_sums[kThreads / 32];
   __shared__ ScheduledRequest few_requests[kKeptInSmem];
@@ -183,7 +190,8 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
       own_request = scheduled_request(params, request);
       found.requests[request] = own_request;
       const int num_rows = num_rows_of(params, own_request.lengths);
-      const TileHeight& height = params.heights[height_of<kTall>(params, num_rows)];
+      const ScheduleSegment& segment = params.segments[segment_of(params, request)];
+      const TileHeight& height = segment.heights[height_of<kTall>(segment, num_rows)];
       count = height.tile_q.quotient(num_rows + height.tile_q.divisor - 1);
       if (params.invariant && count == 1) {
         const ScheduledItem tile = whole_tile(params, own_request, height, request, 0);
@@ -225,7 +233,8 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
         place = index - found.item_starts[request];
       }
       const int num_rows = num_rows_of(params, own_request.lengths);
-      const TileHeight& height = params.heights[height_of<kTall>(params, num_rows)];
+      const ScheduleSegment& segment = params.segments[segment_of(params, request)];
+      const TileHeight& height = segment.heights[height_of<kTall>(segment, num_rows)];
       const bool one_tile = num_rows <= int(height.tile_q.divisor);
       ScheduledItem item = whole_tile(params, own_request, height, request, one_tile ? 0 : place);
       int num_tiles = num_kv_tiles(height, item);
@@ -259,9 +268,8 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
 
   ListHeader header = {};
   header.tag = params.tag;
-  header.num_tokens = params.qo_indptr == nullptr
-                          ? params.batch_size
-                          : clamped(params.qo_indptr[params.batch_size], 0, params.num_tokens);
+  header.num_tokens = tokens_of<kSegments>(params.segments[kSegments - 1]);
+  if constexpr (kSegments > 1) header.num_tokens_b = tokens_of<kSegments>(params.segments[0]);
   if (kTall) {
 #pragma unroll
     for (const int64 of_warp : warp_mosts) most_cost = max(most_cost, of_warp);
@@ -329,7 +337,9 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
     const int index = params.num_bundles.quotient(unit);
     const ScheduledItem item = found.items[index];
     WorkRecord record = record_of<kTall>(params, found, index);
-    const TileHeight& height = params.heights[record.segment_height];
+    const int segment_idx = segment_of(params, item.request);
+    const TileHeight& height = params.segments[segment_idx].heights[record.segment_height % 256];
+    const int out_begin = record.q_begin + params.segments[segment_idx].first_token;
     const int num_rows = record.qo_len * int(params.group_size.divisor);
     const int kv_tile = height.kv_tile.divisor;
     const int begin = r == first_records[c] ? from.kv_tile : 0;
@@ -347,10 +357,14 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
       if (in_pieces) record.partial_row = unit * slot_rows;
       if (index == first) {
         cut_tiles[item.request * num_bundles + unit - index * num_bundles] = {
-            record.q_begin,          0,
-            record.kv_head,          num_rows,
-            unit * slot_rows,        in_pieces ? num_pieces : 0,
-            num_bundles * slot_rows, 0};
+            out_begin,
+            0,
+            record.kv_head,
+            num_rows,
+            unit * slot_rows,
+            in_pieces ? num_pieces : 0,
+            num_bundles * slot_rows,
+            0};
       }
     } else if (begin > 0) {
       const int inner_cuts = first_records[c] - from.unit;
@@ -364,7 +378,7 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
       record.partial_row = (inner_cuts + tile - 1) * slot_rows;
       record.cut_tile = tile;
       cut_tiles[tile] = {
-          record.q_begin,     record.q_row_begin,
+          out_begin,          record.q_row_begin,
           record.kv_head,     min(int(height.tile_q.divisor), num_rows - item.q_row_begin),
           record.partial_row, first_records[last] - unit - inner_cuts + 2,
           slot_rows,          0};

@@ -30,8 +30,36 @@ __device__ __forceinline__ int clamped(int value, int low, int high) {
   return max(low, min(value, high));
 }
 
-__device__ __forceinline__ ScheduledRequest scheduled_request(const ScheduleParams& params,
-                                                              int request) {
+// The segment that a request belongs to.
+template <int kSegments>
+__device__ __forceinline__ int segment_of(const ScheduleParams<kSegments>& params, int request) {
+  return kSegments > 1 && request >= params.segments[0].batch_size ? 1 : 0;
+}
+
+// The number of a segment's first request.
+template <int kSegments>
+__device__ __forceinline__ int first_request(const ScheduleParams<kSegments>& params, int segment) {
+  return segment == 0 ? 0 : params.segments[0].batch_size;
+}
+
+// Rows of q that belong to the requests of a segment.
+template <int kSegments>
+__device__ __forceinline__ int tokens_of(const ScheduleSegment& segment) {
+  if (kSegments > 1 && segment.form == KvForm::kSingle) return segment.num_tokens;
+  return segment.qo_indptr == nullptr
+             ? segment.batch_size
+             : clamped(segment.qo_indptr[segment.batch_size], 0, segment.num_tokens);
+}
+
+template <int kSegments>
+__device__ __forceinline__ ScheduledRequest scheduled_request(const ScheduleParams<kSegments>& all,
+                                                              int number) {
+  const int segment_idx = segment_of(all, number);
+  const ScheduleSegment& params = all.segments[segment_idx];
+  const int request = number - first_request(all, segment_idx);
+  if (kSegments > 1 && params.form == KvForm::kSingle) {
+    return {0, 0, {params.num_tokens, params.single_kv_len}};
+  }
   // All loads before anything waits for one.
   const bool ragged_queries = params.qo_indptr != nullptr;
   const int q_begin = ragged_queries ? params.qo_indptr[request] : request;
@@ -55,15 +83,18 @@ __device__ __forceinline__ ScheduledRequest scheduled_request(const SchedulePara
   return result;
 }
 
-__device__ __forceinline__ int num_rows_of(const ScheduleParams& params, const Request& request) {
+template <int kSegments>
+__device__ __forceinline__ int num_rows_of(const ScheduleParams<kSegments>& params,
+                                           const Request& request) {
   return request.qo_len * int(params.group_size.divisor);
 }
 
 // Index of a request's tile height; lists that are not tall have one height only.
 template <bool kTall>
-__device__ __forceinline__ int height_of(const ScheduleParams& params, int num_rows) {
-  return !kTall || params.num_heights == 1 || num_rows <= int(params.heights[0].tile_q.divisor) ? 0
-                                                                                                : 1;
+__device__ __forceinline__ int height_of(const ScheduleSegment& segment, int num_rows) {
+  const bool low =
+      !kTall || segment.num_heights == 1 || num_rows <= int(segment.heights[0].tile_q.divisor);
+  return low ? 0 : 1;
 }
 
 __device__ __forceinline__ int kv_tiles_up_to(const TileHeight& height, int key) {
@@ -81,7 +112,8 @@ __device__ __forceinline__ int64 cost_of(const TileHeight& height, int num_tiles
 }
 
 // A query tile of a request with all its keys.
-__device__ __forceinline__ ScheduledItem whole_tile(const ScheduleParams& params,
+template <int kSegments>
+__device__ __forceinline__ ScheduledItem whole_tile(const ScheduleParams<kSegments>& params,
                                                     const ScheduledRequest& of,
                                                     const TileHeight& height, int request,
                                                     int q_tile) {
@@ -90,9 +122,10 @@ __device__ __forceinline__ ScheduledItem whole_tile(const ScheduleParams& params
       min(row_begin + int(height.tile_q.divisor), num_rows_of(params, of.lengths)) - 1;
   const int first_query = params.group_size.quotient(row_begin);
   const int last_query = params.group_size.quotient(last_row);
-  const bool causal = params.causal != 0;
-  const int begin = masked_keys(of.lengths, first_query, causal, params.window_left).begin;
-  const int end = masked_keys(of.lengths, last_query, causal, params.window_left).end;
+  const ScheduleSegment& segment = params.segments[segment_of(params, request)];
+  const bool causal = segment.causal != 0;
+  const int begin = masked_keys(of.lengths, first_query, causal, segment.window_left).begin;
+  const int end = masked_keys(of.lengths, last_query, causal, segment.window_left).end;
   return {request, row_begin, int(height.kv_tile.quotient(begin)), max(end, 0)};
 }
 

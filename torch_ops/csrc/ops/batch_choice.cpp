@@ -81,8 +81,37 @@ int dims_of(int head_dim_qk, int head_dim_vo) {
   return dims;
 }
 
+bool is_low(const BatchProblem& problem) {
+  return problem.max_q_len * (problem.num_qo_heads / problem.num_kv_heads) <= 16;
+}
+
+// Whether there is a kernel for a pair, of low tiles or others in the second segment. Why not all:
+// some spill, with tiles of 128 rows beside others.
+bool pair_exists(int dims, int kernel, bool paged, bool low_b, int sm) {
+  if (!exists(dims, kernel, sm) || (kernel == 3 && exists(dims, 1, sm))) return false;
+  return kernel != 2 || (dims > 0 && (low_b || paged || dims > 1));
+}
+
+// The kernel of a pair's first segment, for the longest query of both: it holds 16 rows too, where
+// there is such a kernel.
+int kernel_of_pair(const BatchProblem& a, const BatchProblem& b, int dims, int sm) {
+  const int64 rows = std::max(a.max_q_len, b.max_q_len) * (a.num_qo_heads / a.num_kv_heads);
+  if (rows > 64 && pair_exists(dims, 2, a.paged, is_low(b), sm)) return 2;
+  return exists(dims, 1, sm) ? 1 : 3;
+}
+
+// Whether a second segment of at most 16 rows can have the kernel for these beside another.
+bool low_fits(int dims, int kernel, int sm) {
+  return tile_of(dims, 16, sm).num_warps == tile_of(dims, kKernels[kernel].high, sm).num_warps;
+}
+
+int kernel_of_second(const BatchProblem& b, int dims, int kernel, int sm) {
+  return is_low(b) && low_fits(dims, kernel, sm) ? 0 : kernel;
+}
+
 Choice choose_batch(const std::string& op, const Config& config, int sm) {
   if (op == "attention_schedule") return {{schedule_name(false), schedule_name(true)}, {}};
+  if (op == "attention_pair_schedule") return {{schedule_name(true, 2)}, {}};
   BatchProblem problem;
   const std::string dtype = config.get("dtype", "float16");
   if (dtype != "float16" && dtype != "bfloat16") {
@@ -116,6 +145,18 @@ Choice choose_batch(const std::string& op, const Config& config, int sm) {
   }
   problem.rotates = mode == "ROPE_LLAMA";
   const int dims = dims_of(problem.head_dim_qk, problem.head_dim_vo);
+  if (op == "attention_pair") {
+    // Of many queries beside decodes, unless told otherwise.
+    problem.max_q_len = std::max(1L, config.get_int("max_q_len", 1024));
+    BatchProblem second = problem;
+    second.max_q_len = std::max(1L, config.get_int("max_q_len_b", 1));
+    const int kernel = kernel_of_pair(problem, second, dims, sm);
+    return {{schedule_name(true, 2),
+             pair_name(dims, kernel, problem.paged, kernel_of_second(second, dims, kernel, sm),
+                       problem.bf16),
+             batch_combine_name(problem.bf16, 2)},
+            {}};
+  }
   const int kernel = kernel_of(problem, dims, sm);
   return {{schedule_name(kKernels[kernel].high > 16),
            batch_name(dims, kernel, problem.paged, problem.bf16, batch_variant(problem)),
@@ -143,8 +184,50 @@ void add_rows(std::vector<Row>& rows, const char* op, int dims, int kernel, int 
   }
 }
 
+// In the packs: what POD and shared prefixes of many queries take, beside decodes.
+void add_pair_rows(std::vector<Row>& rows, int dims, int kernel, int kernel_b) {
+  for (const bool paged : {true, false}) {
+    for (const bool bf16 : {false, true}) {
+      for (const auto& [min_sm, max_sm] : {std::pair{75, 79}, std::pair{80, 999}}) {
+        if (!pair_exists(dims, kernel, paged, kernel_b == 0, min_sm)) continue;
+        if (bf16 && min_sm < 80) continue;
+        if (kernel_b == 0 && !low_fits(dims, kernel, min_sm)) continue;
+        rows.push_back({.op = "attention_pair",
+                        .kernel = pair_name(dims, kernel, paged, kernel_b, bf16),
+                        .min_sm = min_sm,
+                        .max_sm = max_sm,
+                        .core = kernel_b == 0 && (dims == 0 || (dims == 1 && kernel == 2)),
+                        .block = tile_of(dims, kKernels[kernel].high, min_sm).num_warps * 32,
+                        .dynamic_smem = smem_of(dims, kernel, min_sm, false),
+                        .why = "two batches in one launch"});
+      }
+    }
+  }
+}
+
+void add_pair_rows(std::vector<Row>& rows) {
+  rows.push_back({.op = "attention_pair_schedule",
+                  .kernel = schedule_name(true, 2),
+                  .block = schedule_threads(true),
+                  .why = "lengths of two batches to one work list"});
+  for (int dims = 0; dims < kNumBatchDims; ++dims) {
+    for (const int kernel : {1, 2, 3}) {
+      add_pair_rows(rows, dims, kernel, 0);
+      add_pair_rows(rows, dims, kernel, kernel);
+    }
+  }
+  for (const bool bf16 : {false, true}) {
+    rows.push_back({.op = "attention_pair",
+                    .kernel = batch_combine_name(bf16, 2),
+                    .min_sm = bf16 ? 80 : 75,
+                    .block = kCombineThreads,
+                    .why = "adds up the parts of cut tiles"});
+  }
+}
+
 std::vector<Row> batch_rows() {
   std::vector<Row> rows;
+  add_pair_rows(rows);
   for (const bool tall : {false, true}) {
     rows.push_back({.op = "attention_schedule",
                     .kernel = schedule_name(tall),
@@ -175,14 +258,17 @@ std::vector<Row> batch_rows() {
 }
 
 const RegisterFamily family({{"attention", "attention_lse", "attention_full", "attention_out",
-                              "attention_schedule"},
+                              "attention_schedule", "attention_pair", "attention_pair_schedule"},
                              batch_rows,
                              choose_batch});
 
 }  // namespace
 
-std::string schedule_name(bool tall) {
-  return kernel_name("attention/schedule.cuh:schedule", tall ? "true" : "false");
+std::string schedule_name(bool tall, int num_segments) {
+  const char* const kernel = "attention/schedule.cuh:schedule";
+  const char* const is_tall = tall ? "true" : "false";
+  return num_segments == 1 ? kernel_name(kernel, is_tall)
+                           : kernel_name(kernel, is_tall, num_segments);
 }
 
 std::string batch_name(int dims, int kernel, bool paged, bool bf16, int variant) {
@@ -193,16 +279,32 @@ std::string batch_name(int dims, int kernel, bool paged, bool bf16, int variant)
                      kVariants[variant]);
 }
 
-std::string batch_combine_name(bool bf16) {
-  return kernel_name("attention/batch_combine.cuh:batch_combine",
-                     bf16 ? "__nv_bfloat16" : "__half");
+std::string pair_name(int dims, int kernel, bool paged, int kernel_b, bool bf16) {
+  const char* type = bf16 ? "__nv_bfloat16" : "__half";
+  const auto segment = [&](int of, const char* kv) {
+    return kernel_name("Segment", kKernels[of].heights, kernel_name(kv, type));
+  };
+  return kernel_name("attention/batch_pair.cuh:batch_attention_pair", type,
+                     kernel_name("HeadDims", kDims[dims].qk, kDims[dims].vo),
+                     segment(kernel_b, "PagedKv"), segment(kernel, paged ? "PagedKv" : "RaggedKv"),
+                     kVariants[0]);
+}
+
+std::string batch_combine_name(bool bf16, int num_segments) {
+  const char* const kernel = "attention/batch_combine.cuh:batch_combine";
+  const char* const type = bf16 ? "__nv_bfloat16" : "__half";
+  return num_segments == 1 ? kernel_name(kernel, type) : kernel_name(kernel, type, num_segments);
+}
+
+std::array<int, 2> heights_of(int kernel) {
+  return {kKernels[kernel].low, kKernels[kernel].high};
 }
 
 // Costs in quarters of the time that a CTA takes for 64 keys of a decoding tile. On an H200 with
 // both kinds in one launch that is 1.4 us, 64 keys of a 128-row tile take 3.9, and a tile of 128
 // rows 5.3 us beside its keys; with 7 in place of 11 the decodes of a mixed batch waited for its
-// prefills (828 us, 669). A decoding tile costs 3 us beside its keys; with 4 a skewed
-// batch took 1 us of 113 more than with 7 or 10.
+// prefills (828 us, 669). A decoding tile costs 3.5 us beside its keys; with 8 in place of 10 a
+// cascade waited for its decodes (465 us, 456; one of 64 requests 100 us, 86).
 TileHeight tile_height(int dims, int tile_q, int sm) {
   const int kv_tile = tile_of(dims, tile_q, sm).kv_tile;
   const int per_64_keys = tile_q == 16 ? 4 : tile_q == 64 ? 8 : 11;
@@ -212,15 +314,15 @@ TileHeight tile_height(int dims, int tile_q, int sm) {
           .kv_tile = make_divider(static_cast<uint32>(kv_tile)),
           .step_cost = step_cost,
           .steps_of_cost = make_divider(static_cast<uint32>(step_cost)),
-          .tile_cost = tile_q == 16   ? 8
+          .tile_cost = tile_q == 16   ? 10
                        : tile_q == 64 ? 14
                                       : 19,
           .min_kv_tiles = tall ? std::max(1, 512 / kv_tile) : 1};
 }
 
-BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu) {
-  const int dims = dims_of(problem.head_dim_qk, problem.head_dim_vo);
-  const int kernel = kernel_of(problem, dims, gpu.sm);
+namespace {
+
+BatchPlan plan_of(const BatchProblem& problem, int dims, int kernel, const BatchGpu& gpu) {
   const Kernels& heights = kKernels[kernel];
   const int64 group_size = problem.num_qo_heads / problem.num_kv_heads;
   const int num_ctas = num_ctas_of(dims, kernel, gpu);
@@ -247,6 +349,23 @@ BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu) {
           .num_partial_rows = slots * slot_rows + heights.high,
           .in_one_launch = heights.high == 16 && !problem.invariant &&
                            num_ctas / team_size + 1 <= kMaxPartsOfCta};
+}
+
+}  // namespace
+
+BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu) {
+  const int dims = dims_of(problem.head_dim_qk, problem.head_dim_vo);
+  return plan_of(problem, dims, kernel_of(problem, dims, gpu.sm), gpu);
+}
+
+PairPlan plan_pair(const BatchProblem& a, const BatchProblem& b, const BatchGpu& gpu) {
+  const int dims = dims_of(a.head_dim_qk, a.head_dim_vo);
+  const int kernel = kernel_of_pair(a, b, dims, gpu.sm);
+  BatchProblem both = a;
+  both.batch_size += b.batch_size;
+  both.num_tokens += b.num_tokens;
+  both.max_q_len = std::max(a.max_q_len, b.max_q_len);
+  return {plan_of(both, dims, kernel, gpu), kernel_of_second(b, dims, kernel, gpu.sm)};
 }
 
 }  // namespace ridgeline

@@ -2,6 +2,7 @@
 // tiles: from shapes, the longest query and the GPU alone.
 #pragma once
 
+#include <array>
 #include <string>
 
 #include "attention/batch_params.h"
@@ -42,14 +43,26 @@ struct BatchPlan {
   bool in_one_launch;  // the attention kernel adds up its parts itself, where it has counters
 };
 
+// Two segments in one launch. `both` has the kernel of the first, which holds 16 rows and more.
+struct PairPlan {
+  BatchPlan both;
+  int kernel_b;  // the same, or 0
+};
+
 inline constexpr int kNumBatchDims = 4;
 inline constexpr int kNumBatchKernels = 4;
 inline constexpr int kNumBatchVariants = 4;
 
 BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu);
 std::string batch_name(int dims, int kernel, bool paged, bool bf16, int variant);
-std::string batch_combine_name(bool bf16);
-std::string schedule_name(bool tall);
+std::string batch_combine_name(bool bf16, int num_segments = 1);
+std::string schedule_name(bool tall, int num_segments = 1);
+
+// Head dims and dtype are the first's; the second's keys are paged.
+PairPlan plan_pair(const BatchProblem& a, const BatchProblem& b, const BatchGpu& gpu);
+std::string pair_name(int dims, int kernel, bool paged, int kernel_b, bool bf16);
+// Lowest and highest tile height of a kernel.
+std::array<int, 2> heights_of(int kernel);
 TileHeight tile_height(int dims, int tile_q, int sm);
 
 constexpr int batch_variant(const BatchProblem& problem) {

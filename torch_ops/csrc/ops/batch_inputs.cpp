@@ -88,7 +88,9 @@ void check_lengths(Lengths& of, const Arg& as) {
   if (of.qo_indptr && of.qo_indptr->size(0) < 1) {
     fail(of.op, "qo_indptr", "batch_size + 1 elements", "none", "An empty batch has [0]");
   }
-  of.batch_size = of.qo_indptr ? of.qo_indptr->size(0) - 1 : of.num_tokens;
+  of.batch_size = of.qo_indptr                 ? of.qo_indptr->size(0) - 1
+                  : of.form == KvForm::kSingle ? 1
+                                               : of.num_tokens;
   check_index(of.op, "kv_indptr", of.kv_indptr, as, of.batch_size + 1, "[batch_size + 1]");
   check_index(of.op, "kv_lens", of.kv_lens, as, of.batch_size, "[batch_size]");
   if (of.num_qo_heads < 1 || of.num_kv_heads < 1 || of.num_qo_heads % of.num_kv_heads != 0) {
@@ -127,7 +129,8 @@ Lengths check_inputs(const Inputs& in, const BatchOptions& options, int64_t max_
   const bool paged = in.kv_indices.has_value();
   // A list knows where requests begin and end, so with one the rank of the keys alone tells.
   const bool listed = in.schedule && !in.kv_indptr && !in.kv_lens;
-  const bool ragged = !paged && (listed ? in.k.rank() == 3 : in.kv_indptr.has_value());
+  const bool ragged =
+      options.single || (!paged && (listed ? in.k.rank() == 3 : in.kv_indptr.has_value()));
   if (options.flags < 0 || options.flags > 15) {
     fail(op, "flags",
          "a sum of 1 (HND), 2 (causal), 4 (batch_invariant) and 8 (kv_lens of paged "
@@ -159,8 +162,9 @@ Lengths check_inputs(const Inputs& in, const BatchOptions& options, int64_t max_
                 in.v.sizes[last],
                 max_q_len,
                 options.window_left,
-                form_of(paged, ragged, options.flags)};
-  if (!listed) check_length_tensors(of);
+                options.single ? KvForm::kSingle : form_of(paged, ragged, options.flags),
+                options.single ? cache.tokens : 0};
+  if (!listed && !options.single) check_length_tensors(of);
   check_lengths(of, in.q);
   if (!paged && !ragged) {
     if (cache.outer != of.batch_size) {
@@ -175,25 +179,28 @@ Lengths check_inputs(const Inputs& in, const BatchOptions& options, int64_t max_
   return of;
 }
 
-int64_t list_length(const Lengths& of) {
-  const ListLayout layout = list_layout(of.batch_size, of.num_tokens, of.group_size(),
-                                        of.num_kv_heads, (of.flags & kInvariant) != 0);
+int64_t list_config(const Lengths& of, int64_t config) {
   const int64_t page_size = is_paged(of.form) ? of.page_size : 1;
-  int64_t config = of.num_qo_heads;
-  for (const int64_t value : {of.num_kv_heads, of.head_dim_qk, of.head_dim_vo,
+  for (const int64_t value : {of.num_qo_heads, of.num_kv_heads, of.head_dim_qk, of.head_dim_vo,
                               of.flags & (kCausal | kInvariant | kLensAreTokens), page_size}) {
     config = (config * 31 + value) % kTagSizes;
   }
-  return layout.num_words + config;
+  return config;
 }
 
-void check_list(const Arg& list, const Lengths& of, const Arg& as) {
+int64_t list_length(const Lengths& of) {
+  const ListLayout layout = list_layout(of.batch_size, of.num_tokens, of.group_size(),
+                                        of.num_kv_heads, (of.flags & kInvariant) != 0);
+  return layout.num_words + list_config(of, 0);
+}
+
+void check_list(const Arg& list, int64_t length, const Arg& as) {
   check_same_device(list, as);
   check_dtype(list, {Dtype::Int});
   check_rank(list, {1});
   check_last_stride(list);
   check_aligned16(list);
-  check_shape(list, std::array{list_length(of)},
+  check_shape(list, std::array{length},
               "the work list of these shapes, heads, mask and page size; make one with "
               "ridgeline.schedule and the arguments of this call");
 }

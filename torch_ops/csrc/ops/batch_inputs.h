@@ -18,6 +18,7 @@ struct BatchOptions {
   int64_t flags = 0;
   int64_t window_left = -1;
   LogitOptions logits;
+  bool single = false;  // one request with all queries and keys, which are [tokens, heads, dim]
 
   bool has(Flag flag) const { return (flags & flag) != 0; }
 };
@@ -36,7 +37,8 @@ struct Lengths {
   int64_t max_q_len;
   int64_t window_left;
   KvForm form;
-  int64_t batch_size = 0;  // check_lengths finds it
+  int64_t single_kv_len = 0;  // of kSingle
+  int64_t batch_size = 0;     // check_lengths finds it
 
   int64_t group_size() const { return num_qo_heads / num_kv_heads; }
 };
@@ -104,9 +106,12 @@ void check_lengths(Lengths& of, const Arg& as);
 Lengths check_inputs(const Inputs& in, const BatchOptions& options, int64_t max_q_len,
                      Cache& cache);
 
+// A number below kTagSizes that tells configurations apart, going on from `config`.
+int64_t list_config(const Lengths& of, int64_t config);
+
 // Words of the work list: as torch_ops/_batch_attention_cpu.py has it, for the fakes.
 int64_t list_length(const Lengths& of);
 
-void check_list(const Arg& list, const Lengths& of, const Arg& as);
+void check_list(const Arg& list, int64_t length, const Arg& as);
 
 }  // namespace ridgeline

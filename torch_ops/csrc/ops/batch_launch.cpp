@@ -18,49 +18,85 @@ const int* ints(const MaybeTensor& tensor) {
   return tensor ? static_cast<const int*>(tensor->const_data_ptr()) : nullptr;
 }
 
-BatchProblem problem_of(const Lengths& of) {
-  BatchProblem problem;
-  problem.head_dim_qk = static_cast<int>(of.head_dim_qk);
-  problem.head_dim_vo = static_cast<int>(of.head_dim_vo);
-  problem.batch_size = of.batch_size;
-  problem.num_tokens = of.num_tokens;
-  const int64_t most = of.qo_indptr ? of.num_tokens : 1;
-  problem.max_q_len = of.max_q_len < 0 ? most : std::min(of.max_q_len, most);
-  problem.num_qo_heads = of.num_qo_heads;
-  problem.num_kv_heads = of.num_kv_heads;
-  problem.invariant = (of.flags & kInvariant) != 0;
-  return problem;
-}
-
 int window_of(int64_t window_left) {
   return window_left >= kMaxBatchCount ? -1 : static_cast<int>(window_left);
 }
 
 // Of everything that a list depends on beside the contents of the index tensors.
-int tag_of(const Lengths& of, const BatchProblem& problem, const BatchPlan& plan) {
+int batch_tag(const Lengths& of, const BatchProblem& problem, const BatchPlan& plan) {
+  return tag_of({plan.dims, plan.kernel, plan.num_ctas, plan.slot_rows, of.batch_size,
+                 of.num_tokens, of.num_qo_heads, of.num_kv_heads, problem.max_q_len,
+                 of.flags & ~kHnd, of.window_left, int64_t(of.form),
+                 is_paged(of.form) ? of.page_size : 1});
+}
+
+}  // namespace
+
+int tag_of(std::initializer_list<int64_t> given) {
   uint64_t hash = 14695981039346656037ull;
-  const int64_t given[] = {plan.dims,
-                           plan.kernel,
-                           plan.num_ctas,
-                           plan.slot_rows,
-                           of.batch_size,
-                           of.num_tokens,
-                           of.num_qo_heads,
-                           of.num_kv_heads,
-                           problem.max_q_len,
-                           of.flags & ~kHnd,
-                           of.window_left,
-                           int64_t(of.form),
-                           is_paged(of.form) ? of.page_size : 1};
   for (const int64_t value : given) {
     hash = (hash ^ static_cast<uint64_t>(value)) * 1099511628211ull;
   }
   return static_cast<int>(static_cast<uint32_t>(hash ^ (hash >> 32)) | 1u);
 }
 
+BatchProblem problem_of(const Lengths& of) {
+  BatchProblem problem;
+  problem.head_dim_qk = static_cast<int>(of.head_dim_qk);
+  problem.head_dim_vo = static_cast<int>(of.head_dim_vo);
+  problem.batch_size = of.batch_size;
+  problem.num_tokens = of.num_tokens;
+  const int64_t most = of.qo_indptr || of.form == KvForm::kSingle ? of.num_tokens : 1;
+  problem.max_q_len = of.max_q_len < 0 ? most : std::min(of.max_q_len, most);
+  problem.num_qo_heads = of.num_qo_heads;
+  problem.num_kv_heads = of.num_kv_heads;
+  problem.paged = is_paged(of.form);
+  problem.invariant = (of.flags & kInvariant) != 0;
+  return problem;
+}
+
+BatchProblem problem_of(const Inputs& in, const Lengths& of, const BatchOptions& options) {
+  BatchProblem problem = problem_of(of);
+  problem.bf16 = in.q.dtype == Dtype::BFloat16;
+  problem.rotates = options.logits.rotates;
+  problem.fp16_logits = options.logits.fp16_logits;
+  return problem;
+}
+
 BatchGpu gpu_of(const Device& gpu) {
   return {gpu.sm, gpu.num_sms, gpu.max_dynamic_smem + 1024};
 }
+
+ScheduleSegment schedule_segment(const Lengths& of, const BatchProblem& problem, int dims, int low,
+                                 int high, int sm) {
+  return {.qo_indptr = ints(of.qo_indptr),
+          .kv_indptr = ints(of.kv_indptr),
+          .kv_lens = ints(of.kv_lens),
+          .batch_size = static_cast<int>(problem.batch_size),
+          .num_tokens = static_cast<int>(problem.num_tokens),
+          .first_token = 0,
+          .max_q_len = static_cast<int>(problem.max_q_len),
+          .form = of.form,
+          .page_size = static_cast<int>(of.page_size),
+          .single_kv_len = static_cast<int>(of.single_kv_len),
+          .causal = (of.flags & kCausal) != 0,
+          .window_left = window_of(of.window_left),
+          .num_heights = low == high ? 1 : 2,
+          .heights = {tile_height(dims, low, sm), tile_height(dims, high, sm)}};
+}
+
+unsigned schedule_ctas(const ListLayout& layout, const Lengths& of, const BatchPlan& plan) {
+  if (layout.max_records > kMaxBatchCount) {
+    fail(of.op, "q", "fewer than 2^30 tiles of work", std::to_string(layout.max_records),
+         "Split the call");
+  }
+  const int64_t units = layout.max_items * (of.num_kv_heads / plan.team_size);
+  const int64_t most = units + plan.num_ctas / plan.team_size;
+  return static_cast<unsigned>(
+      std::min<int64_t>(most / schedule_threads(plan.high > 16) + 1, kMaxScheduleCtas));
+}
+
+namespace {
 
 void launch_schedule(const Lengths& of, const BatchProblem& problem, const BatchPlan& plan,
                      const Device& gpu, int* list) {
@@ -68,47 +104,13 @@ void launch_schedule(const Lengths& of, const BatchProblem& problem, const Batch
   static Kernel& of_tall = kernel(schedule_name(true));
   const ListLayout layout = list_layout(problem.batch_size, problem.num_tokens, of.group_size(),
                                         problem.num_kv_heads, problem.invariant);
-  if (layout.max_records > kMaxBatchCount) {
-    fail(of.op, "q", "fewer than 2^30 tiles of work", std::to_string(layout.max_records),
-         "Split the call");
-  }
-  const int num_teams = plan.num_ctas / plan.team_size;
-  const int64_t num_bundles = of.num_kv_heads / plan.team_size;
-  const ScheduleParams params = {.qo_indptr = ints(of.qo_indptr),
-                                 .kv_indptr = ints(of.kv_indptr),
-                                 .kv_lens = ints(of.kv_lens),
-                                 .list = list,
-                                 .records_at = layout.records_at,
-                                 .requests_at = layout.requests_at,
-                                 .items_at = layout.items_at,
-                                 .costs_at = layout.costs_at,
-                                 .item_starts_at = layout.item_starts_at,
-                                 .max_items = static_cast<int>(layout.max_items),
-                                 .batch_size = static_cast<int>(problem.batch_size),
-                                 .num_tokens = static_cast<int>(problem.num_tokens),
-                                 .max_q_len = static_cast<int>(problem.max_q_len),
-                                 .form = of.form,
-                                 .page_size = static_cast<int>(of.page_size),
-                                 .causal = (of.flags & kCausal) != 0,
-                                 .window_left = window_of(of.window_left),
-                                 .num_teams = num_teams,
-                                 .team_count = make_divider(static_cast<uint32>(num_teams)),
-                                 .team_size = plan.team_size,
-                                 .num_bundles = make_divider(static_cast<uint32>(num_bundles)),
-                                 .max_tiles = plan.max_tiles,
-                                 .num_heights = plan.low == plan.high ? 1 : 2,
-                                 .heights = {tile_height(plan.dims, plan.low, gpu.sm),
-                                             tile_height(plan.dims, plan.high, gpu.sm)},
-                                 .group_size = make_divider(static_cast<uint32>(of.group_size())),
-                                 .invariant = problem.invariant,
-                                 .slot_rows = plan.slot_rows,
-                                 .tag = tag_of(of, problem, plan)};
+  ScheduleParams<1> params =
+      schedule_params<1>(of, plan, layout, problem.batch_size, list, batch_tag(of, problem, plan));
+  params.segments[0] = schedule_segment(of, problem, plan.dims, plan.low, plan.high, gpu.sm);
   const bool tall = plan.high > 16;
-  const int threads = schedule_threads(tall);
-  const int64_t ctas = (layout.max_items * num_bundles + num_teams) / threads + 1;
   launch(tall ? of_tall : of_low, gpu,
-         {.grid_x = static_cast<unsigned>(std::min<int64_t>(ctas, kMaxScheduleCtas)),
-          .block = static_cast<unsigned>(threads)},
+         {.grid_x = schedule_ctas(layout, of, plan),
+          .block = static_cast<unsigned>(schedule_threads(tall))},
          &params);
 }
 
@@ -153,6 +155,8 @@ Kernel& combine_kernel(bool bf16) {
   static Kernel& of_bf16 = kernel(batch_combine_name(true));
   return bf16 ? of_bf16 : of_half;
 }
+
+}  // namespace
 
 BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const BatchOptions& options,
                                  const Cache& cache, const BatchPlan& plan,
@@ -204,7 +208,7 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
     params.v_page_units = values.page;
     params.v_token_units = values.token;
     params.v_unit = values.unit;
-  } else if (form == KvForm::kRagged) {
+  } else if (form == KvForm::kRagged || form == KvForm::kSingle) {
     params.num_indices = static_cast<int>(cache.tokens);
     params.k_origin_stride = attention.k_stride_token;
     params.v_origin_stride = attention.v_stride_token;
@@ -227,8 +231,6 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
   return params;
 }
 
-}  // namespace
-
 void launch_schedule(const Lengths& of, const Device& gpu, const Tensor& list) {
   const BatchProblem problem = problem_of(of);
   launch_schedule(of, problem, plan_batch(problem, gpu_of(gpu)), gpu,
@@ -240,11 +242,7 @@ void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& o
   const char* op = of.op;
   if (of.num_tokens == 0) return;
   const Device& gpu = device(in.q.gpu);
-  BatchProblem problem = problem_of(of);
-  problem.bf16 = in.q.dtype == Dtype::BFloat16;
-  problem.paged = in.kv_indices.has_value();
-  problem.rotates = options.logits.rotates;
-  problem.fp16_logits = options.logits.fp16_logits;
+  const BatchProblem problem = problem_of(in, of, options);
   const BatchPlan plan = plan_batch(problem, gpu_of(gpu));
   if (plan.num_partial_rows > kMaxBatchCount) {
     fail(op, "batch_invariant", "a batch whose partial results have at most 2^30 rows",
@@ -257,7 +255,7 @@ void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& o
   const int* list = nullptr;
   if (in.schedule) {
     const Arg given{op, "schedule", *in.schedule};
-    check_list(given, of, in.q);
+    check_list(given, list_length(of), in.q);
     list = static_cast<const int*>(given.data);
   } else {
     own_list = empty(in.q.gpu, {list_length(of)}, Dtype::Int);
@@ -267,7 +265,7 @@ void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& o
   }
 
   BatchAttentionParams params = make_params(in, of, options, cache, plan, layout, results, list);
-  params.tag = tag_of(of, problem, plan);
+  params.tag = batch_tag(of, problem, plan);
   AttentionParams& attention = params.attention;
   params.max_q_len = static_cast<int>(problem.max_q_len);
   const Workspace parts(gpu, plan.num_partial_rows * (of.head_dim_vo + 2) * int64_t{sizeof(float)},
