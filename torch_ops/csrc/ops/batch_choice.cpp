@@ -327,6 +327,9 @@ BatchPlan plan_of(const BatchProblem& problem, int dims, int kernel, const Batch
   const int64 group_size = problem.num_qo_heads / problem.num_kv_heads;
   const int num_ctas = num_ctas_of(dims, kernel, gpu);
   const int team_size = std::gcd(num_ctas, static_cast<int>(problem.num_kv_heads));
+  // Why one launch for small batches alone: in large ones most CTAs have parts of two tiles, and
+  // the GPU works for longer than the host takes to launch.
+  const int num_teams = num_ctas / team_size;
   const int tallest_part = problem.invariant ? 16 : heights.high;
   const auto slot_rows = static_cast<int>(
       std::min<int64>(tallest_part, std::max<int64>(1, problem.max_q_len * group_size)));
@@ -348,7 +351,7 @@ BatchPlan plan_of(const BatchProblem& problem, int dims, int kernel, const Batch
           .slot_rows = slot_rows,
           .num_partial_rows = slots * slot_rows + heights.high,
           .in_one_launch = heights.high == 16 && !problem.invariant &&
-                           num_ctas / team_size + 1 <= kMaxPartsOfCta};
+                           num_teams + 1 <= kMaxPartsOfCta && problem.batch_size <= num_teams};
 }
 
 }  // namespace
