@@ -268,6 +268,47 @@ def test_rows_of_no_distribution(vocab: int, how: Filter, device: torch.device) 
     assert torch.equal(ridgeline.top_p_renorm_probs(probs, 0.9).sum(1)[:5].cpu(), torch.zeros(5))
 
 
+@pytest.mark.parametrize("vocab", [7, 9000])
+def test_greedy_rows(vocab: int, device: torch.device, rng: torch.Generator) -> None:
+    """Temperature 0, alone or beside others, is argmax; the log-probability is at temperature 1."""
+    x = normal((9, vocab), torch.float32, device, rng, scale=3.0)
+    x[1] = -x[1].abs()
+    x[1, [2, 5, -1]] = torch.tensor([-0.0, 0.0, -0.0], device=device)  # equal
+    x[2, 3:], x[3, 1::2] = x[2, :3].max(), 50.0
+    x[4], x[4, -1] = -math.inf, -3e38
+    x[5, -2], x[6, 0], x[7] = math.nan, math.inf, -math.inf
+    seed = keys(9, device, rng)
+    lowest = (x == x.amax(1, keepdim=True)).int().argmax(1)
+    lowest[5:8] = 0
+    per_row = torch.zeros(9, device=device)
+    per_row[8] = 0.5
+    for temperature in (0.0, per_row):
+        tokens, log_probs, valid = ridgeline.sample_from_logits(x, temperature, seed=seed)
+        rows = slice(0, 8 if isinstance(temperature, Tensor) else 9)
+        assert valid.tolist() == [True] * 5 + [False] * 3 + [True]
+        assert torch.equal(tokens[rows].long(), lowest[rows])
+        exact = distribution(x[[0, 1, 2, 3, 4]], True, 1.0).log()
+        exact = exact.gather(1, lowest[:5, None].cpu())[:, 0]
+        torch.testing.assert_close(log_probs[:5].cpu().double(), exact, atol=2e-5, rtol=2e-6)
+    alone = ridgeline.sample_from_logits(x[8:], 0.5, seed=seed[8:])
+    assert int(alone[0]) == int(tokens[8])
+    filtered = ridgeline.sample_from_logits(x, 0.0, 40, 0.3, 0.1, seed=seed)[0]
+    assert torch.equal(filtered.long(), lowest)
+
+
+def test_extreme_temperatures(device: torch.device) -> None:
+    """The hottest is uniform over what has weight, the coldest what the largest share."""
+    x = torch.tensor([[0.0, 9.0, -math.inf, 9.0]], device=device).repeat(64, 300)
+    seed = torch.arange(64, device=device)
+    for temperature, kept in ((1e300, [0, 1, 3]), (1e-300, [1, 3]), (0.0, [1, 3])):
+        expected = torch.zeros(4).index_fill(0, torch.tensor(kept), 1 / (300 * len(kept)))
+        probs = ridgeline.softmax(x[:1], temperature)[0].cpu()
+        torch.testing.assert_close(probs, expected.repeat(300))
+        tokens, log_probs, valid = ridgeline.sample_from_logits(x, temperature, seed=seed)
+        assert valid.all() and not log_probs.isnan().any()
+        assert set((tokens % 4).tolist()) == set(kept if temperature else [1])
+
+
 def test_scale_of_probabilities_does_not_matter(device: torch.device, rng: torch.Generator) -> None:
     probs = as_probs(normal((6, 3000), torch.float32, device, rng))
     seed = keys(6, device, rng)

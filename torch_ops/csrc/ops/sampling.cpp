@@ -165,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& input, const Tensor& see
   const Lists lists = lists_for(filters, rows.vocab);
   const RowScratch scratch(input, rows, lists);
   const Device& gpu = device(input.get_device_index());
-  launch_collect(gpu, kind, input, {rows, filters, scratch.get()});
+  launch_collect(gpu, kind, input, {rows, filters, scratch.get(), true});
   const DrawParams params{rows,
                           filters,
                           scratch.get(),

@@ -77,7 +77,8 @@ unsigned num_slice_blocks(const RowInput& input);
 // and list_between when there are histograms.
 void launch_collect(const Device& gpu, RowKind kind, const Tensor& input, const CollectParams& how);
 
-// What rows may need: nothing without filters, histograms where a row's top-k may be none or large.
+// What rows may need: nothing without filters or where all are greedy, histograms where a row's
+// top-k may be none or large.
 Lists lists_for(const Filters& filters, uint32 vocab);
 
 Filters no_filters();

@@ -75,7 +75,7 @@ Tensor softmax(const Tensor& logits, const std::optional<Tensor>& temperature,
   }
   const RowScratch scratch(logits, rows, Lists::None);
   params.segments = scratch.get().segments;
-  launch_collect(gpu, kind, logits, {rows, filters, scratch.get()});
+  launch_collect(gpu, kind, logits, {rows, filters, scratch.get(), false});
   launch(*(wide ? kernels.wide_slices : kernels.narrow_slices)[idx], gpu,
          {.grid_x = num_slice_blocks(rows), .block = kCollectThreads, .pdl = gpu.sm >= 90},
          &params);
@@ -86,7 +86,7 @@ Tensor softmax(const Tensor& logits, const std::optional<Tensor>& temperature,
 void find_cuts(const Device& gpu, RowKind kind, const Tensor& input, const RowInput& rows,
                const Filters& filters, bool count_only, const Scratch& scratch) {
   static const KindKernels kernels("sampling/find_cut.cuh:find_cut", false);
-  launch_collect(gpu, kind, input, {rows, filters, scratch});
+  launch_collect(gpu, kind, input, {rows, filters, scratch, false});
   const CutParams params{rows, filters, scratch, count_only};
   launch(kernels.of(kind), gpu,
          {.grid_x = rows.num_rows, .block = kRowThreads, .pdl = gpu.sm >= 90}, &params);
@@ -175,7 +175,7 @@ std::tuple<Tensor, Tensor> top_k(const Tensor& input, int64_t k, bool sorted) {
   const Launch how{.grid_x = rows.num_rows, .block = kRowThreads, .pdl = gpu.sm >= 90};
   auto* to = static_cast<int64*>(indices.mutable_data_ptr());
   if (k <= kMaxCollectedK) {
-    launch_collect(gpu, kind, input, {rows, filters, scratch.get()});
+    launch_collect(gpu, kind, input, {rows, filters, scratch.get(), false});
     const TopKParams params{rows, scratch.get(),          values.mutable_data_ptr(),
                             to,   static_cast<uint32>(k), sorted};
     launch(few.of(kind), gpu, how, &params);
