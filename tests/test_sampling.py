@@ -310,6 +310,21 @@ def test_extreme_temperatures(device: torch.device) -> None:
         assert set((tokens % 4).tolist()) == set(kept if temperature else [1])
 
 
+@pytest.mark.parametrize("shift", [-100.0, -1e4])
+def test_low_rows_with_gaps(shift: float, device: torch.device, rng: torch.Generator) -> None:
+    """Logits far below 0 beside thousands in succession that are -inf."""
+    x = (normal((64, 9000), torch.float32, device, rng) + shift).contiguous()
+    x[:, 1000:2100] = -math.inf
+    x[32:, 4000:7200] = -math.inf
+    exact = distribution(x, True, 1.0)
+    torch.testing.assert_close(ridgeline.softmax(x).cpu().double(), exact, rtol=1e-4, atol=1e-30)
+    for how in (Filter(), Filter(temperature=0.0), Filter(top_k=50), Filter(top_p=0.9)):
+        tokens, valid, log_probs = draw(x, True, how, keys(64, device, rng))
+        assert valid.all()
+        chosen = exact.gather(1, tokens[:, None].long().cpu())[:, 0]
+        torch.testing.assert_close(log_probs.cpu().double(), chosen.log(), rtol=1e-4, atol=1e-4)
+
+
 def test_scale_of_probabilities_does_not_matter(device: torch.device, rng: torch.Generator) -> None:
     probs = as_probs(normal((6, 3000), torch.float32, device, rng))
     seed = keys(6, device, rng)
@@ -404,6 +419,25 @@ def test_softmax(
     assert ((got - exact).abs() <= bound).all()
     per_row = torch.full((shape[0],), temperature, device=device)
     assert torch.equal(ridgeline.softmax(x, per_row).cpu().double(), got)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_rows", "vocab"), [(901, 3008), (421, 30_000), (201, 128_256)])
+def test_softmax_of_many_rows(num_rows: int, vocab: int, dtype: torch.dtype) -> None:
+    """Those that a block or a cluster takes in turn have the bits of rows that are alone."""
+    x = torch.randn(num_rows, vocab, device="cuda").to(dtype) * 3
+    x[::7, 11], x[3::7], x[5::7, 5:] = math.nan, -math.inf, -math.inf
+    temperature = torch.linspace(0, 2, num_rows, device="cuda")
+    together = poisoned_call(x.device, ridgeline.softmax, x, temperature)
+    assert torch.equal(together.isnan().any(1), together.isnan().all(1))
+    for i in {0, 1, 2, *range(5, num_rows, 37), num_rows - 2, num_rows - 1}:
+        alone = ridgeline.softmax(x[i : i + 1], temperature[i : i + 1])[0]
+        assert torch.equal(alone.nan_to_num(7), together[i].nan_to_num(7)), i
+        assert bool(alone.isnan().any()) == (i % 7 in (0, 3)), i
+    finite = ridgeline.softmax(x[1::7])
+    exact = torch.softmax(x[1::7].double(), dim=1)
+    torch.testing.assert_close(finite.double(), exact, rtol=2e-5, atol=2e-38)
 
 
 def test_softmax_of_odd_rows(device: torch.device) -> None:
