@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kFlatThreads)
   for (FlatPlace next(rows); next.exists(rows);) {
     Vec<Q, kVec> x[kFlatSlots];
     float scales[kFlatSlots];
-    FlatPlace places[kFlatSlots] = {next, next, next, next};
+    FlatPlace places[kFlatSlots];
 #pragma unroll
     for (uint32 i = 0; i < kFlatSlots; ++i) {
       places[i] = next;

@@ -10,6 +10,7 @@ struct FlatPlace {
   uint32 row;
   uint32 column;  // vectors
 
+  __device__ __forceinline__ FlatPlace() {}
   // This thread's first.
   __device__ __forceinline__ explicit FlatPlace(const FlatRows& rows) {
     const uint32 thread = blockIdx.x * kFlatThreads + threadIdx.x;

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kFlatThreads)
   Q* output = static_cast<Q*>(params.output);
   FlatPlace next(rows);
   Vec<T, kVec> x[kFlatSlots];
-  FlatPlace places[kFlatSlots] = {next, next, next, next};
+  FlatPlace places[kFlatSlots];
   const auto fetch = [&] {
 #pragma unroll
     for (uint32 i = 0; i < kFlatSlots; ++i) {
