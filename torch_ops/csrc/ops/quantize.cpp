@@ -273,7 +273,10 @@ Tensor dequantize(const Tensor& input, const Tensor& scale, Dtype dtype) {
   const int64_t group_size = rows.hidden / num_groups;
   const int vec_size = access_width({&out_arg, &arg}, {group_size});
   const Device& gpu = device(input.get_device_index());
-  const Flat flat = flat_of(arg, rows, vec_size, flat_places(gpu));
+  const int64_t all_held = (arg.numel() / vec_size + kFlatThreads * kFlatSlots - 1) /
+                           (int64_t{kFlatThreads} * kFlatSlots);
+  const int64_t most = std::min(std::max(all_held, flat_places(gpu)), kMaxCount / kFlatThreads);
+  const Flat flat = flat_of(arg, rows, vec_size, most);
   const DequantizeParams params{input.const_data_ptr(),
                                 out.mutable_data_ptr(),
                                 scales.given,
