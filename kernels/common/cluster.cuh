@@ -1,6 +1,8 @@
 // Thread block clusters (sm_90 on): who one is, the barrier of all threads of all blocks, and
-// stores into another block's shared memory. A block may be written to once it has arrived at a
-// barrier, and must not leave before the others are done with it.
+// stores into another block's shared memory, which count themselves at an Arrival there: whoever
+// waits for the bytes it expects needs no barrier, and no other memory access is waited for. A
+// block may be written to once it has made its Arrivals and passed a cluster barrier, and must not
+// leave before all that is sent to it has come.
 #pragma once
 
 #include "common/types.h"
@@ -28,17 +30,59 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Stores 16 bytes where block `rank` has what this block has at `local`, aligned to 16 bytes.
-__device__ __forceinline__ void store_in_cluster(void* local, uint32 rank, uint4 value) {
+// Counts bytes that come to this block's shared memory, in rounds: one thread says once a round how
+// many it brings; the round ends when they are there.
+struct Arrival {
+  uint64 state;  // an mbarrier
+
+  __device__ __forceinline__ uint32 address() const {
+    return static_cast<uint32>(__cvta_generic_to_shared(&state));
+  }
+  // By one thread.
+  __device__ __forceinline__ void init() {
+    asm volatile(
+        "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+        "fence.mbarrier_init.release.cluster;" ::"r"(address())
+        : "memory");
+  }
+  __device__ __forceinline__ void expect(uint32 num_bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()),
+                 "r"(num_bytes)
+                 : "memory");
+  }
+  // Until the end of round 0, 1, 2, ..., of which only the lowest bit counts.
+  __device__ __forceinline__ void wait(uint32 round) {
+    uint32 done;
+    do {
+      asm volatile(
+          "{\n"
+          ".reg .pred done;\n"
+          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, done;\n"
+          "}"
+          : "=r"(done)
+          : "r"(address()), "r"(round & 1)
+          : "memory");
+    } while (!done);
+  }
+};
+
+// Stores 16 bytes where block `rank` has what this block has at `local`, aligned to 16 bytes, and
+// counts them where it has `arrival`.
+__device__ __forceinline__ void send_in_cluster(void* local, const Arrival& arrival, uint32 rank,
+                                                uint4 value) {
   const auto address = static_cast<uint32>(__cvta_generic_to_shared(local));
   asm volatile(
       "{\n"
-      ".reg .u32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "st.shared::cluster.v4.u32 [remote], {%2, %3, %4, %5};\n"
+      ".reg .u32 to, at;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\n"
+      "mapa.shared::cluster.u32 at, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3, %4, %5, %6}, "
+      "[at];\n"
       "}"
       :
-      : "r"(address), "r"(rank), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+      : "r"(address), "r"(arrival.address()), "r"(rank), "r"(value.x), "r"(value.y), "r"(value.z),
+        "r"(value.w)
       : "memory");
 }
 

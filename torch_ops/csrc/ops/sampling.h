@@ -21,6 +21,10 @@ RowKind logits_kind(Dtype dtype);
 std::string kind_name(RowKind kind);  // "Logits<__half>" in device code
 int wide_vec(RowKind kind);           // elements of 16 bytes
 
+// Elements that the softmax moves at once: 16 bytes of its output. With more of a 16-bit input a
+// store would write half of each sector.
+inline constexpr int kSoftmaxVec = 4;
+
 // A kernel for each kind, and, when it has them, one for each width of access.
 class KindKernels {
  public:
