@@ -5,7 +5,7 @@
 // leave before all that is sent to it has come.
 #pragma once
 
-#include "common/types.h"
+#include "common/arrival.cuh"
 
 namespace ridgeline {
 
@@ -29,43 +29,6 @@ __device__ __forceinline__ void cluster_arrive() {
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-
-// Counts bytes that come to this block's shared memory, in rounds: one thread says once a round how
-// many it brings; the round ends when they are there.
-struct Arrival {
-  uint64 state;  // an mbarrier
-
-  __device__ __forceinline__ uint32 address() const {
-    return static_cast<uint32>(__cvta_generic_to_shared(&state));
-  }
-  // By one thread.
-  __device__ __forceinline__ void init() {
-    asm volatile(
-        "mbarrier.init.shared::cta.b64 [%0], 1;\n"
-        "fence.mbarrier_init.release.cluster;" ::"r"(address())
-        : "memory");
-  }
-  __device__ __forceinline__ void expect(uint32 num_bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()),
-                 "r"(num_bytes)
-                 : "memory");
-  }
-  // Until the end of round 0, 1, 2, ..., of which only the lowest bit counts.
-  __device__ __forceinline__ void wait(uint32 round) {
-    uint32 done;
-    do {
-      asm volatile(
-          "{\n"
-          ".reg .pred done;\n"
-          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, done;\n"
-          "}"
-          : "=r"(done)
-          : "r"(address()), "r"(round & 1)
-          : "memory");
-    } while (!done);
-  }
-};
 
 // Stores 16 bytes where block `rank` has what this block has at `local`, aligned to 16 bytes, and
 // counts them where it has `arrival`.
