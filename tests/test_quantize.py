@@ -182,11 +182,14 @@ def test_any_shape(device: torch.device, data: st.DataObject) -> None:
 
 
 def test_a_scale_of_a_whole_large_tensor(device: torch.device, rng: torch.Generator) -> None:
-    """More vectors than the grid has threads; the largest number is the last one."""
-    x = normal((1031, 2056), torch.bfloat16, device, rng)
+    """More vectors than the grid's threads hold; the largest number is the last one."""
+    x = normal((4099, 2056), torch.bfloat16, device, rng)
     x[-1, -1] = -1000
-    q, scale = ridgeline.quantize(x, "int8", "tensor")
+    q, scale = poisoned_call(device, ridgeline.quantize, x, "int8", "tensor")
     check_scale(x, scale, torch.int8)
+    check_numbers(x, scale, q)
+    back = poisoned_call(device, ridgeline.dequantize, q, scale, torch.float32)
+    assert torch.equal(back, q.float() * scale)
     assert int(q[-1, -1]) == -127
     assert int(q.abs().max()) == 127
 

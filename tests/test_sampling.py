@@ -268,6 +268,63 @@ def test_rows_of_no_distribution(vocab: int, how: Filter, device: torch.device) 
     assert torch.equal(ridgeline.top_p_renorm_probs(probs, 0.9).sum(1)[:5].cpu(), torch.zeros(5))
 
 
+@pytest.mark.parametrize("vocab", [7, 9000])
+def test_greedy_rows(vocab: int, device: torch.device, rng: torch.Generator) -> None:
+    """Temperature 0, alone or beside others, is argmax; the log-probability is at temperature 1."""
+    x = normal((9, vocab), torch.float32, device, rng, scale=3.0)
+    x[1] = -x[1].abs()
+    x[1, [2, 5, -1]] = torch.tensor([-0.0, 0.0, -0.0], device=device)  # equal
+    x[2, 3:], x[3, 1::2] = x[2, :3].max(), 50.0
+    x[4], x[4, -1] = -math.inf, -3e38
+    x[5, -2], x[6, 0], x[7] = math.nan, math.inf, -math.inf
+    seed = keys(9, device, rng)
+    lowest = (x == x.amax(1, keepdim=True)).int().argmax(1)
+    lowest[5:8] = 0
+    per_row = torch.zeros(9, device=device)
+    per_row[8] = 0.5
+    for temperature in (0.0, per_row):
+        tokens, log_probs, valid = ridgeline.sample_from_logits(x, temperature, seed=seed)
+        rows = slice(0, 8 if isinstance(temperature, Tensor) else 9)
+        assert valid.tolist() == [True] * 5 + [False] * 3 + [True]
+        assert torch.equal(tokens[rows].long(), lowest[rows])
+        exact = distribution(x[[0, 1, 2, 3, 4]], True, 1.0).log()
+        exact = exact.gather(1, lowest[:5, None].cpu())[:, 0]
+        torch.testing.assert_close(log_probs[:5].cpu().double(), exact, atol=2e-5, rtol=2e-6)
+    alone = ridgeline.sample_from_logits(x[8:], 0.5, seed=seed[8:])
+    assert int(alone[0]) == int(tokens[8])
+    filtered = ridgeline.sample_from_logits(x, 0.0, 40, 0.3, 0.1, seed=seed)[0]
+    assert torch.equal(filtered.long(), lowest)
+
+
+def test_extreme_temperatures(device: torch.device) -> None:
+    """The hottest is uniform over what has weight, the coldest what the largest share."""
+    x = torch.tensor([[0.0, 9.0, -math.inf, 9.0]], device=device).repeat(64, 300)
+    seed = torch.arange(64, device=device)
+    for temperature, kept in ((1e300, [0, 1, 3]), (1e-300, [1, 3]), (0.0, [1, 3])):
+        expected = torch.zeros(4).index_fill(0, torch.tensor(kept), 1 / (300 * len(kept)))
+        probs = ridgeline.softmax(x[:1], temperature)[0].cpu()
+        torch.testing.assert_close(probs, expected.repeat(300))
+        tokens, log_probs, valid = ridgeline.sample_from_logits(x, temperature, seed=seed)
+        assert valid.all()
+        assert not log_probs.isnan().any()
+        assert set((tokens % 4).tolist()) == set(kept if temperature else [1])
+
+
+@pytest.mark.parametrize("shift", [-100.0, -1e4])
+def test_low_rows_with_gaps(shift: float, device: torch.device, rng: torch.Generator) -> None:
+    """Logits far below 0 beside thousands in succession that are -inf."""
+    x = (normal((64, 9000), torch.float32, device, rng) + shift).contiguous()
+    x[:, 1000:2100] = -math.inf
+    x[32:, 4000:7200] = -math.inf
+    exact = distribution(x, True, 1.0)
+    torch.testing.assert_close(ridgeline.softmax(x).cpu().double(), exact, rtol=1e-4, atol=1e-30)
+    for how in (Filter(), Filter(temperature=0.0), Filter(top_k=50), Filter(top_p=0.9)):
+        tokens, valid, log_probs = draw(x, True, how, keys(64, device, rng))
+        assert valid.all()
+        chosen = exact.gather(1, tokens[:, None].long().cpu())[:, 0]
+        torch.testing.assert_close(log_probs.cpu().double(), chosen.log(), rtol=1e-4, atol=1e-4)
+
+
 def test_scale_of_probabilities_does_not_matter(device: torch.device, rng: torch.Generator) -> None:
     probs = as_probs(normal((6, 3000), torch.float32, device, rng))
     seed = keys(6, device, rng)
@@ -362,6 +419,25 @@ def test_softmax(
     assert ((got - exact).abs() <= bound).all()
     per_row = torch.full((shape[0],), temperature, device=device)
     assert torch.equal(ridgeline.softmax(x, per_row).cpu().double(), got)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_rows", "vocab"), [(901, 3008), (421, 30_000), (201, 128_256)])
+def test_softmax_of_many_rows(num_rows: int, vocab: int, dtype: torch.dtype) -> None:
+    """Those that a block or a cluster takes in turn have the bits of rows that are alone."""
+    x = torch.randn(num_rows, vocab, device="cuda").to(dtype) * 3
+    x[::7, 11], x[3::7], x[5::7, 5:] = math.nan, -math.inf, -math.inf
+    temperature = torch.linspace(0, 2, num_rows, device="cuda")
+    together = poisoned_call(x.device, ridgeline.softmax, x, temperature)
+    assert torch.equal(together.isnan().any(1), together.isnan().all(1))
+    for i in {0, 1, 2, *range(5, num_rows, 37), num_rows - 2, num_rows - 1}:
+        alone = ridgeline.softmax(x[i : i + 1], temperature[i : i + 1])[0]
+        assert torch.equal(alone.nan_to_num(7), together[i].nan_to_num(7)), i
+        assert bool(alone.isnan().any()) == (i % 7 in (0, 3)), i
+    finite = ridgeline.softmax(x[1::7])
+    exact = torch.softmax(x[1::7].double(), dim=1)
+    torch.testing.assert_close(finite.double(), exact, rtol=2e-5, atol=2e-38)
 
 
 def test_softmax_of_odd_rows(device: torch.device) -> None:

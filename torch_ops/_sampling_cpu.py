@@ -270,7 +270,8 @@ def _drawn(mass: Tensor, words: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _rate(temperature: Tensor) -> Tensor:
-    return (math.log2(math.e) / temperature).clamp(max=3e38).float()
+    # Never 0, which would make NaN of -inf.
+    return (math.log2(math.e) / temperature).clamp(min=1.2e-38, max=3e38).float()
 
 
 def _mass(weight: Tensor) -> Tensor:

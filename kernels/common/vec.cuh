@@ -167,4 +167,14 @@ __device__ __forceinline__ void store(T* target, const Vec<T, kVec>& v) {
   }
 }
 
+// A store that leaves L2 before anything else does: for outputs larger than L2. It is there still
+// for the next operator when there is room.
+template <int kVec, class T>
+__device__ __forceinline__ void store_once(T* target, const Vec<T, kVec>& v) {
+#pragma unroll
+  for (int i = 0; i < v.kWords; ++i) {
+    __stcs(reinterpret_cast<typename Vec<T, kVec>::Word*>(target) + i, v.words[i]);
+  }
+}
+
 }  // namespace ridgeline

@@ -33,10 +33,11 @@ struct SegmentPackbitsParams {
   bool big;          // the first bit of a byte is its highest
 };
 
-constexpr uint32 kTensorMaxThreads = 256;
+constexpr uint32 kFlatThreads = 256;
+constexpr uint32 kFlatSlots = 4;  // vectors of a thread that are on their way at once
 constexpr uint32 kMaxPartials = 1024;
 
-// Of quantize and dequantize. A row of `shape` is a group.
+// Of quantize. A row of `shape` is a group.
 struct QuantizeParams {
   const void* input;  // [num_outer, num_inner, num_groups * group_size]
   void* output;       // the same
@@ -48,10 +49,9 @@ struct QuantizeParams {
   int64 group_size;    // elements
 };
 
-struct TensorMaxParams {
-  const void* input;  // [num_outer, num_inner, hidden], T
-  float* partials;    // [gridDim.x]
-  RowStrides input_strides;
+// The vectors of all rows [num_outer, num_inner, hidden], dealt out to the threads of a grid.
+struct FlatRows {
+  RowStrides strides;
   uint32 num_rows;       // below 2^31; 0 when rows are empty
   uint32 step_rows;      // all threads of the grid, in rows and
   uint32 step_columns;   // vectors
@@ -59,10 +59,29 @@ struct TensorMaxParams {
   Divider num_inner;     // rows of the inner dimension; num_rows when all rows have one stride
 };
 
-struct TensorScaleParams {
+struct TensorMaxParams {
+  const void* input;  // [num_outer, num_inner, hidden], T
+  float* partials;    // [gridDim.x]
+  FlatRows rows;
+};
+
+struct QuantizeTensorParams {
+  const void* input;      // [num_outer, num_inner, hidden], T
+  void* output;           // the same, Q, contiguous
   const float* partials;  // [num_partials]
   float* scale;           // [1]
-  uint32 num_partials;    // at most kMaxPartials
+  FlatRows rows;
+  uint32 num_partials;  // at most kMaxPartials
+};
+
+struct DequantizeParams {
+  const void* input;    // [num_outer, num_inner, hidden], Q
+  void* output;         // the same, T, contiguous
+  const float* scales;  // [num_rows * num_groups], or one of stride 0
+  FlatRows rows;
+  Divider vecs_per_group;
+  uint32 num_groups;    // of a row
+  uint32 scale_stride;  // 0 or 1
 };
 
 }  // namespace ridgeline

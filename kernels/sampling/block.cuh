@@ -11,7 +11,6 @@ namespace ridgeline {
 // Shared memory of the functions below; they synchronise before they return.
 struct BlockScratch {
   uint64 sums[32];  // or minima
-  float maxima[32];
   uint32 keys[32];
 };
 
@@ -25,14 +24,18 @@ __device__ __forceinline__ uint64 block_total(uint64 x, BlockScratch& scratch) {
   return x;
 }
 
-__device__ __forceinline__ float block_max(float x, BlockScratch& scratch) {
+__device__ __forceinline__ uint32 block_max(uint32 x, BlockScratch& scratch) {
   x = warp_max(x);
-  if (threadIdx.x % kWarpSize == 0) scratch.maxima[threadIdx.x / kWarpSize] = x;
+  if (threadIdx.x % kWarpSize == 0) scratch.keys[threadIdx.x / kWarpSize] = x;
   __syncthreads();
   const uint32 lane = threadIdx.x % kWarpSize;
-  x = warp_max(scratch.maxima[lane < blockDim.x / kWarpSize ? lane : 0]);
+  x = warp_max(scratch.keys[lane < blockDim.x / kWarpSize ? lane : 0]);
   __syncthreads();
   return x;
+}
+
+__device__ __forceinline__ uint32 block_min(uint32 x, BlockScratch& scratch) {
+  return ~block_max(~x, scratch);
 }
 
 __device__ __forceinline__ uint64 block_min(uint64 x, BlockScratch& scratch) {
@@ -67,16 +70,6 @@ __device__ __forceinline__ uint64 sum_before(uint64 mine, BlockScratch& scratch)
   const uint64 before = warp_sum(lane < warp ? scratch.sums[lane] : uint64{0});
   __syncthreads();
   return before + inclusive - mine;
-}
-
-__device__ __forceinline__ uint32 block_max(uint32 x, BlockScratch& scratch) {
-  x = warp_max(x);
-  if (threadIdx.x % kWarpSize == 0) scratch.keys[threadIdx.x / kWarpSize] = x;
-  __syncthreads();
-  const uint32 lane = threadIdx.x % kWarpSize;
-  x = warp_max(scratch.keys[lane < blockDim.x / kWarpSize ? lane : 0]);
-  __syncthreads();
-  return x;
 }
 
 // What all segments of a row come to.

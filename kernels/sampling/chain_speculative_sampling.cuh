@@ -40,9 +40,9 @@ struct ResidualSource {
 // False when the source has no mass.
 __device__ __forceinline__ bool draw_of(const ResidualSource& source, uint64 random,
                                         SelectScratch& scratch, uint32& token) {
-  float max = 0.0f;
-  source.for_each([&](uint64, float x) { max = fmaxf(max, x); });
-  max = block_max(max, scratch.block);
+  float mine = 0.0f;
+  source.for_each([&](uint64, float x) { mine = fmaxf(mine, x); });
+  const float max = value_of(block_max(key_of(mine), scratch.block));
   if (!(max > 0.0f)) return false;
   const ProbWeigher weigher = Probs::weigher(max, 1.0f);
   const uint64 mass = mass_from(source, weigher, 0, scratch);

@@ -123,6 +123,7 @@ struct CollectParams {
   RowInput input;
   Filters filters;
   Scratch scratch;
+  uint32 draws;  // rows of temperature 0 are weighed at 1
 };
 
 struct NarrowParams {

@@ -1,5 +1,5 @@
 // The token of a row without filters: the segment in which the running mass passes a random number,
-// then the element.
+// or the largest element is, then the element.
 #pragma once
 
 #include "sampling/block.cuh"
@@ -9,47 +9,43 @@ namespace ridgeline {
 
 struct PlainScratch {
   BlockScratch block;
+  uint32 segment;
   uint32 token;
+  uint64 rest;
 };
 
 // Where the running mass of a row's segments passes `target`, and what is left of it there, in the
-// segment's own unit. Every warp for itself.
-template <class Kind>
+// segment's own unit. A thread takes some segments in succession.
+template <class Kind, uint32 kThreads>
 __device__ __forceinline__ uint32 segment_at(const SegmentStats* segments, uint32 num_segments,
                                              float rate, const typename Kind::Weigher& weigher,
-                                             uint64& target) {
-  const uint32 lane = threadIdx.x % kWarpSize;
-  const uint32 share = (num_segments + kWarpSize - 1) / kWarpSize;
+                                             uint64& target, PlainScratch& scratch) {
+  const uint32 share = (num_segments + kThreads - 1) / kThreads;
+  const auto scale_of = [&](const SegmentStats& stats) {
+    return Kind::weigher(stats.max, rate).scale_in(weigher);
+  };
   const auto mass_in_row = [&](uint32 i) -> uint64 {
     if (i >= num_segments) return 0;
     const SegmentStats stats = segments[i];
-    return scaled_mass(stats.mass, Kind::weigher(stats.max, rate).scale_in(weigher));
+    return scaled_mass(stats.mass, scale_of(stats));
   };
+  uint32 segment = threadIdx.x * share;
   uint64 mine = 0;
-  for (uint32 i = 0; i < share; ++i) mine += mass_in_row(lane * share + i);
-  uint64 inclusive = mine;
-#pragma unroll
-  for (uint32 offset = 1; offset < kWarpSize; offset *= 2) {
-    const uint64 other = __shfl_up_sync(kFullWarp, inclusive, offset);
-    if (lane >= offset) inclusive += other;
-  }
-  uint64 before = inclusive - mine, rest = 0;
-  uint32 segment = 0;
-  const bool here = before <= target && target < inclusive;
-  if (here) {
-    segment = lane * share;
+  for (uint32 i = 0; i < share; ++i) mine += mass_in_row(segment + i);
+  uint64 before = sum_before(mine, scratch.block);
+  if (before <= target && target < before + mine) {
     for (uint64 mass = mass_in_row(segment); before + mass <= target;) {
       before += mass;
       mass = mass_in_row(++segment);
     }
     const SegmentStats stats = segments[segment];
-    const float scale = Kind::weigher(stats.max, rate).scale_in(weigher);
-    rest = static_cast<uint64>(static_cast<double>(target - before) / scale);
-    rest = rest < stats.mass ? rest : stats.mass - 1;
+    const auto rest = static_cast<uint64>(static_cast<double>(target - before) / scale_of(stats));
+    scratch.rest = rest < stats.mass ? rest : stats.mass - 1;
+    scratch.segment = segment;
   }
-  const int owner = __ffs(static_cast<int>(__ballot_sync(kFullWarp, here))) - 1;
-  target = __shfl_sync(kFullWarp, rest, owner);
-  return __shfl_sync(kFullWarp, segment, owner);
+  __syncthreads();
+  target = scratch.rest;
+  return scratch.segment;
 }
 
 // target in [0, mass).
@@ -59,14 +55,20 @@ __device__ __forceinline__ uint32 plain_token(const typename Kind::Element* data
                                               const typename Kind::Weigher& weigher, uint64 target,
                                               PlainScratch& scratch) {
   constexpr uint32 kShare = kSegmentSize / kThreads;
-  const uint32 segment = segment_at<Kind>(segments, num_segments_of(vocab), rate, weigher, target);
-  const typename Kind::Weigher own = Kind::weigher(segments[segment].max, rate);
+  const uint32 segment =
+      segment_at<Kind, kThreads>(segments, num_segments_of(vocab), rate, weigher, target, scratch);
   const uint32 first = segment * kSegmentSize + threadIdx.x * kShare;
+  float x[kShare];
+#pragma unroll
+  for (uint32 i = 0; i < kShare; ++i) {
+    x[i] = first + i < vocab ? to_float(data[first + i]) : Kind::padding();
+  }
+  const typename Kind::Weigher own = Kind::weigher(segments[segment].max, rate);
   uint64 masses[kShare];
   uint64 mine = 0;
 #pragma unroll
   for (uint32 i = 0; i < kShare; ++i) {
-    masses[i] = first + i < vocab ? mass_of(own.weight(to_float(data[first + i]))) : 0;
+    masses[i] = mass_of(own.weight(x[i]));
     mine += masses[i];
   }
   uint64 before = sum_before(mine, scratch.block);
@@ -81,6 +83,26 @@ __device__ __forceinline__ uint32 plain_token(const typename Kind::Element* data
   }
   __syncthreads();
   return scratch.token;
+}
+
+// The lowest index of the largest element.
+template <class Kind, uint32 kThreads>
+__device__ __forceinline__ uint32 greedy_token(const typename Kind::Element* data, uint32 vocab,
+                                               const SegmentStats* segments, float max,
+                                               PlainScratch& scratch) {
+  const uint32 num_segments = num_segments_of(vocab);
+  uint32 segment = num_segments;
+  for (uint32 i = threadIdx.x; i < num_segments && segment == num_segments; i += kThreads) {
+    if (segments[i].max == max) segment = i;
+  }
+  segment = block_min(segment, scratch.block);
+  uint32 token = vocab;
+#pragma unroll
+  for (uint32 i = 0; i < kSegmentSize / kThreads; ++i) {
+    const uint32 index = segment * kSegmentSize + i * kThreads + threadIdx.x;
+    if (index < vocab && to_float(data[index]) == max && token == vocab) token = index;
+  }
+  return block_min(token, scratch.block);
 }
 
 // What one thread writes of a row.

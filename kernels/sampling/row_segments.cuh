@@ -1,4 +1,5 @@
-// Largest element and mass of every segment of every row: what plain draws and the softmax need.
+// Largest element and mass of every segment of every row: what plain and greedy draws and the
+// softmax need.
 //
 // input [num_inputs, vocab] of Kind::Element; a warp takes a segment of 1,024 elements and reads it
 // once. Launch: kCollectThreads threads, num_rows * num_slices blocks. All SMs. kVec elements move
@@ -23,7 +24,7 @@ __global__ void __launch_bounds__(kCollectThreads)
   float x[kHeld];
   load_segment<kVec>(row_data<typename Kind::Element>(input, row), segment * kSegmentSize,
                      input.vocab, lane, Kind::padding(), x);
-  const float rate = softmax_rate(params.filters.temperature, row);
+  const float rate = softmax_rate(params.filters.temperature, row, params.draws);
   pdl_launch_dependents();
   const SegmentStats stats = segment_stats<Kind>(x, lane_max(x), rate);
   if (lane == 0) {

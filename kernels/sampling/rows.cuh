@@ -60,16 +60,20 @@ struct RowFilters {
     rate = rate_of(temperature);
   }
   __device__ __forceinline__ bool any() const { return k > 0 || top_p < 1.0 || min_p > 0.0; }
+  // Never 0, which would make NaN of -inf.
   static __device__ __forceinline__ float rate_of(double temperature) {
-    return fminf(static_cast<float>(1.4426950408889634 / temperature), 3e38f);
+    const auto rate = static_cast<float>(1.4426950408889634 / temperature);
+    return fmaxf(fminf(rate, 3e38f), 1.2e-38f);
   }
 };
 
 // log2(e) / temperature where no filter makes a row of temperature 0 greedy: then only the largest
-// elements have weight.
-__device__ __forceinline__ float softmax_rate(const Setting& temperature, uint32 row) {
+// elements have weight. A row that is drawn of has the weights of temperature 1 there.
+__device__ __forceinline__ float softmax_rate(const Setting& temperature, uint32 row,
+                                              bool draws = false) {
   const double given = setting_of(temperature, row);
-  return given > 0.0 ? RowFilters::rate_of(given) : 3e38f;
+  if (!(given > 0.0) && !draws) return 3e38f;
+  return RowFilters::rate_of(given > 0.0 ? given : 1.0);
 }
 
 // Elements of a segment that a lane holds: element j of lane l is number

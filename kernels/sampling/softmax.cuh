@@ -25,16 +25,23 @@ __device__ __forceinline__ void write_segment(const float (&weights)[kHeld], flo
   constexpr int kPiece = kVec < 4 ? kVec : 4;
   const uint32 lane = threadIdx.x % kWarpSize;
   float* mine = output + first + lane * kVec;
-  const bool whole = first + kSegmentSize <= vocab;
-#pragma unroll
-  for (int i = 0; i < kHeld / kPiece; ++i) {
-    constexpr int kStep = kWarpSize * kVec;
-    const int offset = i * kPiece / kVec * kStep + i * kPiece % kVec;
-    if (!whole && first + lane * kVec + offset >= vocab) continue;
+  constexpr int kStep = kWarpSize * kVec;
+  const auto offset_of = [](int i) { return i * kPiece / kVec * kStep + i * kPiece % kVec; };
+  const auto write = [&](int i) {
     Vec<float, kPiece> y;
 #pragma unroll
     for (int j = 0; j < kPiece; ++j) y.elements[j] = weights[i * kPiece + j] * scale;
-    store(mine + offset, y);
+    store_once(mine + offset_of(i), y);
+  };
+  // Why apart: to check every piece takes a fifth of the softmax's instructions.
+  if (first + kSegmentSize <= vocab) {
+#pragma unroll
+    for (int i = 0; i < kHeld / kPiece; ++i) write(i);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kHeld / kPiece; ++i) {
+    if (first + lane * kVec + offset_of(i) < vocab) write(i);
   }
 }
 
@@ -46,14 +53,18 @@ __device__ __forceinline__ void weigh(float (&x)[kHeld], float segment_max, floa
   for (int j = 0; j < kHeld; ++j) x[j] = weigher.weight(x[j]);
 }
 
-// Of a segment's weights.
-template <class T>
-__device__ __forceinline__ float softmax_scale(const RowSummary& row, float segment_max,
-                                               float rate) {
+// What makes probabilities of weights: of those relative to the row's largest element,
+__device__ __forceinline__ float softmax_scale(const RowSummary& row) {
   if (!row.valid) return __uint_as_float(0x7fffffffu);
+  return static_cast<float>(0x1p42 / static_cast<double>(row.mass));
+}
+
+// and of those relative to a segment's.
+template <class T>
+__device__ __forceinline__ float softmax_scale(float row_scale, float row_max, float segment_max,
+                                               float rate) {
   using Kind = Logits<T>;
-  const float in_row = Kind::weigher(segment_max, rate).scale_in(Kind::weigher(row.max, rate));
-  return in_row * static_cast<float>(0x1p42 / static_cast<double>(row.mass));
+  return Kind::weigher(segment_max, rate).scale_in(Kind::weigher(row_max, rate)) * row_scale;
 }
 
 template <class T, int kVec>
@@ -78,6 +89,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads)
   }
   __syncthreads();
   const RowSummary summary = summarize<Logits<T>>(segments, num_segments, rate);
+  const float scale = softmax_scale(summary);
   float* output = params.output + static_cast<int64>(row) * input.vocab;
   for (uint32 segment = warp; segment < num_segments; segment += kWarps) {
     const float max = segments[segment].max;
@@ -88,7 +100,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads)
       load_segment<kVec>(data, segment * kSegmentSize, input.vocab, lane, -kInfinity, x);
       weigh<T>(x, max, rate);
     }
-    write_segment<kVec>(x, softmax_scale<T>(summary, max, rate), segment * kSegmentSize,
+    write_segment<kVec>(x, softmax_scale<T>(scale, summary.max, max, rate), segment * kSegmentSize,
                         input.vocab, output);
   }
 }
@@ -111,7 +123,8 @@ __global__ void __launch_bounds__(kCollectThreads)
   const RowSummary summary = summarize<Logits<T>>(segments, num_segments, rate);
   const float max = segments[first / kSegmentSize].max;
   weigh<T>(x, max, rate);
-  write_segment<kVec>(x, softmax_scale<T>(summary, max, rate), first, input.vocab,
+  const float scale = softmax_scale<T>(softmax_scale(summary), summary.max, max, rate);
+  write_segment<kVec>(x, scale, first, input.vocab,
                       params.output + static_cast<int64>(row) * input.vocab);
 }
 

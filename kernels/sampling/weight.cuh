@@ -51,9 +51,10 @@ struct LogitWeigher {
   __device__ __forceinline__ float weight(float x) const {
     return exp2_fast((x - reference) * rate);
   }
-  // Of this segment's masses, in a row of weigher `row`.
+  // Of this segment's masses, in a row of weigher `row`. Why at most 1: the reference of a segment
+  // of nothing but -inf may be above the row's, and infinitely many times nothing is NaN.
   __device__ __forceinline__ float scale_in(const LogitWeigher& row) const {
-    return exp2_fast((reference - row.reference) * rate);
+    return exp2_fast(fminf((reference - row.reference) * rate, 0.0f));
   }
   // Logarithm to base 2 of x's weight.
   __device__ __forceinline__ float log_weight(float x) const { return (x - reference) * rate; }

@@ -24,8 +24,8 @@ constexpr int64_t kMaxCount = (int64_t{1} << 31) - 1;  // groups, and elements o
 constexpr int64_t kWholeRow = 0, kWholeTensor = -1;    // as group sizes
 constexpr const char* kQuantize = "quantization/quantize.cuh:quantize";
 constexpr const char* kDequantize = "quantization/dequantize.cuh:dequantize";
-constexpr const char* kTensorMax = "quantization/tensor_scale.cuh:tensor_max";
-constexpr const char* kTensorScale = "quantization/tensor_scale.cuh:tensor_scale";
+constexpr const char* kTensorMax = "quantization/quantize_tensor.cuh:tensor_max";
+constexpr const char* kQuantizeTensor = "quantization/quantize_tensor.cuh:quantize_tensor";
 constexpr std::array kFormats = {Dtype::Float8_e4m3fn, Dtype::Float8_e5m2, Dtype::Char};
 
 auto quant_name(const char* entry, Dtype format) {
@@ -36,10 +36,6 @@ auto quant_name(const char* entry, Dtype format) {
 
 std::string max_name(const Access& access) {
   return kernel_name(kTensorMax, device_type(access.dtype), access.vec_size);
-}
-
-std::string scale_name(Dtype format) {
-  return kernel_name(kTensorScale, device_type(format));
 }
 
 // An entry's kernels for each 8-bit type.
@@ -64,13 +60,10 @@ std::vector<Row> quantize_rows() {
     for (const char* op : {"quantize", "quantize_with_scale"}) {
       add_access_rows(rows, op, quant_name(kQuantize, format), kRowMaxThreads);
     }
-    add_access_rows(rows, "dequantize", quant_name(kDequantize, format), kRowMaxThreads);
-    rows.push_back({.op = "quantize",
-                    .kernel = scale_name(format),
-                    .block = kMaxPartials,
-                    .why = "one scale for the whole tensor"});
+    add_access_rows(rows, "quantize", quant_name(kQuantizeTensor, format), kFlatThreads);
+    add_access_rows(rows, "dequantize", quant_name(kDequantize, format), kFlatThreads);
   }
-  add_access_rows(rows, "quantize", max_name, kTensorMaxThreads);
+  add_access_rows(rows, "quantize", max_name, kFlatThreads);
   return rows;
 }
 
@@ -113,18 +106,16 @@ int64_t groups_of_row(const Arg& input, int64_t group_size) {
 }
 
 // Rows [num_rows, num_groups * group_size] of both tensors through one kernel.
-void run_groups(const FormatKernels& kernels, Dtype format, const Arg& input, const Arg& out,
-                int64_t num_groups, const QuantScale& scale) {
-  const auto [rows, out_rows] = matching_rows(input, out);
+void launch_groups(Dtype format, const Arg& input, const Rows& rows, const Arg& out,
+                   const Rows& out_rows, int64_t num_groups, const QuantScale& scale) {
+  static const FormatKernels kernels(kQuantize);
   const int64_t all_groups = rows.num_rows * num_groups;
   if (all_groups == 0 || (rows.hidden == 0 && !scale.computed)) return;
   if (all_groups > kMaxCount) {
     fail(input.op, "input", "fewer than 2^31 groups", std::to_string(all_groups), "Split the call");
   }
   const int64_t group_size = rows.hidden / num_groups;
-  const Arg& wide = input.dtype == format ? out : input;
-  const Arg& narrow = input.dtype == format ? input : out;
-  const int vec_size = access_width({&wide, &narrow}, {group_size});
+  const int vec_size = access_width({&input, &out}, {group_size});
   const RowPlan plan = row_plan(group_size, vec_size);
   const QuantizeParams params{
       .input = input.tensor.const_data_ptr(),
@@ -137,49 +128,74 @@ void run_groups(const FormatKernels& kernels, Dtype format, const Arg& input, co
       .num_groups = make_divider(static_cast<uint32>(num_groups)),
       .group_size = group_size};
   const int64_t blocks = (all_groups + plan.rows_per_block - 1) / plan.rows_per_block;
-  launch(kernels.of(format, wide.dtype, vec_size), device(input.tensor.get_device_index()),
+  launch(kernels.of(format, input.dtype, vec_size), device(input.tensor.get_device_index()),
          {.grid_x = static_cast<unsigned>(blocks), .block = plan.block}, &params);
 }
 
-const FormatKernels& quantize_kernels() {
-  static const FormatKernels kernels(kQuantize);
-  return kernels;
+void run_groups(Dtype format, const Arg& input, const Arg& out, int64_t num_groups,
+                const QuantScale& scale) {
+  const auto [rows, out_rows] = matching_rows(input, out);
+  launch_groups(format, input, rows, out, out_rows, num_groups, scale);
 }
 
-// max|input| / the largest number of `format`, into scale [1].
-void run_tensor_scale(const Arg& input, Dtype format, const Tensor& scale) {
-  static const AccessKernels maxima(max_name);
-  static const std::array scales = {&kernel(scale_name(kFormats[0])),
-                                    &kernel(scale_name(kFormats[1])),
-                                    &kernel(scale_name(kFormats[2]))};
-  const Rows rows = rows_of(input);
+// A grid that walks all vectors of a tensor, and what its threads need to know.
+struct Flat {
+  unsigned blocks;
+  FlatRows rows;
+};
+
+// At most `most` blocks; at first one vector a thread, so that few of them are spread widely.
+Flat flat_of(const Arg& input, const Rows& rows, int vec_size, int64_t most) {
   if (rows.num_rows > kMaxCount || rows.hidden > kMaxCount) {
     fail(input.op, "input", "fewer than 2^31 rows of fewer than 2^31 elements",
          std::to_string(rows.num_rows) + " of " + std::to_string(rows.hidden), "Split the call");
   }
-  const int vec_size = access_width({&input}, {rows.hidden});
   const int64_t vecs_per_row = std::max<int64_t>(rows.hidden / vec_size, 1);
   const int64_t num_rows = rows.hidden == 0 ? 0 : rows.num_rows;
-  const int64_t wanted = (num_rows * vecs_per_row + kTensorMaxThreads - 1) / kTensorMaxThreads;
-  const int64_t blocks = std::clamp<int64_t>(wanted, 1, kMaxPartials);
-  const int64_t step = blocks * kTensorMaxThreads;
-  const Tensor partials = empty(input.tensor, {blocks}, Dtype::Float);
+  const int64_t wanted = (num_rows * vecs_per_row + kFlatThreads - 1) / kFlatThreads;
+  const int64_t blocks = std::clamp<int64_t>(wanted, 1, most);
+  const int64_t step = blocks * kFlatThreads;
+  return {static_cast<unsigned>(blocks),
+          {.strides = {rows.outer_stride, rows.inner_stride},
+           .num_rows = static_cast<uint32>(num_rows),
+           .step_rows = static_cast<uint32>(step / vecs_per_row),
+           .step_columns = static_cast<uint32>(step % vecs_per_row),
+           .vecs_per_row = make_divider(static_cast<uint32>(vecs_per_row)),
+           .num_inner = make_divider(static_cast<uint32>(rows.num_inner))}};
+}
+
+// Blocks that fit the GPU at once.
+int64_t flat_places(const Device& gpu) {
+  constexpr int64_t kBlocksPerSm = 6;
+  return gpu.num_sms * kBlocksPerSm;
+}
+
+// One scale for everything: max|input| / the largest number of `format`, into scale [1].
+void run_tensor(Dtype format, const Arg& input, const Tensor& out, const Tensor& scale) {
+  static const AccessKernels maxima(max_name);
+  static const FormatKernels kernels(kQuantizeTensor);
+  const Rows rows = rows_of(input);
+  const int vec_size = access_width({&input}, {rows.hidden});
   const Device& gpu = device(input.tensor.get_device_index());
-  const TensorMaxParams params{.input = input.tensor.const_data_ptr(),
-                               .partials = static_cast<float*>(partials.mutable_data_ptr()),
-                               .input_strides = {rows.outer_stride, rows.inner_stride},
-                               .num_rows = static_cast<uint32>(num_rows),
-                               .step_rows = static_cast<uint32>(step / vecs_per_row),
-                               .step_columns = static_cast<uint32>(step % vecs_per_row),
-                               .vecs_per_row = make_divider(static_cast<uint32>(vecs_per_row)),
-                               .num_inner = make_divider(static_cast<uint32>(rows.num_inner))};
-  launch(maxima.of(input.dtype, vec_size), gpu,
-         {.grid_x = static_cast<unsigned>(blocks), .block = kTensorMaxThreads}, &params);
-  const TensorScaleParams finish{static_cast<const float*>(partials.const_data_ptr()),
-                                 static_cast<float*>(scale.mutable_data_ptr()),
-                                 static_cast<uint32>(blocks)};
-  const auto at = static_cast<size_t>(std::ranges::find(kFormats, format) - kFormats.begin());
-  launch(*scales[at], gpu, {.block = kMaxPartials}, &finish);
+  const Flat flat =
+      flat_of(input, rows, vec_size, std::min<int64_t>(flat_places(gpu), kMaxPartials));
+  const Tensor partials = empty(input.tensor, {flat.blocks}, Dtype::Float);
+  const TensorMaxParams params{input.tensor.const_data_ptr(),
+                               static_cast<float*>(partials.mutable_data_ptr()), flat.rows};
+  const Launch how{.grid_x = flat.blocks, .block = kFlatThreads};
+  launch(maxima.of(input.dtype, vec_size), gpu, how, &params);
+  const QuantizeTensorParams finish{params.input,    out.mutable_data_ptr(),
+                                    params.partials, static_cast<float*>(scale.mutable_data_ptr()),
+                                    flat.rows,       flat.blocks};
+  launch(kernels.of(format, input.dtype, vec_size), gpu,
+         {.grid_x = how.grid_x, .block = how.block, .pdl = gpu.sm >= 90}, &finish);
+}
+
+// Whether a tensor is one run of few enough elements for the registers of one block.
+bool is_short_run(const Arg& input) {
+  const int64_t room =
+      int64_t{kRowMaxThreads} * kRowSlots * access_width({&input}, {input.numel()});
+  return input.numel() <= room && input.tensor.is_contiguous();
 }
 
 std::tuple<Tensor, Tensor> quantize(const Tensor& input, Dtype format, int64_t group_size) {
@@ -191,15 +207,19 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& input, Dtype format, int64_t g
   const Arg out_arg{arg.op, "out", out};
   if (group_size == kWholeTensor) {
     const Tensor scale = empty(input, {1}, Dtype::Float);
-    run_tensor_scale(arg, format, scale);
-    run_groups(quantize_kernels(), format, arg, out_arg, 1,
-               {static_cast<const float*>(scale.const_data_ptr()), nullptr, 0, 1.0f});
+    if (is_short_run(arg)) {
+      const Rows run{1, 1, 0, 0, arg.numel()};
+      launch_groups(format, arg, run, out_arg, run, 1,
+                    {nullptr, static_cast<float*>(scale.mutable_data_ptr()), 0, 1.0f});
+    } else {
+      run_tensor(format, arg, out, scale);
+    }
     return {out, scale};
   }
   std::vector<int64_t> shape(arg.sizes.begin(), arg.sizes.end());
   shape.back() = num_groups;
   const Tensor scale = empty(input, shape, Dtype::Float);
-  run_groups(quantize_kernels(), format, arg, out_arg, num_groups,
+  run_groups(format, arg, out_arg, num_groups,
              {nullptr, static_cast<float*>(scale.mutable_data_ptr()), 0, 1.0f});
   return {out, scale};
 }
@@ -233,7 +253,7 @@ Tensor quantize_with_scale(const Tensor& input, const Tensor& scale, Dtype forma
   check_format(arg.op, format);
   const auto [num_groups, scales] = scales_of({arg.op, "scale", scale}, arg);
   const Tensor out = empty(input, {arg.sizes.data(), arg.sizes.size()}, format);
-  run_groups(quantize_kernels(), format, arg, {arg.op, "out", out}, num_groups, scales);
+  run_groups(format, arg, {arg.op, "out", out}, num_groups, scales);
   return out;
 }
 
@@ -247,7 +267,25 @@ Tensor dequantize(const Tensor& input, const Tensor& scale, Dtype dtype) {
   }
   const auto [num_groups, scales] = scales_of({arg.op, "scale", scale}, arg);
   const Tensor out = empty(input, {arg.sizes.data(), arg.sizes.size()}, dtype);
-  run_groups(kernels, arg.dtype, arg, {arg.op, "out", out}, num_groups, scales);
+  if (arg.numel() == 0) return out;
+  const Rows rows = rows_of(arg);
+  const Arg out_arg{arg.op, "out", out};
+  const int64_t group_size = rows.hidden / num_groups;
+  const int vec_size = access_width({&out_arg, &arg}, {group_size});
+  const Device& gpu = device(input.get_device_index());
+  const int64_t all_held = (arg.numel() / vec_size + kFlatThreads * kFlatSlots - 1) /
+                           (int64_t{kFlatThreads} * kFlatSlots);
+  const int64_t most = std::min(std::max(all_held, flat_places(gpu)), kMaxCount / kFlatThreads);
+  const Flat flat = flat_of(arg, rows, vec_size, most);
+  const DequantizeParams params{input.const_data_ptr(),
+                                out.mutable_data_ptr(),
+                                scales.given,
+                                flat.rows,
+                                make_divider(static_cast<uint32>(group_size / vec_size)),
+                                static_cast<uint32>(num_groups),
+                                static_cast<uint32>(scales.stride)};
+  launch(kernels.of(arg.dtype, dtype, vec_size), gpu,
+         {.grid_x = flat.blocks, .block = kFlatThreads}, &params);
   return out;
 }
 

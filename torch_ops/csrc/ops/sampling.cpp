@@ -45,8 +45,8 @@ std::vector<std::string> kernels_of(const std::string& op, RowKind kind) {
   }
   if (op == "top_k") return {collect, kind_kernel(kTopK, kind), cut, kernel_name(kGather, type)};
   if (op == "softmax") {
-    return {kernel_name(kSoftmax, type, vec), kind_kernel(kSegments, kind, vec),
-            kernel_name(kSoftmaxSlices, type, vec)};
+    return {kernel_name(kSoftmax, type, kSoftmaxVec), kind_kernel(kSegments, kind, vec),
+            kernel_name(kSoftmaxSlices, type, kSoftmaxVec)};
   }
   const std::string apply = kind_kernel(kApplyCut, kind, vec);
   if (op == "top_k_mask_logits") return {collect, cut, apply};
@@ -61,7 +61,7 @@ std::vector<std::string> kernels_of(const std::string& op, RowKind kind) {
 
 std::string cluster_kernel(RowKind kind) {
   static constexpr std::array kTypes{"__half", "__nv_bfloat16", "float"};
-  return kernel_name(kSoftmaxClusters, kTypes[static_cast<size_t>(kind)], wide_vec(kind));
+  return kernel_name(kSoftmaxClusters, kTypes[static_cast<size_t>(kind)], kSoftmaxVec);
 }
 
 const std::vector<std::string>& family_ops() {
@@ -165,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& input, const Tensor& see
   const Lists lists = lists_for(filters, rows.vocab);
   const RowScratch scratch(input, rows, lists);
   const Device& gpu = device(input.get_device_index());
-  launch_collect(gpu, kind, input, {rows, filters, scratch.get()});
+  launch_collect(gpu, kind, input, {rows, filters, scratch.get(), true});
   const DrawParams params{rows,
                           filters,
                           scratch.get(),

@@ -21,6 +21,10 @@ RowKind logits_kind(Dtype dtype);
 std::string kind_name(RowKind kind);  // "Logits<__half>" in device code
 int wide_vec(RowKind kind);           // elements of 16 bytes
 
+// Elements that the softmax moves at once: 16 bytes of its output. With more of a 16-bit input a
+// store would write half of each sector.
+inline constexpr int kSoftmaxVec = 4;
+
 // A kernel for each kind, and, when it has them, one for each width of access.
 class KindKernels {
  public:
@@ -77,7 +81,8 @@ unsigned num_slice_blocks(const RowInput& input);
 // and list_between when there are histograms.
 void launch_collect(const Device& gpu, RowKind kind, const Tensor& input, const CollectParams& how);
 
-// What rows may need: nothing without filters, histograms where a row's top-k may be none or large.
+// What rows may need: nothing without filters or where all are greedy, histograms where a row's
+// top-k may be none or large.
 Lists lists_for(const Filters& filters, uint32 vocab);
 
 Filters no_filters();

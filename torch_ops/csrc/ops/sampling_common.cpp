@@ -232,12 +232,12 @@ void launch_collect(const Device& gpu, RowKind kind, const Tensor& input,
 Lists lists_for(const Filters& filters, uint32 vocab) {
   const IntSetting& k = filters.top_k;
   const bool greedy = !filters.temperature.values && !(filters.temperature.value > 0);
+  if (greedy) return Lists::None;
   const bool limits = k.value > 0 && k.value < vocab;
-  if (greedy || (!k.values && limits && k.value <= kMaxCollectedK)) return Lists::Candidates;
+  if (!k.values && limits && k.value <= kMaxCollectedK) return Lists::Candidates;
   const bool shares = filters.top_p.values || filters.top_p.value < 1 || filters.min_p.values ||
                       filters.min_p.value > 0;
-  if (k.values || limits || shares) return Lists::Histograms;
-  return filters.temperature.values ? Lists::Candidates : Lists::None;
+  return k.values || limits || shares ? Lists::Histograms : Lists::None;
 }
 
 Filters no_filters() {

@@ -24,12 +24,11 @@ struct SoftmaxKernels {
   SoftmaxKernels() {
     constexpr std::array kTypes{"__half", "__nv_bfloat16", "float"};
     for (size_t i = 0; i < rows.size(); ++i) {
-      const int vec = wide_vec(static_cast<RowKind>(i));
       const std::string slices = "sampling/softmax.cuh:softmax_slices";
       const std::string in_clusters = "sampling/softmax_sm90.cuh:softmax_sm90";
-      clusters[i] = &kernel(kernel_name(in_clusters, kTypes[i], vec));
-      rows[i] = &kernel(kernel_name("sampling/softmax.cuh:softmax", kTypes[i], vec));
-      wide_slices[i] = &kernel(kernel_name(slices, kTypes[i], vec));
+      clusters[i] = &kernel(kernel_name(in_clusters, kTypes[i], kSoftmaxVec));
+      rows[i] = &kernel(kernel_name("sampling/softmax.cuh:softmax", kTypes[i], kSoftmaxVec));
+      wide_slices[i] = &kernel(kernel_name(slices, kTypes[i], kSoftmaxVec));
       narrow_slices[i] = &kernel(kernel_name(slices, kTypes[i], 1));
     }
   }
@@ -55,9 +54,12 @@ Tensor softmax(const Tensor& logits, const std::optional<Tensor>& temperature,
                        static_cast<float*>(output.mutable_data_ptr()), 0};
   const uint32 cluster = std::bit_ceil((num_segments + kClusterSegments - 1) / kClusterSegments);
   if (wide && gpu.sm >= 90 && cluster <= kMaxCluster) {
-    launch(*kernels.clusters[idx], gpu,
-           {.grid_x = rows.num_rows * cluster, .block = kClusterThreads, .cluster = cluster},
-           &params);
+    const auto bytes = kClusterSegments * kSegmentSize * element_size(logits.scalar_type());
+    Launch how{
+        .block = kClusterThreads, .dynamic_smem = static_cast<unsigned>(bytes), .cluster = cluster};
+    how.grid_x =
+        std::min(rows.num_rows, resident_clusters(*kernels.clusters[idx], gpu, how)) * cluster;
+    launch(*kernels.clusters[idx], gpu, how, &params);
     return output;
   }
   // With many rows a block each keeps every SM busy, and reads memory once.
@@ -75,7 +77,7 @@ Tensor softmax(const Tensor& logits, const std::optional<Tensor>& temperature,
   }
   const RowScratch scratch(logits, rows, Lists::None);
   params.segments = scratch.get().segments;
-  launch_collect(gpu, kind, logits, {rows, filters, scratch.get()});
+  launch_collect(gpu, kind, logits, {rows, filters, scratch.get(), false});
   launch(*(wide ? kernels.wide_slices : kernels.narrow_slices)[idx], gpu,
          {.grid_x = num_slice_blocks(rows), .block = kCollectThreads, .pdl = gpu.sm >= 90},
          &params);
@@ -86,7 +88,7 @@ Tensor softmax(const Tensor& logits, const std::optional<Tensor>& temperature,
 void find_cuts(const Device& gpu, RowKind kind, const Tensor& input, const RowInput& rows,
                const Filters& filters, bool count_only, const Scratch& scratch) {
   static const KindKernels kernels("sampling/find_cut.cuh:find_cut", false);
-  launch_collect(gpu, kind, input, {rows, filters, scratch});
+  launch_collect(gpu, kind, input, {rows, filters, scratch, false});
   const CutParams params{rows, filters, scratch, count_only};
   launch(kernels.of(kind), gpu,
          {.grid_x = rows.num_rows, .block = kRowThreads, .pdl = gpu.sm >= 90}, &params);
@@ -175,7 +177,7 @@ std::tuple<Tensor, Tensor> top_k(const Tensor& input, int64_t k, bool sorted) {
   const Launch how{.grid_x = rows.num_rows, .block = kRowThreads, .pdl = gpu.sm >= 90};
   auto* to = static_cast<int64*>(indices.mutable_data_ptr());
   if (k <= kMaxCollectedK) {
-    launch_collect(gpu, kind, input, {rows, filters, scratch.get()});
+    launch_collect(gpu, kind, input, {rows, filters, scratch.get(), false});
     const TopKParams params{rows, scratch.get(),          values.mutable_data_ptr(),
                             to,   static_cast<uint32>(k), sorted};
     launch(few.of(kind), gpu, how, &params);

@@ -61,6 +61,7 @@ Driver load() {
   bind(table.library_get_kernel, "cuLibraryGetKernel");
   bind(table.kernel_get_function, "cuKernelGetFunction");
   bind(table.kernel_set_attribute, "cuKernelSetAttribute");
+  bind(table.occupancy_max_active_clusters, "cuOccupancyMaxActiveClusters");
   bind(table.launch_kernel_ex, "cuLaunchKernelEx");
   if (const CUresult error = table.init(0); error != kCudaSuccess) {
     const char* text = nullptr;

@@ -73,6 +73,8 @@ struct Driver {
   CUresult (*kernel_get_function)(CUfunction* function, CUkernel kernel);
   CUresult (*kernel_set_attribute)(FunctionAttribute attribute, int value, CUkernel kernel,
                                    CUdevice device);
+  CUresult (*occupancy_max_active_clusters)(int* num_clusters, CUfunction function,
+                                            const LaunchConfig* config);
   CUresult (*launch_kernel_ex)(const LaunchConfig* config, CUfunction function, void** params,
                                void** extra);
 };

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <algorithm>
+#include <bit>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -30,6 +32,38 @@ class RelaxedCapture {
 
  private:
   CaptureMode mode_ = CaptureMode::kRelaxed;
+};
+
+void allow_smem(Kernel& kernel, LoadedKernel& loaded, const Device& device, unsigned bytes) {
+  if (bytes <= loaded.dynamic_smem.load(std::memory_order_relaxed)) return;
+  driver_check(driver().kernel_set_attribute(FunctionAttribute::kMaxDynamicSharedMemory,
+                                             static_cast<int>(bytes), loaded.handle, device.handle),
+               "asking for " + std::to_string(bytes) + " bytes of shared memory for kernel " +
+                   kernel.name());
+  loaded.dynamic_smem.store(bytes, std::memory_order_relaxed);
+}
+
+// A launch as the driver takes it.
+struct Config {
+  std::array<LaunchAttribute, 2> attributes{};
+  LaunchConfig config;
+
+  Config(const Launch& how, CUstream stream)
+      : config{how.grid_x, how.grid_y,       how.grid_z, how.block,         1,
+               1,          how.dynamic_smem, stream,     attributes.data(), 0} {
+    if (how.cluster > 0) {
+      LaunchAttribute& attribute = attributes[config.num_attributes++];
+      attribute.id = LaunchAttributeId::kClusterDimension;
+      attribute.value.cluster = {how.cluster, 1, 1};
+    }
+    if (how.pdl) {
+      LaunchAttribute& attribute = attributes[config.num_attributes++];
+      attribute.id = LaunchAttributeId::kProgrammaticSerialization;
+      attribute.value.programmatic_serialization = 1;
+    }
+  }
+  Config(const Config&) = delete;
+  Config& operator=(const Config&) = delete;
 };
 
 }  // namespace
@@ -78,41 +112,32 @@ void launch(Kernel& kernel, const Device& device, const Launch& how, const void*
   if (how.grid_x == 0 || how.grid_y == 0 || how.grid_z == 0) return;
   LoadedKernel& loaded = kernel.on(device);
   const DeviceScope current(device);
-  if (how.dynamic_smem > loaded.dynamic_smem.load(std::memory_order_relaxed)) {
-    driver_check(driver().kernel_set_attribute(FunctionAttribute::kMaxDynamicSharedMemory,
-                                               static_cast<int>(how.dynamic_smem), loaded.handle,
-                                               device.handle),
-                 "asking for " + std::to_string(how.dynamic_smem) +
-                     " bytes of shared memory for kernel " + kernel.name());
-    loaded.dynamic_smem.store(how.dynamic_smem, std::memory_order_relaxed);
-  }
-  std::array<LaunchAttribute, 2> attributes{};
-  unsigned num_attributes = 0;
-  if (how.cluster > 1) {
-    LaunchAttribute& attribute = attributes[num_attributes++];
-    attribute.id = LaunchAttributeId::kClusterDimension;
-    attribute.value.cluster = {how.cluster, 1, 1};
-  }
-  if (how.pdl) {
-    LaunchAttribute& attribute = attributes[num_attributes++];
-    attribute.id = LaunchAttributeId::kProgrammaticSerialization;
-    attribute.value.programmatic_serialization = 1;
-  }
-  const LaunchConfig config{how.grid_x,
-                            how.grid_y,
-                            how.grid_z,
-                            how.block,
-                            1,
-                            1,
-                            how.dynamic_smem,
-                            current_stream(device),
-                            attributes.data(),
-                            num_attributes};
+  allow_smem(kernel, loaded, device, how.dynamic_smem);
+  const Config launched(how, current_stream(device));
   void* arguments[] = {const_cast<void*>(params)};
-  const CUresult error = driver().launch_kernel_ex(&config, loaded.function, arguments, nullptr);
+  const CUresult error =
+      driver().launch_kernel_ex(&launched.config, loaded.function, arguments, nullptr);
   if (error != kCudaSuccess) {
     throw std::runtime_error("launching kernel " + kernel.name() + ": " + driver_error(error));
   }
+}
+
+unsigned resident_clusters(Kernel& kernel, const Device& device, const Launch& how) {
+  LoadedKernel& loaded = kernel.on(device);
+  auto& known = loaded.resident_clusters[std::bit_width(how.cluster) - 1];
+  unsigned count = known.load(std::memory_order_relaxed);
+  if (count > 0) return count;
+  const DeviceScope current(device);
+  allow_smem(kernel, loaded, device, how.dynamic_smem);
+  Launch one = how;
+  one.grid_x = how.cluster;
+  const Config asked(one, nullptr);
+  int found = 0;
+  driver_check(driver().occupancy_max_active_clusters(&found, loaded.function, &asked.config),
+               "asking how many clusters of kernel " + kernel.name() + " fit " + device.name);
+  count = static_cast<unsigned>(std::max(found, 1));
+  known.store(count, std::memory_order_relaxed);
+  return count;
 }
 
 CUstream current_stream(const Device& device) {
