@@ -9,6 +9,7 @@
 
 #include "activation/functions.cuh"
 #include "activation/params.h"
+#include "common/arch.cuh"
 #include "common/pdl.cuh"
 #include "common/quantized.cuh"
 #include "common/vec.cuh"
@@ -16,7 +17,7 @@
 namespace ridgeline {
 
 template <class T, int kVec, class Activation, class Q = T>
-__global__ void __launch_bounds__(kGatedThreads, kGatedBlocks)
+__global__ void __launch_bounds__(kGatedThreads, kThreadsOfSm / kGatedThreads)
     gated(const __grid_constant__ GatedParams params) {
   constexpr bool kExact = sizeof(T) == 4;
   constexpr bool kQuantizes = sizeof(Q) == 1;

@@ -11,7 +11,6 @@ namespace ridgeline {
 // Measured on an H200: with two or four vectors a thread, or larger blocks, no size gains more than
 // 1%, and the smallest and the largest lose.
 constexpr uint32 kGatedThreads = 128;
-constexpr uint32 kGatedBlocks = 8;  // at least, of an SM
 
 struct GatedParams {
   const void* input;  // [num_outer, num_inner, 2 * hidden], T: the gate, then what it multiplies
