@@ -323,13 +323,14 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
                   });
 }
 
-template <class Pass, class Params>
+// kSlots: as row_plan() was told.
+template <class Pass, int kSlots = kRowSlots, class Params>
 __device__ __forceinline__ void run_pass(const Params& params) {
   pdl_wait();
   const RowShape& shape = params.shape;
   const uint32 size = shape.threads_per_row;
-  if (size > kWarpSize && shape.num_vecs <= kRowSlots * size) {
-    run_team<Pass, 1, kRowSlots, true>(params, {size, threadIdx.x, blockIdx.x, 0});
+  if (size > kWarpSize && shape.num_vecs <= kSlots * size) {
+    run_team<Pass, 1, kSlots, true>(params, {size, threadIdx.x, blockIdx.x, 0});
     return;
   }
   if (shape.num_vecs <= kWarpSize) {
@@ -345,7 +346,7 @@ __device__ __forceinline__ void run_pass(const Params& params) {
   const uint32 row_idx = in_warp ? (blockIdx.x * blockDim.x + threadIdx.x) / kWarpSize : blockIdx.x;
   // Whole warps only, and never in a block that synchronises.
   if (row_idx >= shape.num_rows) return;
-  run_team<Pass, 1, kRowSlots, false>(
+  run_team<Pass, 1, kSlots, false>(
       params, {size, in_warp ? threadIdx.x % kWarpSize : threadIdx.x, row_idx, 0});
 }
 

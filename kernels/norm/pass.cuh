@@ -124,16 +124,17 @@ struct WeightAndBias {
 template <class T, class W, class Q>
 inline constexpr bool kIsWide = sizeof(W) > sizeof(T) || sizeof(Q) == 1;
 template <class T, class W, class Q>
-inline constexpr int kRmsnormRegisters = kSm < 80                           ? 64
-                                         : sizeof(W) > sizeof(T)            ? 56
-                                         : sizeof(T) == 4 || sizeof(Q) == 1 ? 40
-                                                                            : 32;
+inline constexpr int kRmsnormRegisters = kSm < 80 || kIsWide<T, W, Q> ? 64
+                                         : sizeof(T) == 4             ? 40
+                                                                      : 32;
 template <class T, class W, class Q>
 inline constexpr int kLayernormRegisters = kSm < 80 || kIsWide<T, W, Q> ? 64
                                            : kThreadsOfSm < 2048        ? 48
                                                                         : 40;
 template <class T, class W, class Q>
-inline constexpr int kFusedAddRegisters = kSm < 80 || kIsWide<T, W, Q> ? 64 : 48;
+inline constexpr int kFusedAddRegisters = sizeof(Q) == 1 && sizeof(W) == sizeof(T) ? 96
+                                          : kSm < 80 || kIsWide<T, W, Q>           ? 64
+                                                                                   : 48;
 
 // Q: what is stored, of T's own type or of 8 bits.
 template <class R, class Affine, class Q, int kElements>

@@ -208,7 +208,9 @@ void run(const NormEntry& entry, const Norm& norm) {
   const Tensor& input = norm.input.tensor;
   const int vec_size =
       access_width({&norm.input, &norm.out, &norm.weight, norm.residual, norm.bias}, {hidden});
-  const RowPlan plan = row_plan(hidden, vec_size);
+  const RowPlan plan = row_plan(hidden, vec_size,
+                                norm_slots(norm.out.dtype != norm.input.dtype, norm.bias != nullptr,
+                                           norm.weight.dtype != norm.input.dtype));
   const NormParams params{
       .input = input.const_data_ptr(),
       .residual = norm.residual ? norm.residual->tensor.mutable_data_ptr() : nullptr,
