@@ -9,4 +9,7 @@ inline constexpr int kSm = __CUDA_ARCH__ / 10;
 inline constexpr int kSm = 80;
 #endif
 
+// Threads that one SM holds at once.
+inline constexpr int kThreadsOfSm = kSm < 80 ? 1024 : kSm == 80 || kSm / 10 == 9 ? 2048 : 1536;
+
 }  // namespace ridgeline

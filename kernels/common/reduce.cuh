@@ -38,29 +38,40 @@ __device__ __forceinline__ float warp_reduce(float x) {
   return x;
 }
 
-// Over the block (whole warps, 32 of them at most); every thread gets it. `of_warps` is shared
-// memory; between two calls with the same memory the caller must synchronise.
+// A reduction over the block (whole warps, 32 of them at most) in two steps, between which the
+// block synchronises: each warp puts its part, then every thread reads them all.
 template <class Op>
-__device__ __forceinline__ float block_reduce(float x, float4 (&of_warps)[8]) {
+__device__ __forceinline__ void put_of_warp(float x, float4 (&parts)[8]) {
   const uint32 num_warps = blockDim.x / kWarpSize;
   x = warp_reduce<Op>(x);
-  float* slots = reinterpret_cast<float*>(of_warps);
+  float* slots = reinterpret_cast<float*>(parts);
   if (threadIdx.x % kWarpSize == 0) slots[threadIdx.x / kWarpSize] = x;
   // Up to 8 warps read 8 slots, more read all.
   const uint32 num_read = num_warps <= 8 ? 8 : 32;
   if (threadIdx.x < num_read - num_warps) slots[num_warps + threadIdx.x] = 0.0f;
-  __syncthreads();
-  // Why every thread reads them all: that takes less time than the shuffles of a second reduction.
+}
+
+// Why every thread reads them all: that takes less time than the shuffles of a second reduction.
+template <class Op>
+__device__ __forceinline__ float of_warps(const float4 (&parts)[8]) {
   const auto of_four = [&](uint32 i) {
-    const float4 four = of_warps[i];
+    const float4 four = parts[i];
     return Op::of(Op::of(four.x, four.y), Op::of(four.z, four.w));
   };
-  x = Op::of(of_four(0), of_four(1));
-  if (num_warps > 8) {
+  float x = Op::of(of_four(0), of_four(1));
+  if (blockDim.x > 8 * kWarpSize) {
 #pragma unroll
     for (uint32 i = 2; i < 8; i += 2) x = Op::of(x, Op::of(of_four(i), of_four(i + 1)));
   }
   return x;
+}
+
+// Every thread gets it. Between two calls with the same memory the caller must synchronise.
+template <class Op>
+__device__ __forceinline__ float block_reduce(float x, float4 (&parts)[8]) {
+  put_of_warp<Op>(x, parts);
+  __syncthreads();
+  return of_warps<Op>(parts);
 }
 
 }  // namespace ridgeline

@@ -11,11 +11,12 @@
 //     fetch(vec_idx) -> Fetched: issues the loads of a vector and does nothing else;
 //     take(fetched, vec_idx): the vector (a fused add stores the residual here);
 //     reload(vec_idx): the same vector again;
-// - Columns(params, vec_idx): what is the same for all rows, such as weights; kHeld: loaded with
-// the
-//   row, else where it is used, after prefetch(params, vec_idx);
+// - Columns(params, vec_idx): what is the same for all rows, such as weights; loaded with the row if
+//   kHeld or where a thread keeps few vectors, else where they are used, after prefetch(params,
+//   vec_idx);
 // - kMoments: what the transformation needs to know of the whole row;
 // - transform(params, moments, columns, values): what is stored, but for its scale;
+// - weigh(params, columns, values), of kRootMeanSquare alone: the same but for the inverse root;
 // - output_offset(params, row_idx): where to, in elements;
 // - kScaling: whether a number of each row's own (QuantScale) multiplies or divides the result.
 #pragma once
@@ -64,6 +65,27 @@ __device__ __forceinline__ void team_reduce(float (&x)[kRows], const Team& team)
   }
 }
 
+// A sum and a maximum at once.
+template <bool kIsBlock, int kRows>
+__device__ __forceinline__ void team_reduce(float (&sums)[kRows], float (&largest)[kRows],
+                                            const Team& team) {
+  if constexpr (kRows > 1) {
+    group_reduce<Sum>(sums, team.size);
+    group_reduce<Largest>(largest, team.size);
+  } else if (!kIsBlock && team.size == kWarpSize) {
+    sums[0] = warp_reduce<Sum>(sums[0]);
+    largest[0] = warp_reduce<Largest>(largest[0]);
+  } else {
+    __shared__ float4 sums_of_warps[kRowMaxThreads / kWarpSize / 4];
+    __shared__ float4 largest_of_warps[kRowMaxThreads / kWarpSize / 4];
+    put_of_warp<Sum>(sums[0], sums_of_warps);
+    put_of_warp<Largest>(largest[0], largest_of_warps);
+    __syncthreads();
+    sums[0] = of_warps<Sum>(sums_of_warps);
+    largest[0] = of_warps<Largest>(largest_of_warps);
+  }
+}
+
 // A scale that no row of finite numbers overflows, and whose inverse is a normal number.
 __device__ __forceinline__ float scale_for(float largest, float largest_representable) {
   constexpr float kMaxFloat = 3.4028235e38f, kMinNormal = 1.1754944e-38f;
@@ -87,7 +109,7 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
   bool valid[kRows];
   typename Row::Fetched fetched[kRows][kHeld];
   Columns columns[kHeld];
-  constexpr bool kHoldsColumns = Columns::kHeld;
+  constexpr bool kHoldsColumns = Columns::kHeld || ((kWhole || kRows > 1) && kHeld <= kRowSlots);
   const auto has = [&](int i, int j) {
     return (kWhole && j == 0) || (valid[i] && team.rank + j * team.size < num_vecs);
   };
@@ -127,13 +149,13 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
       if (Pass::kScaling == Scaling::kDivide) factor[i] = reciprocal(factor[i]);
     }
   }
-  // While the loads are on their way.
-  Element* outputs[kRows];
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
+  const auto output_of = [&](int i) {
     const uint32 row_idx = team.first_row + i * team.row_step;
-    outputs[i] = static_cast<Element*>(params.output) + Pass::output_offset(params, row_idx);
-  }
+    return static_cast<Element*>(params.output) + Pass::output_offset(params, row_idx);
+  };
+  // While the loads are on their way, where there are registers for it.
+  constexpr bool kKnowsOutput = kRows == 1 && (kWhole || Pass::kScaling == Scaling::kNone);
+  Element* const output = kKnowsOutput ? output_of(0) : nullptr;
   pdl_launch_dependents();
 
   typename Row::Vector x[kRows][kHeld];
@@ -171,8 +193,93 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
     }
   };
 
+  // What a row is divided by, from its largest number.
+  const auto set_scale = [&](int i, float largest) {
+    const float scale = scale_for(largest, kLargest<Element>);
+    factor[i] = reciprocal(scale);
+    if (valid[i] && team.rank == 0) {
+      params.scale.computed[team.first_row + i * team.row_step] = scale;
+    }
+  };
+  // Why not streaming stores: the next operator reads the output, from L2 when it fits.
+  const auto put = [&](int i, uint32 vec_idx, float (&v)[kVec]) {
+    if constexpr (Pass::kScaling != Scaling::kNone) {
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) v[k] *= factor[i];
+    }
+    Vec<Element, kVec> y;
+    y.from_floats(v);
+    store((kKnowsOutput ? output : output_of(i)) + vec_idx * kVec, y);
+  };
+
   Moments moments[kRows] = {};
-  float total[kRows] = {};
+  float total[kRows] = {}, largest[kRows] = {};
+  const auto find_inverse_roots = [&] {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      moments[i].inverse_root = rsqrtf(__fdividef(total[i], params.length) + params.eps);
+    }
+  };
+
+  if constexpr (Pass::kMoments == MomentsOf::kRootMeanSquare && Pass::kScaling != Scaling::kNone) {
+    if (computes) {
+      // A row's inverse root changes its largest number as all others: one reduction is enough.
+      const auto weigh = [&](int i, const typename Row::Vector& vector, const Columns& column,
+                             float (&v)[kVec]) {
+        vector.to_floats(v);
+#pragma unroll
+        for (int k = 0; k < kVec; ++k) total[i] = fmaf(v[k], v[k], total[i]);
+        Pass::weigh(params, column, v);
+#pragma unroll
+        for (int k = 0; k < kVec; ++k) largest[i] = fmaxf(largest[i], fabsf(v[k]));
+      };
+      const auto put_weighed = [&](int i, uint32 vec_idx, float (&v)[kVec]) {
+#pragma unroll
+        for (int k = 0; k < kVec; ++k) v[k] *= moments[i].inverse_root;
+        put(i, vec_idx, v);
+      };
+      // Why not for long rows: there are no registers for it.
+      constexpr bool kKeeps = kWhole || kRows > 1;
+      float weighed[kRows][kHeld][kVec], values[kVec];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kHeld; ++j) {
+          if (has(i, j)) weigh(i, x[i][j], columns[j], weighed[i][j]);
+        }
+      }
+      if constexpr (kRows == 1 && !kWhole) {
+        for (uint32 vec_idx = first_unheld; vec_idx < num_vecs; vec_idx += team.size) {
+          weigh(0, rows[0].take(rows[0].fetch(vec_idx), vec_idx), Columns(params, vec_idx), values);
+        }
+      }
+      team_reduce<kWhole>(total, largest, team);
+      find_inverse_roots();
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        // Why fmaxf: infinity times 0 counts as nothing, as NaN does in the maximum.
+        set_scale(i, fmaxf(largest[i] * moments[i].inverse_root, 0.0f));
+#pragma unroll
+        for (int j = 0; j < kHeld; ++j) {
+          if (!has(i, j)) continue;
+          if (!kKeeps) {
+            x[i][j].to_floats(weighed[i][j]);
+            Pass::weigh(params, columns[j], weighed[i][j]);
+          }
+          put_weighed(i, team.rank + j * team.size, weighed[i][j]);
+        }
+      }
+      if constexpr (kRows == 1 && !kWhole) {
+        for (uint32 vec_idx = first_unheld; vec_idx < num_vecs; vec_idx += team.size) {
+          rows[0].reload(vec_idx).to_floats(values);
+          Pass::weigh(params, Columns(params, vec_idx), values);
+          put_weighed(0, vec_idx, values);
+        }
+      }
+      return;
+    }
+  }
+
   if constexpr (Pass::kMoments == MomentsOf::kMeanAndVariance) {
     for_each_vector(Constant<true>{}, [&](int i, uint32, const Columns&, float (&v)[kVec]) {
 #pragma unroll
@@ -195,53 +302,39 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
       }
     });
     team_reduce<Sum, 1, kWhole>(total, team);
+    find_inverse_roots();
+  }
+  if constexpr (Pass::kMoments != MomentsOf::kRootMeanSquare) {
+    if (computes) {
+      for_each_vector(Constant<false>{},
+                      [&](int i, uint32, const Columns& column, float (&v)[kVec]) {
+                        Pass::transform(params, moments[i], column, v);
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      moments[i].inverse_root = rsqrtf(__fdividef(total[i], params.length) + params.eps);
+                        for (int k = 0; k < kVec; ++k) largest[i] = fmaxf(largest[i], fabsf(v[k]));
+                      });
+      team_reduce<Largest, 2, kWhole>(largest, team);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) set_scale(i, largest[i]);
     }
   }
-  if (computes) {
-    float largest[kRows] = {};
-    for_each_vector(Constant<false>{}, [&](int i, uint32, const Columns& column, float (&v)[kVec]) {
-      Pass::transform(params, moments[i], column, v);
-#pragma unroll
-      for (int k = 0; k < kVec; ++k) largest[i] = fmaxf(largest[i], fabsf(v[k]));
-    });
-    team_reduce<Largest, 2, kWhole>(largest, team);
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const float scale = scale_for(largest[i], kLargest<Element>);
-      factor[i] = reciprocal(scale);
-      if (valid[i] && team.rank == 0) {
-        params.scale.computed[team.first_row + i * team.row_step] = scale;
-      }
-    }
-  }
-
-  // Why not streaming stores: the next operator reads the output, from L2 when it fits.
-  const auto put = [&](int i, uint32 vec_idx, const Columns& column, float (&v)[kVec]) {
-    Pass::transform(params, moments[i], column, v);
-    if constexpr (Pass::kScaling != Scaling::kNone) {
-#pragma unroll
-      for (int k = 0; k < kVec; ++k) v[k] *= factor[i];
-    }
-    Vec<Element, kVec> y;
-    y.from_floats(v);
-    store(outputs[i] + vec_idx * kVec, y);
-  };
-  for_each_vector(Constant<false>{}, put);
+  for_each_vector(Constant<false>{},
+                  [&](int i, uint32 vec_idx, const Columns& column, float (&v)[kVec]) {
+                    Pass::transform(params, moments[i], column, v);
+                    put(i, vec_idx, v);
+                  });
 }
 
-template <class Pass, class Params>
+// kSlots: as row_plan() was told. kIsLong: only rows that take a block.
+template <class Pass, int kSlots = kRowSlots, bool kIsLong = false, class Params>
 __device__ __forceinline__ void run_pass(const Params& params) {
   pdl_wait();
   const RowShape& shape = params.shape;
   const uint32 size = shape.threads_per_row;
-  if (size > kWarpSize && shape.num_vecs <= kRowSlots * size) {
-    run_team<Pass, 1, kRowSlots, true>(params, {size, threadIdx.x, blockIdx.x, 0});
+  if (size > kWarpSize && shape.num_vecs <= kSlots * size) {
+    run_team<Pass, 1, kSlots, true>(params, {size, threadIdx.x, blockIdx.x, 0});
     return;
   }
-  if (shape.num_vecs <= kWarpSize) {
+  if (!kIsLong && shape.num_vecs <= kWarpSize) {
     const uint32 log2_size = 31 - __clz(size);
     const uint32 num_teams = blockDim.x >> log2_size;
     const uint32 team_idx = threadIdx.x >> log2_size;
@@ -250,11 +343,11 @@ __device__ __forceinline__ void run_pass(const Params& params) {
         {size, threadIdx.x & (size - 1), blockIdx.x * num_teams * kRowSlots + team_idx, num_teams});
     return;
   }
-  const bool in_warp = size == kWarpSize;
+  const bool in_warp = !kIsLong && size == kWarpSize;
   const uint32 row_idx = in_warp ? (blockIdx.x * blockDim.x + threadIdx.x) / kWarpSize : blockIdx.x;
   // Whole warps only, and never in a block that synchronises.
   if (row_idx >= shape.num_rows) return;
-  run_team<Pass, 1, kRowSlots, false>(
+  run_team<Pass, 1, kSlots, false>(
       params, {size, in_warp ? threadIdx.x % kWarpSize : threadIdx.x, row_idx, 0});
 }
 

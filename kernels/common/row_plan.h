@@ -7,8 +7,8 @@
 
 namespace ridgeline {
 
-// Vectors of a row that one thread keeps in registers, or rows of one vector each when rows are
-// short.
+// Vectors of a row that one thread keeps in registers unless a kernel says otherwise, and rows of
+// one vector each when rows are short.
 constexpr int kRowSlots = 2;
 constexpr uint32 kRowMaxThreads = 1024;
 constexpr uint32 kRowFewBlocks = 512;  // up to here columns come from memory, not from a cache
@@ -26,22 +26,23 @@ struct RowPlan {
   uint32 block;  // threads
 };
 
-// The plan follows from the row length alone, so that a row has the same bits in every batch.
+// The plan follows from the kernel and the row length alone, so that a row has the same bits in
+// every batch.
 //   up to 32 vectors: a group of lanes takes kRowSlots rows, one vector a lane and row;
-//   up to 32 * kRowSlots: a warp takes a row;
-//   more: a block takes a row; what exceeds kRowMaxThreads * kRowSlots vectors is read again by
-//   every step.
+//   up to 32 * slots: a warp takes a row;
+//   more: a block takes a row; what exceeds kRowMaxThreads * slots vectors is read again by every
+//   step.
 // Why two vectors a thread, measured on an H200: with one the blocks grow too large to overlap,
 // with four or eight a short batch of rows waits longer for its loads and its reduction.
-constexpr RowPlan row_plan(int64 length, int vec_size) {
+constexpr RowPlan row_plan(int64 length, int vec_size, int slots = kRowSlots) {
   const int64 num_vecs = length / vec_size;
   if (num_vecs <= 32) {
     uint32 threads = 1;
     while (threads < num_vecs) threads *= 2;
     return {threads, 128 / threads * kRowSlots, 128};
   }
-  if (num_vecs <= 32 * kRowSlots) return {32, 4, 128};
-  const int64 needed = ((num_vecs + kRowSlots - 1) / kRowSlots + 31) / 32 * 32;
+  if (num_vecs <= 32 * slots) return {32, 4, 128};
+  const int64 needed = ((num_vecs + slots - 1) / slots + 31) / 32 * 32;
   const uint32 threads = needed < kRowMaxThreads ? static_cast<uint32>(needed) : kRowMaxThreads;
   return {threads, 1, threads};
 }

@@ -84,6 +84,12 @@ struct Weight {
       values[i] *= moments.inverse_root * (weights[i] + params.weight_offset);
     }
   }
+  __device__ __forceinline__ void weigh(const NormParams& params, float (&values)[kVec]) const {
+    float weights[kVec];
+    weight.to_floats(weights);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) values[i] *= weights[i] + params.weight_offset;
+  }
 };
 
 // (x - mean) / standard deviation * weight + bias.
@@ -118,16 +124,19 @@ struct WeightAndBias {
 template <class T, class W, class Q>
 inline constexpr bool kIsWide = sizeof(W) > sizeof(T) || sizeof(Q) == 1;
 template <class T, class W, class Q>
-inline constexpr int kRmsnormRegisters = kSm < 80           ? 64
-                                         : kIsWide<T, W, Q> ? 56
-                                         : sizeof(T) == 4   ? 40
-                                                            : 32;
+inline constexpr int kRmsnormRegisters = kSm < 80 || kIsWide<T, W, Q> ? 64
+                                         : sizeof(T) == 4             ? 40
+                                                                      : 32;
 template <class T, class W, class Q>
-inline constexpr int kLayernormRegisters = kSm < 80           ? 64
-                                           : kIsWide<T, W, Q> ? 64
-                                                              : 40;
+inline constexpr int kLayernormRegisters = kSm < 80 || kIsWide<T, W, Q> ? 64
+                                           : kThreadsOfSm < 2048        ? 48
+                                                                        : 40;
+template <class T, class W>
+inline constexpr int kLongLayernormRegisters = kSm < 80 || kIsWide<T, W, T> ? 64 : 48;
 template <class T, class W, class Q>
-inline constexpr int kFusedAddRegisters = kSm < 80 || kIsWide<T, W, Q> ? 64 : 48;
+inline constexpr int kFusedAddRegisters = sizeof(Q) == 1 && sizeof(W) == sizeof(T) ? 96
+                                          : kSm < 80 || kIsWide<T, W, Q>           ? 64
+                                                                                   : 48;
 
 // Q: what is stored, of T's own type or of 8 bits.
 template <class R, class Affine, class Q, int kElements>
@@ -142,6 +151,10 @@ struct NormPass {
   static __device__ __forceinline__ void transform(const NormParams& params, const Moments& moments,
                                                    const Columns& columns, float (&values)[kVec]) {
     columns.apply(params, moments, values);
+  }
+  static __device__ __forceinline__ void weigh(const NormParams& params, const Columns& columns,
+                                               float (&values)[kVec]) {
+    columns.weigh(params, values);
   }
   static __device__ __forceinline__ int64 output_offset(const NormParams& params, uint32 row) {
     return row_offset(params.shape.num_inner, params.output_strides, row);

@@ -21,25 +21,17 @@
 
 namespace ridgeline {
 
-// The heads of one token, q's first, then k's.
+// The heads of one token in one of the two tensors' inputs or outputs, q's first, then k's. Why not
+// a choice between two structs: lanes that read different parameters wait for each other.
 template <class T>
-struct RopeToken {
-  const RopeTensor& q;
-  const RopeTensor& k;
+struct RopeHeadPointers {
+  T *q, *k;  // k: where head 0 would be if the heads of q were heads of k
+  int64 q_stride, k_stride;
   uint32 num_q_heads;
-  uint32 token;
 
-  __device__ __forceinline__ const T* input(uint32 head) const {
+  __device__ __forceinline__ T* of(uint32 head) const {
     const bool is_q = head < num_q_heads;
-    const RopeTensor& x = is_q ? q : k;
-    return static_cast<const T*>(x.input) + token * x.input_token_stride +
-           (is_q ? head : head - num_q_heads) * x.input_head_stride;
-  }
-  __device__ __forceinline__ T* output(uint32 head) const {
-    const bool is_q = head < num_q_heads;
-    const RopeTensor& x = is_q ? q : k;
-    return static_cast<T*>(x.output) + token * x.output_token_stride +
-           (is_q ? head : head - num_q_heads) * x.output_head_stride;
+    return (is_q ? q : k) + head * (is_q ? q_stride : k_stride);
   }
 };
 
@@ -61,7 +53,18 @@ __global__ void __launch_bounds__(kRopeWarps * 32, 6)
   const uint32 end = has_token ? min(begin + shape.heads_per_slice, shape.num_heads) : 0;
   const uint32 first_head = begin + (threadIdx.x % kWarpSize >> team_log2);
   const uint32 num_units = shape.num_units.divisor;
-  const RopeToken<T> heads{params.q, params.k, shape.num_q_heads, token};
+  const RopeTensor &q = params.q, &k = params.k;
+  const RopeHeadPointers<const T> inputs{
+      static_cast<const T*>(q.input) + token * q.input_token_stride,
+      static_cast<const T*>(k.input) + token * k.input_token_stride -
+          shape.num_q_heads * k.input_head_stride,
+      q.input_head_stride, k.input_head_stride, shape.num_q_heads};
+  const auto outputs_of_token = [&] {
+    return RopeHeadPointers<T>{static_cast<T*>(q.output) + token * q.output_token_stride,
+                               static_cast<T*>(k.output) + token * k.output_token_stride -
+                                   shape.num_q_heads * k.output_head_stride,
+                               q.output_head_stride, k.output_head_stride, shape.num_q_heads};
+  };
 
   Vec<T, kVec> a[kRopeHeads], b[kRopeHeads];
   const auto load_unit = [&](uint32 unit) {
@@ -69,7 +72,7 @@ __global__ void __launch_bounds__(kRopeWarps * 32, 6)
     for (uint32 i = 0; i < kRopeHeads; ++i) {
       const uint32 head = first_head + i * heads_at_once;
       if (head >= end || unit >= num_units) continue;
-      const T* input = heads.input(head);
+      const T* input = inputs.of(head);
       a[i] = load<kVec>(input + Lanes::first(unit));
       b[i] = load<kVec>(input + Lanes::second(unit, shape.num_pairs));
     }
@@ -96,6 +99,7 @@ __global__ void __launch_bounds__(kRopeWarps * 32, 6)
   pdl_launch_dependents();
   __syncwarp();
 
+  const RopeHeadPointers<T> outputs = outputs_of_token();
   for (uint32 unit = lane; unit < num_units; unit += shape.team_size) {
     if (unit != lane) load_unit(unit);
     float2 angles[kVec];
@@ -107,7 +111,7 @@ __global__ void __launch_bounds__(kRopeWarps * 32, 6)
       if (head >= end) continue;
       rotate<Lanes>(a[i], b[i], angles);
       // Why not streaming stores: attention and the cache append read the output next.
-      T* output = heads.output(head);
+      T* output = outputs.of(head);
       store(output + Lanes::first(unit), a[i]);
       store(output + Lanes::second(unit, shape.num_pairs), b[i]);
     }
@@ -117,7 +121,7 @@ __global__ void __launch_bounds__(kRopeWarps * 32, 6)
   for (uint32 head = first_head; head < end; head += heads_at_once) {
     for (uint32 vec = lane; vec < shape.num_copied_vecs; vec += shape.team_size) {
       const uint32 element = 2 * shape.num_pairs + vec * kVec;
-      store(heads.output(head) + element, load<kVec>(heads.input(head) + element));
+      store(outputs.of(head) + element, load<kVec>(inputs.of(head) + element));
     }
   }
 }
