@@ -183,7 +183,8 @@ def attention(
     schedule : Tensor, optional
         What `schedule` made for these shapes, lengths, heads and mask, for all layers of a step.
         None: the call makes its own. A list for another configuration is refused, or, where
-        shapes cannot tell, gives NaN.
+        shapes cannot tell, gives NaN. On a GPU the list tells where requests begin and end, and
+        `kv_indptr`, `kv_last_page_len` and `kv_lens` are not looked at.
     batch_invariant : bool
         A request's bits depend on nothing else in the batch.
     validate : bool
@@ -224,16 +225,21 @@ def attention(
     if kv_last_page_len is not None and (kv_lens is not None or kv_indices is None):
         expected = "None beside kv_lens, or without kv_indices"
         _check.fail(op, "kv_last_page_len", expected, "a tensor", "Pass one of the two.")
+    # One query a request sees all keys, causal or not.
+    is_causal = causal and qo_indptr is not None
     flags = _flags(
-        op, kv_layout, causal, batch_invariant, kv_lens is not None and kv_indices is not None
+        op, kv_layout, is_causal, batch_invariant, kv_lens is not None and kv_indices is not None
     )
     lens = kv_lens if kv_last_page_len is None else kv_last_page_len
     if validate:
         validate_contents(op, q, k, qo_indptr, kv_indptr, kv_indices, lens, flags)
     cap = 0.0 if logits_soft_cap is None else logits_soft_cap
-    longest = -1 if max_q_len is None else max_q_len
+    longest = _most_queries(max_q_len, qo_indptr)
+    # A list tells where requests begin and end: two tensors less cost the host half a microsecond.
+    listed = schedule is not None and q.is_cuda
+    lengths = (None, None) if listed else (kv_indptr, lens)
     problem = trimmed(
-        kv_indices, schedule, qo_indptr, flags, longest, window_left, sm_scale, kv_indptr, lens
+        kv_indices, schedule, qo_indptr, flags, longest, window_left, sm_scale, *lengths
     )
     if (
         cap == 0.0
@@ -337,14 +343,22 @@ def schedule(
             _check.fail(op, "num_qo_tokens", expected, None, "Pass q.shape[0].")
         num_qo_tokens = given.shape[0] - (1 if kv_indptr is not None else 0)
     tokens = kv_lens is not None and kv_indptr is not None
-    flags = _flags(op, "NHD", causal, batch_invariant, tokens)
+    is_causal = causal and qo_indptr is not None
+    flags = _flags(op, "NHD", is_causal, batch_invariant, tokens)
     list_: Tensor = SCHEDULE(
         qo_indptr, kv_indptr, lens, flags, 1 if page_size is None else page_size,
         num_qo_tokens, num_qo_heads, num_kv_heads, head_dim_qk,
         head_dim_qk if head_dim_vo is None else head_dim_vo,
-        -1 if max_q_len is None else max_q_len, window_left,
+        _most_queries(max_q_len, qo_indptr), window_left,
     )  # fmt: skip
     return list_
+
+
+def _most_queries(max_q_len: int | None, qo_indptr: Tensor | None) -> int:
+    """`max_q_len` as the ops take it: -1 where it tells nothing."""
+    if max_q_len is None or (qo_indptr is None and max_q_len > 0):
+        return -1
+    return max_q_len
 
 
 def _flags(op: str, kv_layout: str, causal: bool, invariant: bool, lens_are_tokens: bool) -> int:

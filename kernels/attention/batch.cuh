@@ -1,8 +1,8 @@
 // Attention for a batch of requests of any lengths, sm_75 and up: as in portable.cuh, with queries
 // and keys of each request where the work list says. A CTA runs the records of its team's share
 // (or, in a list by tile, one record), each a query tile of its own KV head against a range of
-// keys; tiles of two heights may meet in one launch. Parts of cut tiles are added up by
-// batch_combine.cuh.
+// keys; tiles of two heights may meet in one launch. Parts of cut tiles are added up by the CTA
+// that finishes last, or by batch_combine.cuh.
 //
 // The list is the caller's: every field is held to its range, and a list of another configuration
 // (its tag differs) runs nothing.
@@ -10,6 +10,7 @@
 
 #include "attention/addressing.cuh"
 #include "attention/batch_params.h"
+#include "attention/cut_tiles.cuh"
 #include "attention/tile.cuh"
 #include "attention/variants.cuh"
 #include "common/pdl.cuh"
@@ -56,7 +57,7 @@ __device__ __forceinline__ BatchItem checked_item(const BatchAttentionParams& pa
   item.work.partial_row = -1;
   if (record.partial_row >= 0) {
     item.work.partial_row =
-        min(min(record.partial_row, params.last_partial_row) + lane * params.slot_rows,
+        min(min(record.partial_row, params.last_partial_row) + lane * int(params.slot_rows.divisor),
             params.last_partial_row);
   }
   return item;
@@ -70,6 +71,18 @@ __device__ __forceinline__ WorkRecord read_record(const int* words) {
 #pragma unroll
   for (int i = 0; i < kRecordWords / 4; ++i) to[i] = from[i];
   return record;
+}
+
+// Keeps which cut tile a CTA's first or last record is a part of, and has the tile copied.
+__device__ __forceinline__ void keep_cut(const BatchAttentionParams& params,
+                                         const WorkRecord& record, int place, OwnCuts& cuts) {
+  if (record.partial_row < 0) return;
+  cuts.index[place] = held_to(record.cut_tile, 0, params.max_cut_tiles - 1);
+  const int* tile = params.list + kCutTilesAt + cuts.index[place] * kCutTileWords;
+#pragma unroll
+  for (int i = 0; i < kCutTileWords / 4; ++i) {
+    cp_async_16(shared_address(&cuts.tiles[place]) + i * 16, tile + i * 4, true);
+  }
 }
 
 // A CTA's assignment, with its first record in `next`; none where the list has another tag.
@@ -157,14 +170,24 @@ __global__ void __launch_bounds__(
                       BatchKernel<T, Dims, Heights, Kv, Variant>::kHigh, kSm))
     batch_attention(const __grid_constant__ BatchAttentionParams params) {
   using Kernel = BatchKernel<T, Dims, Heights, Kv, Variant>;
+  constexpr int kWarps =
+      batch_block_size(Dims::kQk, Dims::kVo, Kernel::kLow, Kernel::kHigh, kSm) / 32;
   extern __shared__ __align__(1024) unsigned char smem[];
   __shared__ BatchItem item;
   __shared__ Assignment assignment;
+  __shared__ OwnCuts cuts;
+  const bool finishes = Kernel::kHigh == 16 && params.attention.counters != nullptr;
   pdl_wait();
   if (threadIdx.x == 0) {
     const Assignment own = read_assignment(params, Kernel::kHigh > 16);
     item = checked_item(params, own.next, own.lane);
     assignment = own;
+    cuts.index[0] = cuts.index[1] = -1;
+    if (finishes && own.index < own.end) keep_cut(params, own.next, 0, cuts);
+  }
+  if (finishes && threadIdx.x >= 32) {
+    clear_rows<T>(params, reinterpret_cast<const ListHeader*>(params.list)->num_tokens,
+                  blockIdx.x * (kWarps - 1) + threadIdx.x / 32 - 1, gridDim.x * (kWarps - 1));
   }
   __syncthreads();
   while (assignment.index < assignment.end) {
@@ -172,8 +195,12 @@ __global__ void __launch_bounds__(
     __syncthreads();
     if (threadIdx.x == 0 && ++assignment.index < assignment.end) {
       item = checked_item(params, assignment.next, assignment.lane);
+      if (finishes) keep_cut(params, assignment.next, 1, cuts);
     }
     __syncthreads();
+  }
+  if (finishes) {
+    finish<T, kWarps, groups_at_once(Dims::kVo, kSm)>(params, cuts, assignment.lane);
   }
 }
 

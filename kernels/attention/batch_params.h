@@ -42,7 +42,7 @@ struct alignas(16) WorkRecord {
   int kv_len;
   int kv_begin, kv_end;  // keys to visit
   int partial_row;       // where the first CTA's partial result goes, or -1: results are final
-  int unused;
+  int cut_tile;          // which of the cut tiles it is a part of, where it is one
 };
 inline constexpr int kRecordWords = 12;
 static_assert(sizeof(WorkRecord) == kRecordWords * 4, "whole words");
@@ -60,14 +60,14 @@ static_assert(sizeof(TeamShare) == kShareWords * 4, "whole words");
 // A tile whose keys were cut into parts, which lie piece_stride rows apart, in order; of the team's
 // first head, with the others' parts a slot further each.
 struct alignas(16) CutTile {
-  int q_begin;      // the request's first token in the output
+  int q_begin;      // the request's first token in q
   int q_row_begin;  // first packed row
   int kv_head;
   int num_rows;
   int partial_row;
   int num_pieces;
   int piece_stride;
-  int unused;
+  int segment;
 };
 inline constexpr int kCutTileWords = 8;
 static_assert(sizeof(CutTile) == kCutTileWords * 4, "whole words");
@@ -79,7 +79,7 @@ struct ListHeader {
   int num_cut_tiles;
   int num_tokens;    // of all requests: rows of the output from here on are padding
   int most_pieces;   // no tile was cut into more
-  int num_tokens_b;  // of the segment that is second in the output
+  int num_tokens_b;  // of the second segment, where there is one
 };
 
 inline constexpr int kMaxBatchCtas = 1024;
@@ -142,9 +142,8 @@ struct ScheduleSegment {
   const int* kv_indptr;  // [batch_size + 1]; null: padded
   const int* kv_lens;    // [batch_size]; null: ragged
   int batch_size;
-  int num_tokens;   // rows of q
-  int first_token;  // where they are in the output
-  int max_q_len;    // of longer requests no more is computed
+  int num_tokens;  // rows of q
+  int max_q_len;   // of longer requests no more is computed
   KvForm form;
   int page_size;
   int single_kv_len;  // of kSingle
@@ -185,6 +184,7 @@ struct BatchAttentionParams {
       attention;  // its lengths, splits and token strides of k and v apply to no request
   const int* list;
   const int* kv_indices;                   // [num_indices]; null: not paged
+  const int* qo_indptr;                    // [batch_size + 1]; null: every row of q is a request
   int64 records_at;                        // words
   int64 k_origin_stride, v_origin_stride;  // elements, dense: from an origin to the next
   uint32 k_page_units, k_token_units,
@@ -198,9 +198,13 @@ struct BatchAttentionParams {
   int max_records;
   int num_ctas;  // of all teams of a list that is shared out
   Divider team_size;
-  int slot_rows;
+  Divider slot_rows;
+  int max_cut_tiles;
   int num_tokens;        // rows of q
   int last_partial_row;  // from which a whole tile fits the workspace
+  int last_slot_row;     // from which a whole slot fits
+  int batch_size;
+  int max_q_len;
   int tag;
 };
 
@@ -209,32 +213,10 @@ struct BatchPairParams {
   BatchAttentionParams segments[2];
 };
 
-struct BatchCombineParams {
-  const float* partial_out;    // [num_partial_rows, head_dim_vo]
-  const float* partial_stats;  // [num_partial_rows, 2]
-  void* out;                   // [num_tokens, num_qo_heads, head_dim_vo]
-  float* lse;                  // [num_tokens, num_qo_heads]; null: not wanted
-  const int* list;
-  const int* qo_indptr;  // [batch_size + 1]; null: no request can be longer than max_q_len
-  int64 out_stride_token, out_stride_head;
-  int batch_size;
-  int max_q_len;
-  int max_cut_tiles;
-  int num_partial_rows;
-  int num_tokens;
-  int num_qo_heads;
-  int head_dim_vo;
-  Divider group_size;
-  Divider team_size;
-  Divider slot_rows;
-  float exponent_scale;
-  int tag;
-  // The segment that is second in the output, from token_begin_b on.
-  const int* qo_indptr_b = nullptr;  // as qo_indptr
-  int batch_size_b = 0;
-  int max_q_len_b = 0;
-  int token_begin_b = 0;
-};
+// Counters of a launch: of its CTAs, and of the parts of each cut tile, for each head of a team.
+constexpr int num_batch_counters(int num_ctas) {
+  return 1 + num_ctas;
+}
 
 // Tile heights that one kernel holds, ascending.
 template <int... heights>

@@ -28,6 +28,9 @@ struct AttentionParams {
   // one KV head and split: slot = (q_tile * num_kv_heads + kv_head) * num_splits + split.
   float* partial_out;    // [num_slots, kTileQ, head_dim_vo], sums that are not yet divided
   float* partial_stats;  // [num_slots, kTileQ, 2]: largest logit, sum of the exponentials
+  // Zeros, and zeros again after the launch: parts of each tile and KV head that are done. The CTA
+  // that finds all of them there adds them up. Null: combine() does, as a launch of its own.
+  int* counters;
   int64 q_stride_token, q_stride_head;
   int64 k_stride_token, k_stride_head;
   int64 v_stride_token, v_stride_head;
@@ -63,19 +66,20 @@ constexpr float exponent_scale(float sm_scale, float logits_soft_cap) {
 }
 
 struct CombineParams {
-  const float* partial_out;    // as in AttentionParams
-  const float* partial_stats;  // as in AttentionParams
-  void* out;                   // [qo_len, num_qo_heads, head_dim_vo]
-  float* lse;                  // [qo_len, num_qo_heads], contiguous; null: not wanted
-  int64 out_stride_token, out_stride_head;
-  int num_qo_heads, num_kv_heads;
-  int head_dim_vo;
+  AttentionParams attention;
   int tile_q;  // kTileQ of the kernel that wrote the parts
-  int num_splits;
-  float exponent_scale;  // that of the parts
 };
 
 inline constexpr int kCombineThreads = 256;
+inline constexpr int kCombineWarps = kCombineThreads / 32;
+// Parts whose sums are added up first, before these groups are.
+inline constexpr int kPartsOfGroup = 8;
+// A combining warp takes a row; with more parts all warps of a CTA do.
+constexpr int combine_ctas(int num_splits, int num_rows) {
+  return num_splits > kPartsOfGroup ? num_rows : (num_rows + kCombineWarps - 1) / kCombineWarps;
+}
+// More parts are too many for the CTA that finishes last: a launch of its own adds them up sooner.
+inline constexpr int kMaxPartsOfCta = 34;
 
 // How a CTA works on one query tile.
 struct TileConfig {

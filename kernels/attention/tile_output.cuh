@@ -1,34 +1,15 @@
 // From a warp's sums to memory: final rows and their LSE, or the partial result of a slot.
 #pragma once
 
+#include "attention/row_target.cuh"
 #include "attention/tile_math.cuh"
+#include "common/opaque.cuh"
 
 namespace ridgeline {
 
-// Where a packed row's result goes.
-struct RowTarget {
-  int token;
-  int head;
-
-  template <typename T>
-  __device__ __forceinline__ T* out(const AttentionParams& params) const {
-    return static_cast<T*>(params.out) + token * params.out_stride_token +
-           head * params.out_stride_head;
-  }
-  __device__ __forceinline__ void write_lse(const AttentionParams& params, float scale,
-                                            float maximum, float sum) const {
-    if (params.lse == nullptr) return;
-    params.lse[int64(token) * params.num_qo_heads + head] =
-        sum == 0.0f ? -kInfinity : maximum * (scale * kLn2) + logf(sum);
-  }
-};
-
 __device__ __forceinline__ RowTarget row_target(const AttentionParams& params, const WorkItem& work,
                                                 int row) {
-  const int packed = work.q_row_begin + row;
-  const int query = params.group_size.quotient(packed);
-  const int group_size = params.group_size.divisor;
-  return {work.q_begin + query, work.kv_head * group_size + packed - query * group_size};
+  return row_target(params, work.kv_head, work.q_begin, work.q_row_begin, row);
 }
 
 // A row's sum over the four lanes that hold it.
@@ -126,7 +107,8 @@ __device__ __forceinline__ void merge_and_store(const AttentionParams& params, c
   constexpr int kRowBytes = Traits::kVo * int(sizeof(float));
   constexpr int kThreadsPerRow = Traits::kNumThreads / 16;
   float2* stats = reinterpret_cast<float2*>(query_tile);
-  const int lane = threadIdx.x % 32;
+  // Why opaque: places that a batch's loop over records would hold ready cost its tiles registers.
+  const int lane = opaque(int(threadIdx.x % 32));
   const int warp = threadIdx.x / 32;
   __syncthreads();
 #pragma unroll

@@ -15,6 +15,7 @@
 #include "runtime/check.h"
 #include "runtime/kernel.h"
 #include "runtime/ops.h"
+#include "runtime/workspace.h"
 
 namespace ridgeline {
 namespace {
@@ -125,6 +126,7 @@ AttentionParams make_params(const Arg& q, const Arg& k, const Arg& v, const Tens
           .lse = lse,
           .partial_out = nullptr,
           .partial_stats = nullptr,
+          .counters = nullptr,
           .q_stride_token = q_rank == 3 ? q.strides[0] : 0,
           .q_stride_head = q.strides[q_rank - 2],
           .k_stride_token = k.strides[shape.kv_len_dim],
@@ -174,38 +176,32 @@ void run(const Arg& q, const Arg& k, const Arg& v, const Tensor& out, float* lse
   if (num_ctas > kMaxCount) {
     fail(q.op, q.name, "fewer than 2^31 tiles of work", std::to_string(num_ctas), "Split the call");
   }
-  std::optional<Tensor> parts;
-  if (plan.num_splits > 1) {
+  const bool is_cut = plan.num_splits > 1;
+  std::optional<Workspace> parts;
+  if (is_cut) {
     const int64_t num_rows = num_ctas * plan.tile_q;
-    parts = empty(q.gpu, {num_rows * (shape.head_dim_vo + 2)}, Dtype::Float);
-    params.partial_out = static_cast<float*>(parts->mutable_data_ptr());
+    const int num_tiles = plan.num_q_tiles * static_cast<int>(shape.num_kv_heads);
+    parts.emplace(gpu, num_rows * (shape.head_dim_vo + 2) * int64_t{sizeof(float)},
+                  plan.in_one_launch ? num_tiles : 0);
+    params.partial_out = static_cast<float*>(parts->data());
     params.partial_stats = params.partial_out + num_rows * shape.head_dim_vo;
+    params.counters = parts->counters();
   }
   launch(attention_kernel(plan.candidate, problem.bf16, attention_variant(problem)), gpu,
          {.grid_x = static_cast<unsigned>(num_ctas),
           .block = static_cast<unsigned>(plan.block),
           .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
          &params);
-  if (!parts) return;
+  if (!is_cut || params.counters) return;
 
-  const CombineParams combine = {
-      .partial_out = params.partial_out,
-      .partial_stats = params.partial_stats,
-      .out = params.out,
-      .lse = lse,
-      .out_stride_token = params.out_stride_token,
-      .out_stride_head = params.out_stride_head,
-      .num_qo_heads = params.num_qo_heads,
-      .num_kv_heads = static_cast<int>(shape.num_kv_heads),
-      .head_dim_vo = params.head_dim_vo,
-      .tile_q = plan.tile_q,
-      .num_splits = plan.num_splits,
-      .exponent_scale = exponent_scale(params.sm_scale, params.logits_soft_cap)};
-  launch(combine_kernel(problem.bf16), gpu,
-         {.grid_x = static_cast<unsigned>(shape.qo_len * shape.num_qo_heads),
-          .block = kCombineThreads,
-          .pdl = gpu.sm >= 90},
-         &combine);
+  const CombineParams combine = {params, plan.tile_q};
+  const int64_t num_rows = shape.qo_len * shape.num_qo_heads;
+  launch(
+      combine_kernel(problem.bf16), gpu,
+      {.grid_x = static_cast<unsigned>(combine_ctas(plan.num_splits, static_cast<int>(num_rows))),
+       .block = kCombineThreads,
+       .pdl = gpu.sm >= 90},
+      &combine);
 }
 
 Tensor empty_out(const Arg& q, int64_t head_dim_vo) {

@@ -242,12 +242,14 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const AttentionGpu
   }
 
   const Candidate& candidate = kCandidates[chosen];
+  const auto num_splits = static_cast<int>(parts_of(candidate, problem, gpu, tiles_of(candidate)));
   return {.candidate = chosen,
           .tile_q = candidate.tile_q,
           .block = tile_of(candidate, gpu.sm).num_warps * 32,
           .dynamic_smem = smem_of(candidate, gpu.sm, problem.rotates),
           .num_q_tiles = static_cast<int>(ceil_div(rows, candidate.tile_q)),
-          .num_splits = static_cast<int>(parts_of(candidate, problem, gpu, tiles_of(candidate)))};
+          .num_splits = num_splits,
+          .in_one_launch = candidate.tile_q == 16 && num_splits <= kMaxPartsOfCta};
 }
 
 }  // namespace ridgeline

@@ -35,6 +35,7 @@ struct AttentionPlan {
   int dynamic_smem;  // bytes
   int num_q_tiles;
   int num_splits;
+  bool in_one_launch;  // the attention kernel adds up its parts itself, where it has counters
 };
 
 inline constexpr int kNumAttentionVariants = 4;

@@ -40,6 +40,7 @@ struct BatchPlan {
   int max_tiles;     // of a list by tile; 0: there is none
   int slot_rows;
   int64 num_partial_rows;
+  bool in_one_launch;  // the attention kernel adds up its parts itself, where it has counters
 };
 
 // Two segments in one launch. `both` has the kernel of the first, which holds 16 rows and more.
@@ -54,7 +55,8 @@ inline constexpr int kNumBatchVariants = 4;
 
 BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu);
 std::string batch_name(int dims, int kernel, bool paged, bool bf16, int variant);
-std::string batch_combine_name(bool bf16, int num_segments = 1);
+std::string batch_combine_name(bool bf16);
+std::string pair_combine_name(bool bf16);
 std::string schedule_name(bool tall, int num_segments = 1);
 
 // Head dims and dtype are the first's; the second's keys are paged.

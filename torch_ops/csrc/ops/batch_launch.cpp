@@ -74,7 +74,6 @@ ScheduleSegment schedule_segment(const Lengths& of, const BatchProblem& problem,
           .kv_lens = ints(of.kv_lens),
           .batch_size = static_cast<int>(problem.batch_size),
           .num_tokens = static_cast<int>(problem.num_tokens),
-          .first_token = 0,
           .max_q_len = static_cast<int>(problem.max_q_len),
           .form = of.form,
           .page_size = static_cast<int>(of.page_size),
@@ -221,9 +220,14 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
   params.max_records = static_cast<int>(layout.max_records);
   params.num_ctas = plan.num_ctas;
   params.team_size = make_divider(static_cast<uint32>(plan.team_size));
-  params.slot_rows = plan.slot_rows;
+  params.slot_rows = make_divider(static_cast<uint32>(plan.slot_rows));
+  params.max_cut_tiles = static_cast<int>(layout.max_cut_tiles);
   params.num_tokens = static_cast<int>(of.num_tokens);
   params.last_partial_row = static_cast<int>(plan.num_partial_rows) - plan.high;
+  params.last_slot_row = static_cast<int>(plan.num_partial_rows) - plan.slot_rows;
+  params.batch_size = static_cast<int>(of.batch_size);
+  params.max_q_len = static_cast<int>(problem_of(of).max_q_len);
+  params.qo_indptr = ints(of.qo_indptr);
   return params;
 }
 
@@ -263,9 +267,11 @@ void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& o
   BatchAttentionParams params = make_params(in, of, options, cache, plan, layout, results, list);
   params.tag = batch_tag(of, problem, plan);
   AttentionParams& attention = params.attention;
-  const Workspace parts(gpu, plan.num_partial_rows * (of.head_dim_vo + 2) * int64_t{sizeof(float)});
+  const Workspace parts(gpu, plan.num_partial_rows * (of.head_dim_vo + 2) * int64_t{sizeof(float)},
+                        plan.in_one_launch ? num_batch_counters(plan.num_ctas) : 0);
   attention.partial_out = static_cast<float*>(parts.data());
   attention.partial_stats = attention.partial_out + plan.num_partial_rows * of.head_dim_vo;
+  attention.counters = parts.counters();
   // Why no programmatic launch: CTAs that come while another kernel holds an SM crowd onto the
   // others, and each has an equal share of the work.
   launch(attention_kernel(plan, problem.paged, problem.bf16, batch_variant(problem)), gpu,
@@ -274,33 +280,12 @@ void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& o
           .block = static_cast<unsigned>(plan.block),
           .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
          &params);
-
-  const BatchCombineParams combine = {
-      .partial_out = attention.partial_out,
-      .partial_stats = attention.partial_stats,
-      .out = attention.out,
-      .lse = attention.lse,
-      .list = params.list,
-      .qo_indptr = problem.max_q_len < of.num_tokens ? ints(of.qo_indptr) : nullptr,
-      .out_stride_token = attention.out_stride_token,
-      .out_stride_head = attention.out_stride_head,
-      .batch_size = static_cast<int>(problem.batch_size),
-      .max_q_len = static_cast<int>(problem.max_q_len),
-      .max_cut_tiles = static_cast<int>(layout.max_cut_tiles),
-      .num_partial_rows = static_cast<int>(plan.num_partial_rows),
-      .num_tokens = params.num_tokens,
-      .num_qo_heads = attention.num_qo_heads,
-      .head_dim_vo = attention.head_dim_vo,
-      .group_size = attention.group_size,
-      .team_size = params.team_size,
-      .slot_rows = make_divider(static_cast<uint32>(plan.slot_rows)),
-      .exponent_scale = exponent_scale(attention.sm_scale, attention.logits_soft_cap),
-      .tag = params.tag};
+  if (attention.counters) return;
   launch(combine_kernel(problem.bf16), gpu,
          {.grid_x = static_cast<unsigned>(2 * gpu.num_sms),
           .block = kCombineThreads,
           .pdl = gpu.sm >= 90},
-         &combine);
+         &params);
 }
 
 }  // namespace ridgeline

@@ -87,7 +87,6 @@ void launch_schedule(const Pair& pair, const Device& gpu, int* list) {
   ScheduleParams<2> params = schedule_params<2>(
       pair.a, plan, pair.layout, pair.a.batch_size + pair.b.batch_size, list, pair.tag);
   params.segments[0] = schedule_segment(pair.b, pair.problem_b, plan.dims, low_b, high_b, gpu.sm);
-  params.segments[0].first_token = static_cast<int>(pair.a.num_tokens);
   params.segments[1] =
       schedule_segment(pair.a, pair.problem_a, plan.dims, plan.low, plan.high, gpu.sm);
   launch(schedule, gpu,
@@ -110,50 +109,9 @@ Kernel& pair_kernel(const PairPlan& plan, bool paged, bool bf16) {
 }
 
 Kernel& combine_kernel(bool bf16) {
-  static Kernel& of_half = kernel(batch_combine_name(false, 2));
-  static Kernel& of_bf16 = kernel(batch_combine_name(true, 2));
+  static Kernel& of_half = kernel(pair_combine_name(false));
+  static Kernel& of_bf16 = kernel(pair_combine_name(true));
   return bf16 ? of_bf16 : of_half;
-}
-
-// qo_indptr where requests may be longer than what is computed of them.
-const int* longer_requests(const Lengths& of, const BatchProblem& problem) {
-  if (!of.qo_indptr || problem.max_q_len >= of.num_tokens) return nullptr;
-  return static_cast<const int*>(of.qo_indptr->const_data_ptr());
-}
-
-void launch_combine(const Pair& pair, const BatchAttentionParams& params, const Device& gpu) {
-  const AttentionParams& attention = params.attention;
-  const BatchPlan& plan = pair.plan.both;
-  const BatchCombineParams combine = {
-      .partial_out = attention.partial_out,
-      .partial_stats = attention.partial_stats,
-      .out = attention.out,
-      .lse = attention.lse,
-      .list = params.list,
-      .qo_indptr = longer_requests(pair.a, pair.problem_a),
-      .out_stride_token = attention.out_stride_token,
-      .out_stride_head = attention.out_stride_head,
-      .batch_size = static_cast<int>(pair.a.batch_size),
-      .max_q_len = static_cast<int>(pair.problem_a.max_q_len),
-      .max_cut_tiles = static_cast<int>(pair.layout.max_cut_tiles),
-      .num_partial_rows = static_cast<int>(plan.num_partial_rows),
-      .num_tokens = static_cast<int>(pair.a.num_tokens + pair.b.num_tokens),
-      .num_qo_heads = attention.num_qo_heads,
-      .head_dim_vo = attention.head_dim_vo,
-      .group_size = attention.group_size,
-      .team_size = params.team_size,
-      .slot_rows = make_divider(static_cast<uint32>(plan.slot_rows)),
-      .exponent_scale = exponent_scale(attention.sm_scale, attention.logits_soft_cap),
-      .tag = pair.tag,
-      .qo_indptr_b = longer_requests(pair.b, pair.problem_b),
-      .batch_size_b = static_cast<int>(pair.b.batch_size),
-      .max_q_len_b = static_cast<int>(pair.problem_b.max_q_len),
-      .token_begin_b = static_cast<int>(pair.a.num_tokens)};
-  launch(combine_kernel(pair.problem_a.bf16), gpu,
-         {.grid_x = static_cast<unsigned>(2 * gpu.num_sms),
-          .block = kCombineThreads,
-          .pdl = gpu.sm >= 90},
-         &combine);
 }
 
 constexpr const char* kOpA = "attention_pair, segment a";
@@ -219,7 +177,8 @@ std::tuple<Tensor, Tensor> attention_pair(
   BatchPairParams params = {
       {make_params(in_b, b, options_b, cache_b, plan, pair.layout, results_b, list),
        make_params(in_a, a, options_a, cache_a, plan, pair.layout, results_a, list)}};
-  const Workspace parts(gpu, plan.num_partial_rows * (a.head_dim_vo + 2) * int64_t{sizeof(float)});
+  const Workspace parts(gpu, plan.num_partial_rows * (a.head_dim_vo + 2) * int64_t{sizeof(float)},
+                        0);
   for (BatchAttentionParams& of : params.segments) {
     of.tag = pair.tag;
     of.attention.partial_out = static_cast<float*>(parts.data());
@@ -232,7 +191,11 @@ std::tuple<Tensor, Tensor> attention_pair(
           .block = static_cast<unsigned>(plan.block),
           .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
          &params);
-  launch_combine(pair, params.segments[1], gpu);
+  launch(combine_kernel(pair.problem_a.bf16), gpu,
+         {.grid_x = static_cast<unsigned>(2 * gpu.num_sms),
+          .block = kCombineThreads,
+          .pdl = gpu.sm >= 90},
+         &params);
   return {out, lse};
 }
 

@@ -6,6 +6,7 @@
 #include <array>
 #include <atomic>
 #include <exception>
+#include <stdexcept>
 #include <thread>
 
 #include "runtime/alloc.h"
@@ -22,6 +23,7 @@ namespace ridgeline {
 namespace {
 
 constexpr int64_t kSmallest = int64_t{1} << 20;  // bytes
+constexpr int kFewestCounters = 4096;
 
 struct StreamMemory {
   const CUstream stream;
@@ -29,6 +31,8 @@ struct StreamMemory {
   std::mutex mutex;
   std::optional<Tensor> bytes;
   int64_t num_bytes = 0;
+  std::optional<Tensor> counters;
+  int num_counters = 0;
 };
 
 // The memory of a stream, made on its first use. Never destroyed: when the process ends, torch may
@@ -44,14 +48,14 @@ StreamMemory& memory_of(const Device& device, CUstream stream) {
   if (StreamMemory* found = find()) return *found;
   const std::lock_guard lock(making);
   if (StreamMemory* found = find()) return *found;
-  auto* made = new StreamMemory{stream, all[device.index].load(), {}, {}};
+  auto* made = new StreamMemory{stream, all[device.index].load(), {}, {}, 0, {}, 0};
   all[device.index].store(made, std::memory_order_release);
   return *made;
 }
 
 // Why another thread: torch.compile's graph trees send what a thread allocates while they warm up
 // to the pool of a graph, and refuse memory that stays there.
-Tensor allocate(const Device& device, CUstream stream, int64_t num_bytes) {
+Tensor allocate(const Device& device, CUstream stream, int64_t num_bytes, bool cleared) {
   std::optional<Tensor> made;
   std::exception_ptr error;
   std::thread([&] {
@@ -64,6 +68,9 @@ Tensor allocate(const Device& device, CUstream stream, int64_t num_bytes) {
       }
       try {
         made = empty(device.index, {num_bytes}, Dtype::Byte);
+        if (cleared && aoti_torch_zero_(made->get()) != AOTI_TORCH_SUCCESS) {
+          throw std::runtime_error("torch did not clear a tensor");
+        }
       } catch (...) {
         error = std::current_exception();
       }
@@ -84,7 +91,7 @@ bool is_captured(CUstream stream) {
 
 }  // namespace
 
-Workspace::Workspace(const Device& device, int64_t num_bytes) {
+Workspace::Workspace(const Device& device, int64_t num_bytes, int num_counters) {
   const CUstream stream = current_stream(device);
   if (!aoti_torch_create_cuda_stream_guard || is_captured(stream)) {
     own_ = empty(device.index, {num_bytes}, Dtype::Byte);
@@ -98,10 +105,18 @@ Workspace::Workspace(const Device& device, int64_t num_bytes) {
     // The old memory first: torch may give it to this stream again.
     memory.num_bytes = 0;
     memory.bytes.reset();
-    memory.bytes = allocate(device, stream, wanted);
+    memory.bytes = allocate(device, stream, wanted, false);
     memory.num_bytes = wanted;
   }
   data_ = memory.bytes->mutable_data_ptr();
+  if (num_counters == 0) return;
+  if (memory.num_counters < num_counters) {
+    const int wanted = std::max(kFewestCounters, num_counters);
+    memory.num_counters = 0;
+    memory.counters = allocate(device, stream, wanted * int64_t{sizeof(int)}, true);
+    memory.num_counters = wanted;
+  }
+  counters_ = static_cast<int*>(memory.counters->mutable_data_ptr());
 }
 
 }  // namespace ridgeline
