@@ -26,7 +26,7 @@ struct SlotRow {
 // A launch of one batch, or of two, whose cut tiles tell of which they are.
 template <typename T, int kSegments>
 __device__ __forceinline__ void combine_segments(const BatchAttentionParams (&segments)[kSegments],
-                                                 RowSums (*of_warps)[32]) {
+                                                 RowSums (&of_warps)[kCombineWarps][32]) {
   const BatchAttentionParams& params = segments[0];  // but for tensors and lengths that of both
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
