@@ -4,10 +4,12 @@ Every candidate of tune_candidates.py becomes a library and a folder of kernels 
 process each loads them and compiles its kernels, all side by side; then one after the other
 measures its cases with the timer of all benchmarks, and checks every result against float32. The
 report has, for every group of cases, the candidates by their geometric mean beside the checkout's
-own; for the winner the rate, its share of the roofline, registers, shared memory and occupancy.
+own; for the winner the rate, its share of the roofline, registers, shared memory and occupancy,
+and with --counters what its kernels wait for.
 
 --build-only  stop before the GPU is needed (the folder can travel to the machine that has it);
               with --arch sm_90a also compile the kernels for it, and print what they take
+--counters    run each group's winner once more, under Nsight Compute, for what limits it
 """
 
 from __future__ import annotations
@@ -24,10 +26,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .tune_build import ROOT, build, folder_of, missing
 from .tune_candidates import CANDIDATES, CASES, GROUPS, Candidate
+from .tune_counters import CountersError, count
+
+if TYPE_CHECKING:
+    from .attention_batch import Requests, Shape
 
 BASE = "as it is"
 REGISTERS_OF_SM, THREADS_OF_SM, RESERVED_SMEM = 65536, 2048, 1024
@@ -46,11 +52,16 @@ def main() -> int:
         "--prebuilt", action="store_true", help="take the folder as it is, whatever the sources are"
     )
     parser.add_argument("--arch", help="with --build-only, such as sm_90a")
+    parser.add_argument("--counters", action="store_true", help="of the winners, if ncu is there")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     if arguments.measure is not None:
         candidate = CANDIDATES[arguments.measure]
+        if arguments.once:
+            run_once(candidate)
+            return 0
         compiles = arguments.arch is not None
         found = compiled(candidate, arguments.arch) if compiles else measure(candidate, folder)
         print(json.dumps(found))
@@ -73,6 +84,8 @@ def main() -> int:
             run_all(folder, [candidate], arguments.arch)
         return 0
     results = run_all(folder, built)
+    if arguments.counters:
+        add_counters(folder, results)
     save(arguments.out, results, failed)
     return 1 if any("error" in result for result in results.values()) else 0
 
@@ -84,20 +97,14 @@ def run_all(
     (folder / "lock").touch()
     processes = {}
     for candidate in candidates:
-        own = folder_of(folder, candidate)
-        env = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(own / "site"), str(ROOT)]),
-            "RIDGELINE_KERNELS_DIR": str(own / "kernels"),
-            "RIDGELINE_CACHE_DIR": os.environ.get("RIDGELINE_CACHE_DIR", str(folder / "cache")),
-            "RIDGELINE_PACK_DIR": "",
-            "MAX_JOBS": os.environ.get("MAX_JOBS", "2"),
-        }
-        command = [sys.executable, "-m", "benchmarks.tune_attention", "--folder", str(folder)]
-        command += ["--measure", str(CANDIDATES.index(candidate))]
-        command += ["--arch", arch] if arch else []
+        command = command_of(folder, candidate) + (["--arch", arch] if arch else [])
         processes[candidate] = subprocess.Popen(
-            command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command,
+            env={**os.environ, **environment_of(folder, candidate)},
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
     results = {}
     for candidate, process in processes.items():
@@ -111,6 +118,40 @@ def run_all(
             file=sys.stderr,
         )
     return results
+
+
+def command_of(folder: Path, candidate: Candidate) -> list[str]:
+    command = [sys.executable, "-m", "benchmarks.tune_attention", "--folder", str(folder)]
+    return [*command, "--measure", str(CANDIDATES.index(candidate))]
+
+
+def environment_of(folder: Path, candidate: Candidate) -> dict[str, str]:
+    own = folder_of(folder, candidate)
+    return {
+        "PYTHONPATH": os.pathsep.join([str(own / "site"), str(ROOT)]),
+        "RIDGELINE_KERNELS_DIR": str(own / "kernels"),
+        "RIDGELINE_CACHE_DIR": os.environ.get("RIDGELINE_CACHE_DIR", str(folder / "cache")),
+        "RIDGELINE_PACK_DIR": "",
+        "MAX_JOBS": os.environ.get("MAX_JOBS", "2"),
+    }
+
+
+def add_counters(folder: Path, results: dict[Candidate, Result]) -> None:
+    """For the winner of each group, the counters of each case, or why there are none."""
+    from .tune_report import winner
+
+    for name, group in GROUPS.items():
+        candidate = winner(name, results)
+        if candidate is None:
+            continue
+        command = [*command_of(folder, candidate), "--once"]
+        try:
+            launches = count(command, "batch_attention", environment_of(folder, candidate), ROOT)
+            counters: Any = dict(zip(group.cases, launches, strict=True))
+        except (CountersError, ValueError) as error:
+            counters = str(error)
+            print(f">> no counters: {name}: {error}", file=sys.stderr)
+        results[candidate]["counters"] = counters
 
 
 @contextmanager
@@ -138,12 +179,25 @@ def compiled(candidate: Candidate, arch: str) -> list[Result]:
     return kernel_facts(pattern, arch)
 
 
+def run_once(candidate: Candidate) -> None:
+    """In the candidate's own process: each case once, for a profiler."""
+    import torch
+
+    from .attention_batch import Batch
+    from .session import Session
+
+    session = Session(torch.device("cuda"), roofline=False)
+    for name in GROUPS[candidate.group].cases:
+        Batch.of(session, *problem(candidate, name)).attention()
+    torch.cuda.synchronize()
+
+
 def measure(candidate: Candidate, folder: Path) -> Result:
     """In the candidate's own process: its kernels, and microseconds and error of each case."""
     import torch
     from ridgeline import compiler
 
-    from .attention_batch import Batch, Shape, warm
+    from .attention_batch import Batch, warm
     from .session import Session
 
     group = GROUPS[candidate.group]
@@ -157,9 +211,7 @@ def measure(candidate: Candidate, folder: Path) -> Result:
     with alone(folder):
         session = Session(device, roofline=False)
         for name in group.cases:
-            requests, heads, place, causal = CASES[name]
-            shape = Shape(heads=heads, head_dims=group.head_dims, place=place, causal=causal)
-            batch = Batch.of(session, shape, requests)
+            batch = Batch.of(session, *problem(candidate, name))
             work = batch.schedule()
             result["cases"][name] = {
                 "us": session.timer.time(partial(batch.attention, work)),
@@ -169,6 +221,15 @@ def measure(candidate: Candidate, folder: Path) -> Result:
             }
             del batch, work
     return result
+
+
+def problem(candidate: Candidate, case: str) -> tuple[Shape, Requests]:
+    """What a case measures."""
+    from .attention_batch import Shape
+
+    requests, heads, place, causal = CASES[case]
+    head_dims = GROUPS[candidate.group].head_dims
+    return Shape(heads=heads, head_dims=head_dims, place=place, causal=causal), requests
 
 
 def kernel_facts(pattern: str, arch: str, smem_of_sm: int | None = None) -> list[Result]:

@@ -8,6 +8,7 @@ from .roofline import Ceilings
 from .session import MAX_DIFFERENCE
 from .table import geometric_mean
 from .tune_candidates import GROUPS, Candidate
+from .tune_counters import describe
 
 Result = dict[str, Any]
 
@@ -38,16 +39,27 @@ def report(
 def group_lines(group: str, ceilings: Ceilings, results: dict[Candidate, Result]) -> list[str]:
     cases = GROUPS[group].cases
     means = {c: mean_over_base(r, results) for c, r in results.items()}
-    order = sorted(results, key=lambda c: means[c] or 0.0, reverse=True)
+    order = by_speed(results)
     head = ["candidate", "why", "speed", *cases, "registers", "smem", "CTAs/SM", "notes"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for candidate in order:
         cells = row_cells(candidate, results[candidate], means[candidate], cases)
         lines.append(f"| {' | '.join(cells)} |")
-    valid = [c for c in order if means[c] is not None and not problems(results[c])]
-    if valid:
-        lines += ["", *winner_lines(valid[0], results[valid[0]], ceilings)]
+    first = winner(group, results)
+    if first is not None:
+        lines += ["", *winner_lines(first, results[first], ceilings)]
     return lines
+
+
+def by_speed(results: dict[Candidate, Result]) -> list[Candidate]:
+    return sorted(results, key=lambda c: mean_over_base(results[c], results) or 0.0, reverse=True)
+
+
+def winner(group: str, results: dict[Candidate, Result]) -> Candidate | None:
+    """The fastest of a group among those without problems."""
+    here = {c: r for c, r in results.items() if c.group == group}
+    valid = [c for c, r in here.items() if mean_over_base(r, here) and not problems(r)]
+    return next((c for c in by_speed(here) if c in valid), None)
 
 
 def mean_over_base(result: Result, results: dict[Candidate, Result]) -> float | None:
@@ -99,4 +111,9 @@ def winner_lines(candidate: Candidate, result: Result, ceilings: Ceilings) -> li
         )
         share = 100 * max(memory, math) / case["us"]
         lines.append(f"- {name}: {case['us']:.1f} us, {rate}, {share:.0f}% of the roofline")
+    counters = result.get("counters", {})
+    if isinstance(counters, str):
+        lines.append(f"- no counters: {counters}")
+    else:
+        lines += [f"- counters of {name}: {describe(found)}" for name, found in counters.items()]
     return lines

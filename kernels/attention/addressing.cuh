@@ -1,8 +1,9 @@
 // Where the keys and values of a token lie. An addressing type names the element type of the cache
 // and is made once for a work item. look_up(first_token, end) reads what the addresses of a step
 // depend on; turn_to() with the answer makes it the step that keys(first_token, end) and
-// values(...) are asked for. These answer with an object whose at(row, pass, element) is the
-// address in token first_token + row, the row that the calling thread loads in that pass.
+// values(...) are asked for. These answer with an object whose at(lane_row, row, pass, element) is
+// the address in token first_token + lane_row + row: lane_row is the calling thread's row in the
+// first pass, row what the pass adds to it. Nothing is read of tokens from `end` on.
 #pragma once
 
 #include "attention/batch_params.h"
@@ -19,26 +20,24 @@ struct StridedRows {
   int64 stride;
   int first;
 
-  __device__ __forceinline__ const T* at(int row, int /*pass*/, int element) const {
-    return base + (first + row) * stride + element;
+  // Why two sums: the first is the same in every pass, the second in every lane.
+  __device__ __forceinline__ const T* at(int lane_row, int row, int /*pass*/, int element) const {
+    const T* lane_base = base + (first + lane_row) * stride + uint32(element);
+    return lane_base + row * stride;
   }
 };
 
-// One stride from token to token: dense caches, NHD and HND alike.
+// One stride from token to token: dense caches, NHD and HND alike. Why opaque: no register of the
+// loop for what a product makes.
 template <typename T>
 struct StridedKv {
   using Element = T;
 
-  const T* first_key;
-  const T* first_value;
-  int64 key_stride;
-  int64 value_stride;
+  const AttentionParams& params;
+  int kv_head;
 
   __device__ __forceinline__ StridedKv(const AttentionParams& params, const WorkItem& work)
-      : first_key(static_cast<const T*>(params.k) + work.kv_head * params.k_stride_head),
-        first_value(static_cast<const T*>(params.v) + work.kv_head * params.v_stride_head),
-        key_stride(params.k_stride_token),
-        value_stride(params.v_stride_token) {}
+      : params(params), kv_head(work.kv_head) {}
 
   template <int kRows, int kLoaders>
   __device__ __forceinline__ uint32 look_up(int /*first_token*/, int /*end*/) const {
@@ -48,23 +47,13 @@ struct StridedKv {
 
   template <int kLoaders>
   __device__ __forceinline__ StridedRows<T> keys(int first_token, int /*end*/) const {
-    return {first_key, key_stride, first_token};
+    return {static_cast<const T*>(params.k) + opaque(kv_head) * params.k_stride_head,
+            params.k_stride_token, first_token};
   }
   template <int kLoaders>
   __device__ __forceinline__ StridedRows<T> values(int first_token, int /*end*/) const {
-    return {first_value, value_stride, first_token};
-  }
-};
-
-// As StridedRows. Why the cast: no register for the upper half of an offset.
-template <typename T>
-struct RaggedRows {
-  const T* base;
-  int64 stride;
-  int first;
-
-  __device__ __forceinline__ const T* at(int row, int /*pass*/, int element) const {
-    return base + (first + row) * stride + uint32(element);
+    return {static_cast<const T*>(params.v) + opaque(kv_head) * params.v_stride_head,
+            params.v_stride_token, first_token};
   }
 };
 
@@ -86,17 +75,13 @@ struct RaggedKv {
   __device__ __forceinline__ void turn_to(uint32 /*answer*/) {}
 
   template <int kLoaders>
-  __device__ __forceinline__ RaggedRows<T> keys(int first_token, int /*end*/) const {
-    return {static_cast<const T*>(params.attention.k) +
-                item.work.kv_head * params.attention.k_stride_head +
-                item.kv_origin * params.k_origin_stride,
+  __device__ __forceinline__ StridedRows<T> keys(int first_token, int /*end*/) const {
+    return {static_cast<const T*>(params.attention.k) + item.key_offset,
             params.attention.k_stride_token, first_token};
   }
   template <int kLoaders>
-  __device__ __forceinline__ RaggedRows<T> values(int first_token, int /*end*/) const {
-    return {static_cast<const T*>(params.attention.v) +
-                item.work.kv_head * params.attention.v_stride_head +
-                item.kv_origin * params.v_origin_stride,
+  __device__ __forceinline__ StridedRows<T> values(int first_token, int /*end*/) const {
+    return {static_cast<const T*>(params.attention.v) + item.value_offset,
             params.attention.v_stride_token, first_token};
   }
 };
@@ -109,7 +94,8 @@ struct PooledRows {
   uint32 place;  // units from the pool's begin to this lane's row
   uint32 unit;   // elements
 
-  __device__ __forceinline__ const T* at(int /*row*/, int pass, int element) const {
+  __device__ __forceinline__ const T* at(int /*lane_row*/, int /*row*/, int pass,
+                                         int element) const {
     return pool + uint64(__shfl_sync(0xffffffffu, place, pass, 8)) * unit + uint32(element);
   }
 };
@@ -139,16 +125,14 @@ struct PagedKv {
 
   template <int kLoaders>
   __device__ __forceinline__ PooledRows<T> keys(int first_token, int end) const {
-    return {static_cast<const T*>(params.attention.k) +
-                item.work.kv_head * params.attention.k_stride_head,
+    return {static_cast<const T*>(params.attention.k) + item.key_offset,
             place(min(first_token + lane_row<kLoaders>(), end - 1), params.k_page_units,
                   params.k_token_units),
             params.k_unit};
   }
   template <int kLoaders>
   __device__ __forceinline__ PooledRows<T> values(int first_token, int end) const {
-    return {static_cast<const T*>(params.attention.v) +
-                item.work.kv_head * params.attention.v_stride_head,
+    return {static_cast<const T*>(params.attention.v) + item.value_offset,
             place(min(first_token + lane_row<kLoaders>(), end - 1), params.v_page_units,
                   params.v_token_units),
             params.v_unit};

@@ -50,6 +50,11 @@ __device__ __forceinline__ BatchItem checked_item(const BatchAttentionParams& pa
     most_keys = int64(params.num_indices - item.kv_origin);
     if (is_paged(params.form)) most_keys *= params.page_size.divisor;
   }
+  const int64 origin = is_paged(params.form) ? 0 : item.kv_origin;
+  item.key_offset =
+      item.work.kv_head * params.attention.k_stride_head + origin * params.k_origin_stride;
+  item.value_offset =
+      item.work.kv_head * params.attention.v_stride_head + origin * params.v_origin_stride;
   const int kv_len = record.kv_len;
   item.request.kv_len = kv_len < 0 ? 0 : kv_len < most_keys ? kv_len : int(most_keys);
   item.work.kv_end = held_to(record.kv_end, 0, item.request.kv_len);

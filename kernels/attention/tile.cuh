@@ -134,7 +134,8 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     kv.turn_to(look_up(step + kStages));
     if constexpr (Variant::kTransformsKey) {
       Variant::template key<typename Traits::Element, Traits::kQk>(
-          params, scratch, key_tiles + stage * Traits::kKeyBytes, Traits::kKeys, loader,
+          params, shared_pointer(query_address + Traits::kScratchOffset),
+          shared_pointer(key_address + stage * Traits::kKeyBytes), Traits::kKeys, loader,
           Traits::kLoaders, step_key);
       pipeline_barrier<Traits>();
     }
@@ -143,19 +144,30 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
         logits, query,
         right_first_lane_address<Traits::kKeyRowBytes>(key_address + stage * Traits::kKeyBytes));
 
+    // Before the mask, which raises no logit, so that the maxima are found among the last products.
+    float offset[Traits::kMFrags][2];
+    bool moves = find_offsets<Traits>(offset, state, logits, scale);
     if (Variant::transforms_logits(params)) {
       Variant::template logits<sizeof(logits) / sizeof(float)>(params, &logits[0][0][0]);
+      moves = find_offsets<Traits>(offset, state, logits, scale);
     }
     if (step_key < seen_by_all.begin || step_key + Traits::kKeys > seen_by_all.end) {
       mask_logits<Traits>(logits, params, request, work, warp_row, step_key);
     }
+    if (__any_sync(0xffffffffu, moves)) move_origins<Traits>(state, logits, offset, scale);
     Exponentials<Traits> exponentials;
-    softmax_step<Traits>(exponentials, state, logits, scale);
+#pragma unroll
+    for (int group = 0; group < Traits::kEarlyGroups; ++group) {
+#pragma unroll
+      for (int pair = 0; pair < exponentials.kPairs; ++pair) {
+        exponentials.take(group, pair, logits, offset, scale);
+      }
+    }
 
     cp_async_wait<kPending>();
     pipeline_barrier<Traits>();
     start_keys(step + kStages, stage);
-    multiply_values<Traits>(state, exponentials,
+    multiply_values<Traits>(state, exponentials, logits, offset, scale,
                             down_first_lane_address<Traits::kValueRowBytes>(
                                 value_address + stage * Traits::kValueBytes));
     stage = stage == kStages - 1 ? 0 : stage + 1;
@@ -165,12 +177,14 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   const WorkItem& target = get_work(opaque(index));
   const int target_rows = tile_rows<Traits>(params, request, target);
   if constexpr (Traits::kSplitsKeys) {
-    merge_and_store<Traits>(params, target, state, scale, smem, smem + Traits::kQueryBytes,
-                            target_rows);
+    unsigned char* query_tile = shared_pointer(query_address);
+    merge_and_store<Traits>(params, target, state, scale, query_tile,
+                            query_tile + Traits::kQueryBytes, target_rows);
   } else if (target.partial_row >= 0) {
     store_partial<Traits>(params, target, state, warp_row, target_rows);
   } else {
-    store_final<Traits>(params, target, state, scale, smem, warp_row, target_rows);
+    store_final<Traits>(params, target, state, scale, shared_pointer(query_address), warp_row,
+                        target_rows);
   }
 }
 

@@ -1,16 +1,19 @@
 // From global memory to the swizzled tiles of shared memory, in the background.
 #pragma once
 
+#include "attention/row_target.cuh"
 #include "attention/tile_traits.cuh"
 #include "common/cp_async.cuh"
+#include "common/opaque.cuh"
 #include "common/swizzle.cuh"
 
 namespace ridgeline {
 
 // Copies rows of kDim elements, of which `dim` exist; missing elements and the rows from num_valid
-// on become zeros. Eight neighbouring threads take 128 bytes of a row at a time. In place of a
-// missing row, `pointer(row, pass, element)` is asked for row num_valid - 1, which must exist even
-// where num_valid is not positive; a thread's rows are thread / 8 + pass * (kThreads / 8).
+// on become zeros. Eight neighbouring threads take 128 bytes of a row at a time. A thread's rows
+// are thread / 8 + pass * (kThreads / 8); `pointer(lane_row, row, pass, element)`, with these two
+// summands, is read from where the row is valid. Why opaque: an element that is kept from step to
+// step is kept as 64 bits.
 template <int kRows, int kDim, int kThreads, typename Element, typename Pointer>
 __device__ __forceinline__ void load_rows(uint32 tile, int thread, int dim, int num_valid,
                                           Pointer pointer) {
@@ -19,12 +22,12 @@ __device__ __forceinline__ void load_rows(uint32 tile, int thread, int dim, int 
   constexpr int kRowsPerPass = kThreads / 8;
   const int first_row = thread / 8;
   const int last_row = num_valid - 1 - first_row;  // from first_row on
-  const int lane_element = thread % 8 * kChunk;
+  const int lane_element = opaque(thread) % 8 * kChunk;
 #pragma unroll
   for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
     const int row = pass * kRowsPerPass;
     const bool valid = row <= last_row;
-    const Element* source = pointer(first_row + min(row, last_row), pass, lane_element);
+    const Element* source = pointer(first_row, row, pass, lane_element);
     const uint32 destination = tile + swizzled_offset<kRowBytes>(first_row + row, thread % 8);
 #pragma unroll
     for (int line = 0; line < kRowBytes / 128; ++line) {
@@ -35,19 +38,23 @@ __device__ __forceinline__ void load_rows(uint32 tile, int thread, int dim, int 
   }
 }
 
+// A warp loads four rows of a pass: each lane finds the place of one row of its warp's, and tells
+// the others.
 template <typename Traits>
 __device__ __forceinline__ void load_query(const AttentionParams& params, const WorkItem& work,
                                            int num_rows, uint32 tile) {
   using T = typename Traits::T;
-  const int group_size = params.group_size.divisor;
-  const T* base =
-      static_cast<const T*>(params.q) + work.kv_head * group_size * params.q_stride_head;
+  constexpr int kRowsPerPass = Traits::kNumThreads / 8;
+  static_assert(Traits::kTileQ / kRowsPerPass <= 8, "a warp has a lane for each of its rows");
+  const int lane = threadIdx.x % 32;
+  const int row = lane / 4 * kRowsPerPass + threadIdx.x / 32 * 4 + lane % 4;
+  const RowTarget target = row_target(params, work, min(row, num_rows - 1));
+  const int64 offset = target.token * params.q_stride_token + target.head * params.q_stride_head;
   load_rows<Traits::kTileQ, Traits::kQk, Traits::kNumThreads, T>(
-      tile, threadIdx.x, params.head_dim_qk, num_rows, [&](int row, int /*pass*/, int element) {
-        const int packed = work.q_row_begin + row;
-        const int query = params.group_size.quotient(packed);
-        return base + (work.q_begin + query) * params.q_stride_token +
-               (packed - query * group_size) * params.q_stride_head + element;
+      tile, threadIdx.x, params.head_dim_qk, num_rows,
+      [&](int /*lane_row*/, int /*row*/, int pass, int element) {
+        return static_cast<const T*>(params.q) +
+               __shfl_sync(0xffffffffu, offset, pass * 4 + lane / 8) + element;
       });
 }
 
@@ -58,7 +65,9 @@ __device__ __forceinline__ void load_keys(const AttentionParams& params,
   const auto keys = kv.template keys<Traits::kLoaders>(first_token, end);
   load_rows<Traits::kKeys, Traits::kQk, Traits::kLoaders, typename Traits::Element>(
       tile, thread, params.head_dim_qk, end - first_token,
-      [&](int row, int pass, int element) { return keys.at(row, pass, element); });
+      [&](int lane_row, int row, int pass, int element) {
+        return keys.at(lane_row, row, pass, element);
+      });
 }
 
 template <typename Traits>
@@ -68,7 +77,9 @@ __device__ __forceinline__ void load_values(const AttentionParams& params,
   const auto values = kv.template values<Traits::kLoaders>(first_token, end);
   load_rows<Traits::kKeys, Traits::kVo, Traits::kLoaders, typename Traits::Element>(
       tile, thread, params.head_dim_vo, end - first_token,
-      [&](int row, int pass, int element) { return values.at(row, pass, element); });
+      [&](int lane_row, int row, int pass, int element) {
+        return values.at(lane_row, row, pass, element);
+      });
 }
 
 }  // namespace ridgeline

@@ -17,7 +17,7 @@ namespace ridgeline {
 template <typename Traits>
 struct RowState {
   float out[Traits::kMFrags][Traits::kVoFrags][4];  // sum of exponential * value
-  float maximum[Traits::kMFrags][2];                // largest logit so far
+  float maximum[Traits::kMFrags][2];                // origin of the exponentials: a logit
   float sum[Traits::kMFrags][2];                    // this lane's share of the sum of exponentials
 
   __device__ __forceinline__ RowState() {
@@ -39,11 +39,6 @@ struct RowState {
 
 template <typename Traits>
 using Logits = float[Traits::kMFrags][Traits::kKeyFrags][4];
-
-// Exponentials as operand A: the accumulators of two neighbouring logit fragments have its very
-// layout.
-template <typename Traits>
-using Exponentials = uint32[Traits::kMFrags][Traits::kKeys / 16][4];
 
 // A warp's query fragments: held in registers, or read again from shared memory at each step.
 template <typename Traits>
@@ -197,91 +192,146 @@ __device__ __forceinline__ void mask_logits(Logits<Traits>& logits, const Attent
 
 // Beyond this, rounding of logit * scale is no longer small beside 1.
 inline constexpr float kFarLogit = 1024.0f;
+// Exponentials may grow to 2^kHeadroom before a row's origin moves.
+inline constexpr float kHeadroom = 8.0f;
 
-// One step of the online softmax: from logits to exponentials, with the state rescaled to the new
-// maximum. Until a row has seen a key its maximum is -inf; 0 stands in for it, so that no
-// difference of infinities arises. An exponent is logit * scale - maximum * scale in one
-// multiply-add; where the product is so large that its rounding would show, maxima are subtracted
-// first, exactly.
+// This lane's largest logit of each row.
 template <typename Traits>
-__device__ __forceinline__ void softmax_step(Exponentials<Traits>& exponentials,
-                                             RowState<Traits>& state, Logits<Traits>& logits,
-                                             float scale) {
-  float origin[Traits::kMFrags][2];
-  float rescale[Traits::kMFrags][2];
-  bool far = false;
+__device__ __forceinline__ float lane_maximum(const Logits<Traits>& logits, int m, int half) {
+  float maximum = fmaxf(logits[m][0][2 * half], logits[m][0][2 * half + 1]);
+#pragma unroll
+  for (int n = 1; n < Traits::kKeyFrags; ++n) {
+    maximum = fmaxf(maximum, fmaxf(logits[m][n][2 * half], logits[m][n][2 * half + 1]));
+  }
+  return maximum;
+}
+
+// What is subtracted from logit * scale, and whether origins must move first. A row's origin is a
+// logit that it has seen, and stays while no exponential grows beyond 2^kHeadroom: most steps move
+// none in a whole warp, and ask no other lane for its largest logit. Without an origin (-inf) and
+// with a far one the answer is always yes.
+template <typename Traits>
+__device__ __forceinline__ bool find_offsets(float (&offset)[Traits::kMFrags][2],
+                                             const RowState<Traits>& state,
+                                             const Logits<Traits>& logits, float scale) {
+  bool moves = false;
 #pragma unroll
   for (int m = 0; m < Traits::kMFrags; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float maximum = state.maximum[m][half];
+      offset[m][half] = state.maximum[m][half] * scale;
+      const float largest = lane_maximum<Traits>(logits, m, half);
+      moves |= fmaf(largest, scale, -offset[m][half]) > kHeadroom;
+      moves |= fabsf(offset[m][half]) > kFarLogit;
+    }
+  }
+  return moves;
+}
+
+// Moves the origins of rows to their largest logit so far, and the sums with them. Where no key was
+// seen yet, 0 stands in for -inf, so that no difference of infinities arises. Where logit * scale
+// is so large that its rounding would show, origins are subtracted from the logits here, exactly,
+// at each step.
+template <typename Traits>
+__device__ __forceinline__ void move_origins(RowState<Traits>& state, Logits<Traits>& logits,
+                                             float (&offset)[Traits::kMFrags][2], float scale) {
 #pragma unroll
-      for (int n = 0; n < Traits::kKeyFrags; ++n) {
-        maximum = fmaxf(maximum, fmaxf(logits[m][n][2 * half], logits[m][n][2 * half + 1]));
-      }
+  for (int m = 0; m < Traits::kMFrags; ++m) {
+    float origin[2];
+    float rescale[2];
+    bool far = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float maximum = fmaxf(state.maximum[m][half], lane_maximum<Traits>(logits, m, half));
       maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
       maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2));
-      origin[m][half] = maximum == -kInfinity ? 0.0f : maximum;
-      rescale[m][half] = exp2_fast((state.maximum[m][half] - origin[m][half]) * scale);
+      origin[half] = maximum == -kInfinity ? 0.0f : maximum;
+      rescale[half] = exp2_fast((state.maximum[m][half] - origin[half]) * scale);
       state.maximum[m][half] = maximum;
-      far = far || fabsf(origin[m][half] * scale) > kFarLogit;
+      state.sum[m][half] *= rescale[half];
+      offset[m][half] = origin[half] * scale;
+      far |= fabsf(offset[m][half]) > kFarLogit;
     }
-  }
-  if (__any_sync(0xffffffffu, far)) {
 #pragma unroll
-    for (int m = 0; m < Traits::kMFrags; ++m) {
+    for (int n = 0; n < Traits::kVoFrags; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) state.out[m][n][i] *= rescale[i / 2];
+    }
+    if (__any_sync(0xffffffffu, far)) {
 #pragma unroll
       for (int n = 0; n < Traits::kKeyFrags; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) logits[m][n][i] -= origin[m][i / 2];
+        for (int i = 0; i < 4; ++i) logits[m][n][i] -= origin[i / 2];
       }
-      origin[m][0] = origin[m][1] = 0.0f;
-    }
-  }
-#pragma unroll
-  for (int m = 0; m < Traits::kMFrags; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float offset = origin[m][half] * scale;
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < Traits::kKeyFrags; ++n) {
-        const float first = exp2_fast(fmaf(logits[m][n][2 * half], scale, -offset));
-        const float second = exp2_fast(fmaf(logits[m][n][2 * half + 1], scale, -offset));
-        sum += first + second;
-        exponentials[m][n / 2][n % 2 * 2 + half] = pack_pair<typename Traits::T>(first, second);
-      }
-      state.sum[m][half] = state.sum[m][half] * rescale[m][half] + sum;
-    }
-    // Most steps find no larger logit in any row of the warp.
-    if (__any_sync(0xffffffffu, rescale[m][0] != 1.0f || rescale[m][1] != 1.0f)) {
-#pragma unroll
-      for (int n = 0; n < Traits::kVoFrags; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) state.out[m][n][i] *= rescale[m][i / 2];
-      }
+      offset[m][0] = offset[m][1] = 0.0f;
     }
   }
 }
 
+// A step's exponentials as operand A of the products with values: the accumulators of two
+// neighbouring logit fragments have its very layout. An exponent is logit * scale - offset in one
+// multiply-add.
+template <typename Traits>
+struct Exponentials {
+  static constexpr int kGroups = Traits::kKeys / 16;  // of 16 keys: what a product takes
+  static constexpr int kPairs = Traits::kMFrags * 4;  // of exponentials in a group
+  uint32 operands[kGroups][Traits::kMFrags][4];
+  float sum[Traits::kMFrags][2];
+
+  __device__ __forceinline__ Exponentials() {
+#pragma unroll
+    for (int m = 0; m < Traits::kMFrags; ++m) sum[m][0] = sum[m][1] = 0.0f;
+  }
+
+  __device__ __forceinline__ void take(int group, int pair, const Logits<Traits>& logits,
+                                       const float (&offset)[Traits::kMFrags][2], float scale) {
+    const int m = pair / 4;
+    const int n = group * 2 + pair % 4 / 2;
+    const int half = pair % 2;
+    const float first = exp2_fast(fmaf(logits[m][n][2 * half], scale, -offset[m][half]));
+    const float second = exp2_fast(fmaf(logits[m][n][2 * half + 1], scale, -offset[m][half]));
+    sum[m][half] += first + second;
+    operands[group][m][pair % 4] = pack_pair<typename Traits::T>(first, second);
+  }
+};
+
+// The products with values. Exponentials from the kEarlyGroups-th group on are taken here, those of
+// a group among the products with the group before.
 template <typename Traits>
 __device__ __forceinline__ void multiply_values(RowState<Traits>& state,
-                                                const Exponentials<Traits>& exponentials,
-                                                uint32 value_lane_address) {
+                                                Exponentials<Traits>& exponentials,
+                                                const Logits<Traits>& logits,
+                                                const float (&offset)[Traits::kMFrags][2],
+                                                float scale, uint32 value_lane_address) {
   using T = typename Traits::T;
+  constexpr int kPairs = Exponentials<Traits>::kPairs;
+  constexpr int kReads = Traits::kVoFrags / 2;
 #pragma unroll
-  for (int k = 0; k < Traits::kKeys / 16; ++k) {
+  for (int k = 0; k < Exponentials<Traits>::kGroups; ++k) {
 #pragma unroll
-    for (int n = 0; n < Traits::kVoFrags; n += 2) {
+    for (int read = 0; read < kReads; ++read) {
+      const int n = 2 * read;
       uint32 b[4];
       value_operand<T, typename Traits::Element, Traits::kValueRowBytes>(b, value_lane_address,
                                                                          k * 16, n);
 #pragma unroll
       for (int m = 0; m < Traits::kMFrags; ++m) {
-        mma_m16n8k16<T>(state.out[m][n], exponentials[m][k], b[0], b[1]);
-        mma_m16n8k16<T>(state.out[m][n + 1], exponentials[m][k], b[2], b[3]);
+        mma_m16n8k16<T>(state.out[m][n], exponentials.operands[k][m], b[0], b[1]);
+        mma_m16n8k16<T>(state.out[m][n + 1], exponentials.operands[k][m], b[2], b[3]);
+      }
+      const int next = k + 1;
+      if (next >= Traits::kEarlyGroups && next < Exponentials<Traits>::kGroups) {
+#pragma unroll
+        for (int pair = kPairs * read / kReads; pair < kPairs * (read + 1) / kReads; ++pair) {
+          exponentials.take(next, pair, logits, offset, scale);
+        }
       }
     }
+  }
+#pragma unroll
+  for (int m = 0; m < Traits::kMFrags; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) state.sum[m][half] += exponentials.sum[m][half];
   }
 }
 

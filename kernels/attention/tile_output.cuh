@@ -7,11 +7,6 @@
 
 namespace ridgeline {
 
-__device__ __forceinline__ RowTarget row_target(const AttentionParams& params, const WorkItem& work,
-                                                int row) {
-  return row_target(params, work.kv_head, work.q_begin, work.q_row_begin, row);
-}
-
 // A row's sum over the four lanes that hold it.
 __device__ __forceinline__ float quad_sum(float value) {
   value += __shfl_xor_sync(0xffffffffu, value, 1);
@@ -48,48 +43,68 @@ __device__ __forceinline__ void store_partial(const AttentionParams& params, con
 }
 
 // Rows pass through the warp's own rows of the query tile, which nobody reads any more, so that
-// they leave as whole 128-byte lines.
+// they leave as whole 128-byte lines. A lane finds the place of one row, and tells the others.
 template <typename Traits>
 __device__ __forceinline__ void store_final(const AttentionParams& params, const WorkItem& work,
                                             const RowState<Traits>& state, float scale,
                                             unsigned char* query_tile, int warp_row, int num_rows) {
   using T = typename Traits::T;
   constexpr int kRowBytes = Traits::kVo * int(sizeof(T));
+  constexpr int kLines = kRowBytes / 128;
+  constexpr int kPasses = Traits::kMFrags * 4;
   static_assert(kRowBytes <= Traits::kQueryRowBytes, "output rows fit the query's");
+  static_assert(Traits::kMFrags <= 2, "a lane for each of the warp's rows");
   unsigned char* rows = query_tile + warp_row * Traits::kQueryRowBytes;
   const int lane = threadIdx.x % 32;
+  const int64 offset =
+      row_target(params, work, min(warp_row + lane, num_rows - 1)).out_offset(params);
+  float sum[Traits::kMFrags][2];
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < Traits::kMFrags; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = m * 16 + half * 8 + lane / 4;
-      const float sum = quad_sum(state.sum[m][half]);
-      const float factor = Traits::Variant::output(params, sum);
+      sum[m][half] = quad_sum(state.sum[m][half]);
+      const float factor = Traits::Variant::output(params, sum[m][half]);
 #pragma unroll
       for (int n = 0; n < Traits::kVoFrags; ++n) {
         *reinterpret_cast<uint32*>(rows + swizzled_offset<kRowBytes>(row, n) + lane % 4 * 4) =
             pack_pair<T>(state.out[m][n][2 * half] * factor,
                          state.out[m][n][2 * half + 1] * factor);
       }
-      if (lane % 4 == 0 && warp_row + row < num_rows) {
-        row_target(params, work, warp_row + row)
-            .write_lse(params, scale, state.maximum[m][half], sum);
-      }
     }
   }
   __syncwarp();
+  if (params.lse != nullptr) {
 #pragma unroll
-  for (int pass = 0; pass < Traits::kMFrags * 4; ++pass) {
+    for (int i = 0; i < 2 * Traits::kMFrags; ++i) {
+      const int row = warp_row + i * 8 + lane / 4;
+      if (lane % 4 == 0 && row < num_rows) {
+        row_target(params, work, row)
+            .write_lse(params, scale, state.maximum[i / 2][i % 2], sum[i / 2][i % 2]);
+      }
+    }
+  }
+  // Why all reads first: they start together, and no branch parts them.
+  uint4 lines[kPasses][kLines];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+#pragma unroll
+    for (int line = 0; line < kLines; ++line) {
+      lines[pass][line] = *reinterpret_cast<const uint4*>(
+          rows + swizzled_offset<kRowBytes>(pass * 4 + lane / 8, line * 8 + lane % 8));
+    }
+  }
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
     const int row = pass * 4 + lane / 8;
-    if (warp_row + row >= num_rows) continue;
-    T* out = row_target(params, work, warp_row + row).out<T>(params);
+    T* out = static_cast<T*>(params.out) + __shfl_sync(0xffffffffu, offset, row);
 #pragma unroll
-    for (int line = 0; line < kRowBytes / 128; ++line) {
-      const int chunk = line * 8 + lane % 8;
-      if (chunk * 8 < params.head_dim_vo) {
-        *reinterpret_cast<uint4*>(out + chunk * 8) =
-            *reinterpret_cast<const uint4*>(rows + swizzled_offset<kRowBytes>(row, chunk));
+    for (int line = 0; line < kLines; ++line) {
+      const int element = (line * 8 + lane % 8) * 8;
+      if (warp_row + row < num_rows && element < params.head_dim_vo) {
+        *reinterpret_cast<uint4*>(out + element) = lines[pass][line];
       }
     }
   }

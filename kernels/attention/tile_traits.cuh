@@ -33,6 +33,11 @@ struct TileTraits {
   static constexpr int kMFrags = kTileQ / kWarpsQ / 16;  // fragments of 16 rows a warp
   static constexpr int kKeyFrags = kKeys / 8;
   static constexpr int kVoFrags = kVo / 8;
+  // Groups of 16 keys whose exponentials are taken before the products with values start. Why all
+  // in some tiles: logits that live on among the products take registers that these do not have.
+  static constexpr bool kIsFull =
+      kMFrags == 2 && (kQk != 128 || Variant_::kFp16Logits || Variant_::kTransformsKey);
+  static constexpr int kEarlyGroups = kIsFull ? kKeys / 16 : 1;
 
   // Shared memory: query tile, then of each pipeline the K stages and the V stages, then the
   // variant's scratch.

@@ -52,7 +52,7 @@ struct StandardVariant {
 
   // The factor from a row's sums to its result; 0 for a row without a visible key.
   static __device__ __forceinline__ float output(const AttentionParams& /*params*/, float sum) {
-    return sum == 0.0f ? 0.0f : 1.0f / sum;
+    return sum == 0.0f ? 0.0f : reciprocal(sum);
   }
 };
 

@@ -31,6 +31,8 @@ struct BatchItem {
   WorkItem work;
   Request request;
   KeyRange seen_by_all;  // keys that every row of the tile sees
+  int64 key_offset;      // elements from k to what addresses of the item's keys begin with
+  int64 value_offset;
   int kv_origin;  // where the request's keys begin: entry of kv_indices, token, or row of the batch
   int height_idx;  // in the kernel's list of tile heights
 };

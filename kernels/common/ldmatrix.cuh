@@ -14,6 +14,11 @@ __device__ __forceinline__ uint32 shared_address(const void* pointer) {
   return static_cast<uint32>(__cvta_generic_to_shared(pointer));
 }
 
+// The object at an address of that window: one register from step to step in place of two.
+__device__ __forceinline__ unsigned char* shared_pointer(uint32 address) {
+  return static_cast<unsigned char*>(__cvta_shared_to_generic(address));
+}
+
 __device__ __forceinline__ void ldmatrix_x4(uint32 (&matrices)[4], uint32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
