@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(
     if (finishes && own.index < own.end) keep_cut(params, own.next, 0, cuts);
   }
   if (finishes && threadIdx.x >= 32) {
-    clear_rows<T>(params, header_of(params.list).num_tokens, params.num_tokens,
+    clear_rows<T>(params, reinterpret_cast<const ListHeader*>(params.list)->num_tokens,
                   blockIdx.x * (kWarps - 1) + threadIdx.x / 32 - 1, gridDim.x * (kWarps - 1));
   }
   __syncthreads();

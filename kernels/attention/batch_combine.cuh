@@ -23,55 +23,28 @@ struct SlotRow {
   }
 };
 
-// Of one batch; or of two, whose second segment is first in the output and has the parameters that
-// hold for all of it, its num_tokens included.
-template <int kSegments>
-struct CombinedBatches {
-  using Params = BatchAttentionParams;
-};
-template <>
-struct CombinedBatches<2> {
-  using Params = BatchPairParams;
-};
-
-__device__ __forceinline__ const BatchAttentionParams& whole(const BatchAttentionParams& params) {
-  return params;
-}
-__device__ __forceinline__ const BatchAttentionParams& whole(const BatchPairParams& params) {
-  return params.segments[1];
-}
-
-template <typename T>
-__device__ __forceinline__ void clear_all_rows(const BatchAttentionParams& params, int first_warp,
-                                               int num_warps) {
-  clear_rows<T>(params, header_of(params.list).num_tokens, params.num_tokens, first_warp,
-                num_warps);
-}
-template <typename T>
-__device__ __forceinline__ void clear_all_rows(const BatchPairParams& params, int first_warp,
-                                               int num_warps) {
-  const BatchAttentionParams &b = params.segments[0], &a = params.segments[1];
-  const ListHeader& header = header_of(a.list);
-  clear_rows<T>(a, header.num_tokens, a.num_tokens - b.num_tokens, first_warp, num_warps);
-  clear_rows<T>(b, header.num_tokens_b, b.num_tokens, first_warp, num_warps);
-}
-
-template <typename T, int kSegments = 1>
-__global__ void __launch_bounds__(kCombineThreads, 2)
-    batch_combine(const __grid_constant__ typename CombinedBatches<kSegments>::Params given) {
-  __shared__ RowSums of_warps[kCombineWarps][32];
-  const BatchAttentionParams& params = whole(given);
-  const AttentionParams& attention = params.attention;
+// A launch of one batch, or of two, whose cut tiles tell of which they are.
+template <typename T, int kSegments>
+__device__ __forceinline__ void combine_segments(const BatchAttentionParams (&segments)[kSegments],
+                                                 RowSums (&of_warps)[kCombineWarps][32]) {
+  const BatchAttentionParams& params = segments[0];  // but for tensors and lengths that of both
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int warp_idx = blockIdx.x * kCombineWarps + warp;
   const int num_warps = gridDim.x * kCombineWarps;
   pdl_wait();
 
-  const ListHeader& header = header_of(params.list);
-  clear_all_rows<T>(given, warp_idx, num_warps);
+  const ListHeader& header = *reinterpret_cast<const ListHeader*>(params.list);
+#pragma unroll 1
+  for (int i = 0; i < kSegments; ++i) {
+    clear_rows<T>(segments[i], i == 0 ? header.num_tokens : header.num_tokens_b, warp_idx,
+                  num_warps);
+  }
   if (header.tag != params.tag) return;
-  const float scale = exponent_scale(attention.sm_scale, attention.logits_soft_cap);
+  const float scale = exponent_scale(params.attention.sm_scale, params.attention.logits_soft_cap);
+  const auto segment_of = [&](const SlotRow& of) -> const BatchAttentionParams& {
+    return segments[kSegments > 1 ? of.tile.segment & 1 : 0];
+  };
   const int num_tiles = max(0, min(header.num_cut_tiles, params.max_cut_tiles));
   const int num_rows = num_tiles * int(params.team_size.divisor * params.slot_rows.divisor);
   // Rows of slots are looked at by all lanes at once: of a tall slot's most may not exist.
@@ -80,11 +53,12 @@ __global__ void __launch_bounds__(kCombineThreads, 2)
     const SlotRow of(params, i);
     return of.row < of.tile.num_rows && of.tile.num_pieces > 0 &&
            (of.tile.num_pieces > kPartsOfGroup) == together &&
-           row_target(params, of.tile, of.row).token >= 0;
+           row_target(segment_of(of), of.tile, of.row).token >= 0;
   };
   const auto combine = [&](int i, bool together) {
     const SlotRow of(params, i);
-    const RowTarget target = row_target(params, of.tile, of.row);
+    const AttentionParams& attention = segment_of(of).attention;
+    const RowTarget target = row_target(segment_of(of), of.tile, of.row);
     const CutRow parts = row_parts(of.tile, of.row);
 #pragma unroll 1
     for (int first = 0; first < attention.head_dim_vo; first += kColumnsOfWarp) {
@@ -110,6 +84,20 @@ __global__ void __launch_bounds__(kCombineThreads, 2)
       combine(base + (__ffs(wanted) - 1) * gridDim.x, true);
     }
   }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kCombineThreads, 2)
+    batch_combine(const __grid_constant__ BatchAttentionParams params) {
+  __shared__ RowSums of_warps[kCombineWarps][32];
+  combine_segments<T>(reinterpret_cast<const BatchAttentionParams(&)[1]>(params), of_warps);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kCombineThreads, 2)
+    batch_combine_pair(const __grid_constant__ BatchPairParams params) {
+  __shared__ RowSums of_warps[kCombineWarps][32];
+  combine_segments<T>(params.segments, of_warps);
 }
 
 }  // namespace ridgeline

@@ -60,14 +60,14 @@ static_assert(sizeof(TeamShare) == kShareWords * 4, "whole words");
 // A tile whose keys were cut into parts, which lie piece_stride rows apart, in order; of the team's
 // first head, with the others' parts a slot further each.
 struct alignas(16) CutTile {
-  int q_begin;      // the request's first token in the output
+  int q_begin;      // the request's first token in q
   int q_row_begin;  // first packed row
   int kv_head;
   int num_rows;
   int partial_row;
   int num_pieces;
   int piece_stride;
-  int unused;
+  int segment;
 };
 inline constexpr int kCutTileWords = 8;
 static_assert(sizeof(CutTile) == kCutTileWords * 4, "whole words");
@@ -79,7 +79,7 @@ struct ListHeader {
   int num_cut_tiles;
   int num_tokens;    // of all requests: rows of the output from here on are padding
   int most_pieces;   // no tile was cut into more
-  int num_tokens_b;  // of the segment that is second in the output
+  int num_tokens_b;  // of the second segment, where there is one
 };
 
 inline constexpr int kMaxBatchCtas = 1024;
@@ -142,9 +142,8 @@ struct ScheduleSegment {
   const int* kv_indptr;  // [batch_size + 1]; null: padded
   const int* kv_lens;    // [batch_size]; null: ragged
   int batch_size;
-  int num_tokens;   // rows of q
-  int first_token;  // where they are in the output
-  int max_q_len;    // of longer requests no more is computed
+  int num_tokens;  // rows of q
+  int max_q_len;   // of longer requests no more is computed
   KvForm form;
   int page_size;
   int single_kv_len;  // of kSingle

@@ -22,10 +22,6 @@ __device__ __forceinline__ CutTile checked_tile(const BatchAttentionParams& para
   return tile;
 }
 
-__device__ __forceinline__ const ListHeader& header_of(const int* list) {
-  return *reinterpret_cast<const ListHeader*>(list);
-}
-
 __device__ __forceinline__ const CutTile* cut_tiles_of(const int* list) {
   return reinterpret_cast<const CutTile*>(list + kCutTilesAt);
 }
@@ -66,27 +62,28 @@ __device__ __forceinline__ void fill_tokens(const AttentionParams& params, int b
   }
 }
 
-// Clears the rows that no record writes, of num_tokens of which requests have the first num_used;
-// of a list of another configuration, all of them, to what could not be taken for a result.
+// Clears the rows that no record writes: from the `num_used` tokens of all requests on. Of a list
+// of another configuration, all of them, to what could not be taken for a result.
 template <typename T>
 __device__ __forceinline__ void clear_rows(const BatchAttentionParams& params, int num_used,
-                                           int num_tokens, int first_warp, int num_warps) {
-  const bool refused = params.list[0] != params.tag;
+                                           int first_warp, int num_warps) {
+  const ListHeader& header = *reinterpret_cast<const ListHeader*>(params.list);
+  const bool refused = header.tag != params.tag;
   if (!refused && params.qo_indptr == nullptr) return;
-  const int num_requests = refused || params.max_q_len >= num_tokens ? 0 : params.batch_size;
+  const int num_requests = refused || params.max_q_len >= params.num_tokens ? 0 : params.batch_size;
   const float value = refused ? __uint_as_float(0x7fffffffu) : 0.0f;
   const float lse = refused ? value : -kInfinity;
   // Ranges of tokens: what no request has, by all warps, then what is too long of each request.
-  int begin = refused ? 0 : max(0, min(num_used, num_tokens));
-  int end = num_tokens;
+  int begin = refused ? 0 : max(0, min(num_used, params.num_tokens));
+  int end = params.num_tokens;
   int step = num_warps;
 #pragma unroll 1
   for (int request = first_warp;; request += num_warps) {
     fill_tokens<T>(params.attention, begin, end, value, lse, step == 1 ? 0 : first_warp, step);
     if (request >= num_requests) return;
     const int64 first = max(0, params.qo_indptr[request]);
-    end = min(params.qo_indptr[request + 1], num_tokens);
-    begin = int(min(first + params.max_q_len, int64(num_tokens)));
+    end = min(params.qo_indptr[request + 1], params.num_tokens);
+    begin = int(min(first + params.max_q_len, int64(params.num_tokens)));
     step = 1;
   }
 }

@@ -268,8 +268,8 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
 
   ListHeader header = {};
   header.tag = params.tag;
-  header.num_tokens = tokens_of<kSegments>(params.segments[kSegments - 1]);
-  if constexpr (kSegments > 1) header.num_tokens_b = tokens_of<kSegments>(params.segments[0]);
+  header.num_tokens = tokens_of<kSegments>(params.segments[0]);
+  if constexpr (kSegments > 1) header.num_tokens_b = tokens_of<kSegments>(params.segments[1]);
   if (kTall) {
 #pragma unroll
     for (const int64 of_warp : warp_mosts) most_cost = max(most_cost, of_warp);
@@ -339,7 +339,6 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
     WorkRecord record = record_of<kTall>(params, found, index);
     const int segment_idx = segment_of(params, item.request);
     const TileHeight& height = params.segments[segment_idx].heights[record.segment_height % 256];
-    const int out_begin = record.q_begin + params.segments[segment_idx].first_token;
     const int num_rows = record.qo_len * int(params.group_size.divisor);
     const int kv_tile = height.kv_tile.divisor;
     const int begin = r == first_records[c] ? from.kv_tile : 0;
@@ -357,14 +356,10 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
       if (in_pieces) record.partial_row = unit * slot_rows;
       if (index == first) {
         cut_tiles[item.request * num_bundles + unit - index * num_bundles] = {
-            out_begin,
-            0,
-            record.kv_head,
-            num_rows,
-            unit * slot_rows,
-            in_pieces ? num_pieces : 0,
-            num_bundles * slot_rows,
-            0};
+            record.q_begin,          0,
+            record.kv_head,          num_rows,
+            unit * slot_rows,        in_pieces ? num_pieces : 0,
+            num_bundles * slot_rows, segment_idx};
       }
     } else if (begin > 0) {
       const int inner_cuts = first_records[c] - from.unit;
@@ -378,10 +373,10 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
       record.partial_row = (inner_cuts + tile - 1) * slot_rows;
       record.cut_tile = tile;
       cut_tiles[tile] = {
-          out_begin,          record.q_row_begin,
+          record.q_begin,     record.q_row_begin,
           record.kv_head,     min(int(height.tile_q.divisor), num_rows - item.q_row_begin),
           record.partial_row, first_records[last] - unit - inner_cuts + 2,
-          slot_rows,          0};
+          slot_rows,          segment_idx};
     }
     records[r] = record;
     if (r == first_records[c]) shares[c].first = record;

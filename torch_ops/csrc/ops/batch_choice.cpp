@@ -154,7 +154,7 @@ Choice choose_batch(const std::string& op, const Config& config, int sm) {
     return {{schedule_name(true, 2),
              pair_name(dims, kernel, problem.paged, kernel_of_second(second, dims, kernel, sm),
                        problem.bf16),
-             batch_combine_name(problem.bf16, 2)},
+             pair_combine_name(problem.bf16)},
             {}};
   }
   const int kernel = kernel_of(problem, dims, sm);
@@ -218,7 +218,7 @@ void add_pair_rows(std::vector<Row>& rows) {
   }
   for (const bool bf16 : {false, true}) {
     rows.push_back({.op = "attention_pair",
-                    .kernel = batch_combine_name(bf16, 2),
+                    .kernel = pair_combine_name(bf16),
                     .min_sm = bf16 ? 80 : 75,
                     .block = kCombineThreads,
                     .why = "adds up the parts of cut tiles"});
@@ -290,10 +290,14 @@ std::string pair_name(int dims, int kernel, bool paged, int kernel_b, bool bf16)
                      kVariants[0]);
 }
 
-std::string batch_combine_name(bool bf16, int num_segments) {
-  const char* const kernel = "attention/batch_combine.cuh:batch_combine";
-  const char* const type = bf16 ? "__nv_bfloat16" : "__half";
-  return num_segments == 1 ? kernel_name(kernel, type) : kernel_name(kernel, type, num_segments);
+std::string batch_combine_name(bool bf16) {
+  return kernel_name("attention/batch_combine.cuh:batch_combine",
+                     bf16 ? "__nv_bfloat16" : "__half");
+}
+
+std::string pair_combine_name(bool bf16) {
+  return kernel_name("attention/batch_combine.cuh:batch_combine_pair",
+                     bf16 ? "__nv_bfloat16" : "__half");
 }
 
 std::array<int, 2> heights_of(int kernel) {

@@ -55,7 +55,8 @@ inline constexpr int kNumBatchVariants = 4;
 
 BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu);
 std::string batch_name(int dims, int kernel, bool paged, bool bf16, int variant);
-std::string batch_combine_name(bool bf16, int num_segments = 1);
+std::string batch_combine_name(bool bf16);
+std::string pair_combine_name(bool bf16);
 std::string schedule_name(bool tall, int num_segments = 1);
 
 // Head dims and dtype are the first's; the second's keys are paged.

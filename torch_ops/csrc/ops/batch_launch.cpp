@@ -74,7 +74,6 @@ ScheduleSegment schedule_segment(const Lengths& of, const BatchProblem& problem,
           .kv_lens = ints(of.kv_lens),
           .batch_size = static_cast<int>(problem.batch_size),
           .num_tokens = static_cast<int>(problem.num_tokens),
-          .first_token = 0,
           .max_q_len = static_cast<int>(problem.max_q_len),
           .form = of.form,
           .page_size = static_cast<int>(of.page_size),
@@ -227,6 +226,7 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
   params.last_partial_row = static_cast<int>(plan.num_partial_rows) - plan.high;
   params.last_slot_row = static_cast<int>(plan.num_partial_rows) - plan.slot_rows;
   params.batch_size = static_cast<int>(of.batch_size);
+  params.max_q_len = static_cast<int>(problem_of(of).max_q_len);
   params.qo_indptr = ints(of.qo_indptr);
   return params;
 }
@@ -267,7 +267,6 @@ void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& o
   BatchAttentionParams params = make_params(in, of, options, cache, plan, layout, results, list);
   params.tag = batch_tag(of, problem, plan);
   AttentionParams& attention = params.attention;
-  params.max_q_len = static_cast<int>(problem.max_q_len);
   const Workspace parts(gpu, plan.num_partial_rows * (of.head_dim_vo + 2) * int64_t{sizeof(float)},
                         plan.in_one_launch ? num_batch_counters(plan.num_ctas) : 0);
   attention.partial_out = static_cast<float*>(parts.data());

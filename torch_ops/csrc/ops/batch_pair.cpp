@@ -87,7 +87,6 @@ void launch_schedule(const Pair& pair, const Device& gpu, int* list) {
   ScheduleParams<2> params = schedule_params<2>(
       pair.a, plan, pair.layout, pair.a.batch_size + pair.b.batch_size, list, pair.tag);
   params.segments[0] = schedule_segment(pair.b, pair.problem_b, plan.dims, low_b, high_b, gpu.sm);
-  params.segments[0].first_token = static_cast<int>(pair.a.num_tokens);
   params.segments[1] =
       schedule_segment(pair.a, pair.problem_a, plan.dims, plan.low, plan.high, gpu.sm);
   launch(schedule, gpu,
@@ -110,8 +109,8 @@ Kernel& pair_kernel(const PairPlan& plan, bool paged, bool bf16) {
 }
 
 Kernel& combine_kernel(bool bf16) {
-  static Kernel& of_half = kernel(batch_combine_name(false, 2));
-  static Kernel& of_bf16 = kernel(batch_combine_name(true, 2));
+  static Kernel& of_half = kernel(pair_combine_name(false));
+  static Kernel& of_bf16 = kernel(pair_combine_name(true));
   return bf16 ? of_bf16 : of_half;
 }
 
@@ -180,8 +179,6 @@ std::tuple<Tensor, Tensor> attention_pair(
        make_params(in_a, a, options_a, cache_a, plan, pair.layout, results_a, list)}};
   const Workspace parts(gpu, plan.num_partial_rows * (a.head_dim_vo + 2) * int64_t{sizeof(float)},
                         0);
-  params.segments[0].max_q_len = static_cast<int>(pair.problem_b.max_q_len);
-  params.segments[1].max_q_len = static_cast<int>(pair.problem_a.max_q_len);
   for (BatchAttentionParams& of : params.segments) {
     of.tag = pair.tag;
     of.attention.partial_out = static_cast<float*>(parts.data());
@@ -194,7 +191,6 @@ std::tuple<Tensor, Tensor> attention_pair(
           .block = static_cast<unsigned>(plan.block),
           .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
          &params);
-  params.segments[1].num_tokens = static_cast<int>(num_tokens);
   launch(combine_kernel(pair.problem_a.bf16), gpu,
          {.grid_x = static_cast<unsigned>(2 * gpu.num_sms),
           .block = kCombineThreads,
