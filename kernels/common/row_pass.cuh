@@ -11,7 +11,8 @@
 //     fetch(vec_idx) -> Fetched: issues the loads of a vector and does nothing else;
 //     take(fetched, vec_idx): the vector (a fused add stores the residual here);
 //     reload(vec_idx): the same vector again;
-// - Columns(params, vec_idx): what is the same for all rows, such as weights; loaded with the row if
+// - Columns(params, vec_idx): what is the same for all rows, such as weights; loaded with the row
+// if
 //   kHeld or where a thread keeps few vectors, else where they are used, after prefetch(params,
 //   vec_idx);
 // - kMoments: what the transformation needs to know of the whole row;
