@@ -23,11 +23,16 @@ __global__ void __launch_bounds__(kGatedThreads, kThreadsOfSm / kGatedThreads)
   constexpr bool kQuantizes = sizeof(Q) == 1;
   const T* input = static_cast<const T*>(params.input);
   Q* output = static_cast<Q*>(params.output);
-  const uint32 vec = blockIdx.x * kGatedThreads + threadIdx.x;
-  const uint32 row_in_range = params.vecs_per_row.quotient(vec);
-  const uint32 row = blockIdx.y * params.rows_per_range + row_in_range;
-  if (vec >= params.vecs_per_range || row >= params.num_rows) return;
-  const int64 column = int64{vec - row_in_range * params.vecs_per_row.divisor} * kVec;
+  uint32 vec = blockIdx.x * kGatedThreads + threadIdx.x;
+  if (vec >= params.vecs_per_range) return;
+  uint32 row = blockIdx.y;
+  if (params.rows_per_range > 1) {
+    const uint32 row_in_range = params.vecs_per_row.quotient(vec);
+    row = row * params.rows_per_range + row_in_range;
+    if (row >= params.num_rows) return;
+    vec -= row_in_range * params.vecs_per_row.divisor;
+  }
+  const int64 column = int64{vec} * kVec;
   const T* source = input + row_offset(params.num_inner, params.input_strides, row) + column;
 
   pdl_wait();

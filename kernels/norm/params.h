@@ -15,18 +15,19 @@ constexpr int norm_slots(bool quantizes, bool has_mean, bool wide_weight) {
   return quantizes && !has_mean && !wide_weight ? 4 : kRowSlots;
 }
 
+// What the first loads wait for comes first: constants are fetched in lines of 64 bytes.
 struct NormParams {
-  const void* input;   // [num_outer, num_inner, hidden], T
-  void* residual;      // the same, T; overwritten with residual + input; null but for a fused add
-  void* output;        // [num_outer, num_inner, hidden], T or 8-bit numbers
-  const void* weight;  // [hidden], W, contiguous
-  const void* bias;    // [hidden], W, contiguous; null but for layernorm
+  RowShape shape;
+  const void* input;  // [num_outer, num_inner, hidden], T
   RowStrides input_strides;
+  const void* weight;  // [hidden], W, contiguous
+  void* residual;      // as input, T; overwritten with residual + input; null but for a fused add
   RowStrides residual_strides;
+  const void* bias;  // [hidden], W, contiguous; null but for layernorm
+  void* output;      // as input, T or 8-bit numbers
   RowStrides output_strides;
   QuantScale scale;  // of 8-bit outputs
-  RowShape shape;
-  float length;  // hidden, the divisor of means
+  float length;      // hidden, the divisor of means
   float eps;
   float weight_offset;  // added to the weights; -0, which changes no weight, or 1
 };

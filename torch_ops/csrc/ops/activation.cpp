@@ -115,16 +115,16 @@ void run_gated(const AccessKernels& kernels, const Arg& input, const Arg& out,
   const int vec_size = access_width({&input, &out}, {hidden});
   const GatedPlan plan = gated_plan(rows.num_rows, hidden, vec_size);
   const GatedParams params{.input = input.tensor.const_data_ptr(),
-                           .output = out.tensor.mutable_data_ptr(),
-                           .input_strides = {rows.outer_stride, rows.inner_stride},
-                           .output_strides = {out_rows.outer_stride, out_rows.inner_stride},
-                           .scale = scale,
-                           .hidden = hidden,
+                           .hidden = static_cast<uint32>(hidden),
                            .num_rows = static_cast<uint32>(rows.num_rows),
                            .rows_per_range = plan.rows_per_range,
                            .vecs_per_range = plan.vecs_per_range,
                            .vecs_per_row = make_divider(static_cast<uint32>(hidden / vec_size)),
-                           .num_inner = make_divider(static_cast<uint32>(rows.num_inner))};
+                           .num_inner = make_divider(static_cast<uint32>(rows.num_inner)),
+                           .input_strides = {rows.outer_stride, rows.inner_stride},
+                           .output_strides = {out_rows.outer_stride, out_rows.inner_stride},
+                           .output = out.tensor.mutable_data_ptr(),
+                           .scale = scale};
   launch(kernels.of(input.tensor.scalar_type(), vec_size), gpu,
          {.grid_x = plan.grid_x, .grid_y = plan.grid_y, .block = kGatedThreads, .pdl = pdl},
          &params);
