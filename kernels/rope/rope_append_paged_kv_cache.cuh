@@ -14,6 +14,7 @@
 #pragma once
 
 #include "common/arch.cuh"
+#include "common/opaque.cuh"
 #include "common/paging.cuh"
 #include "common/pdl.cuh"
 #include "common/reduce.cuh"
@@ -171,13 +172,13 @@ struct Turn {
   const void* weight;  // [head_dim]; null: no norm
   float2* table;       // the warp's, [kRopeAppendMaxPairs]
   float* weights;      // the warp's, [kRopeAppendMaxHeadDim]
+  uint32 lane;
   Unit units[kUnits];
-  float2 angles[kUnits][kVec];
   NormWeights<T, kVec> loaded;
 
   __device__ __forceinline__ Turn(const RopeAppendParams& params, const void* weight, uint32 lane,
                                   float2* table, float* weights)
-      : params(params), weight(weight), table(table), weights(weights) {
+      : params(params), weight(weight), table(table), weights(weights), lane(lane) {
     const RopeAppendShape& shape = params.shape;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
@@ -190,7 +191,7 @@ struct Turn {
   }
 
   // By all lanes of the warp, when the loads of their heads are on their way.
-  __device__ __forceinline__ void prepare(const uint64* turns, int64 position, uint32 lane) {
+  __device__ __forceinline__ void prepare(const uint64* turns, int64 position) {
     const RopeAppendShape& shape = params.shape;
     fill_angles<Lanes>(table, shape.num_pairs, shape.turning_units, [&](uint32 pair) {
       return params.cache.values ? cos_sin(params.cache, position, pair)
@@ -198,14 +199,6 @@ struct Turn {
     });
     if (weight != nullptr) loaded.store(params.norm, weights);
     __syncwarp();
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      const uint32 idx = lane + u * shape.team_size;
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        if (units[u].turns) angles[u][i] = table[i * shape.qk_units.num_turning + idx];
-      }
-    }
   }
 
   // Of several heads, by all lanes of the warp; unused without a norm.
@@ -229,12 +222,22 @@ struct Turn {
         scale_by_weights(x, norm, units[u].count > 0 ? units[u].first : 0);
         scale_by_weights(y, norm, units[u].count > 1 ? units[u].second : 0);
       }
-      if (units[u].turns) Lanes::rotate(x, y, angles[u]);
+      if (units[u].turns) rotate(u, x, y);
       if constexpr (sizeof(T) != sizeof(To)) {
         Part::scale_by(x, scale);
         Part::scale_by(y, scale);
       }
     });
+  }
+
+  // Why opaque: each head reads the angles anew, for they have no registers.
+  __device__ __forceinline__ void rotate(int u, float (&x)[kVec], float (&y)[kVec]) const {
+    const RopeAppendShape& shape = params.shape;
+    const float2* own = table + opaque(static_cast<int>(lane + u * shape.team_size));
+    float2 angles[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) angles[i] = own[i * shape.qk_units.num_turning];
+    Lanes::rotate(x, y, angles);
   }
 
   __device__ __forceinline__ void scale_by_weights(float (&x)[kVec], float norm,
@@ -278,7 +281,7 @@ __device__ __forceinline__ void rotate_queries(const RopeAppendParams& params,
   turn.load_weights();
   turns.fill(params.frequencies, shape.num_pairs);
   __syncthreads();
-  turn.prepare(turns.values, angle_position, at.lane);
+  turn.prepare(turns.values, angle_position);
   pdl_launch_dependents();
   float norms[kHeads];
   turn.norms_of(norms, parts);
@@ -328,24 +331,26 @@ __device__ __forceinline__ void append_keys_and_values(const RopeAppendParams& p
   turns.fill(params.frequencies, shape.num_pairs);
   __syncthreads();
   const PageEntry entry = page_entry_of(params.table, request, position);
-  turn.prepare(turns.values, angle_position, at.lane);
+  turn.prepare(turns.values, angle_position);
   const TokenPlace place = place_of(params.table, entry);
   pdl_launch_dependents();
 
-  // All but the stores while the page is looked up.
-  float norms[kHeads];
-  turn.norms_of(norms, k_parts);
+  // All but the stores while the page is looked up. Values first: of fewer bits they take fewer
+  // registers.
   HeadPart<KV, kVec> k_results[kHeads], v_results[kHeads];
+  const auto scale_of = [&](const CacheSide& side, int i) {
+    const uint32 head = begin + at.row + i * at.heads_at_once;
+    return sizeof(KV) != sizeof(T) && head < end ? inverse_scale_of(side, head) : 1.0f;
+  };
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
-    const uint32 head = begin + at.row + i * at.heads_at_once;
-    float k_scale = 1.0f, v_scale = 1.0f;
-    if (sizeof(KV) != sizeof(T) && head < end) {
-      k_scale = inverse_scale_of(params.k, head);
-      v_scale = inverse_scale_of(params.v, head);
-    }
-    k_results[i] = turn.template apply<KV>(k_parts[i], norms[i], k_scale);
-    v_results[i] = v_parts[i].template scaled<KV>(v_scale);
+    v_results[i] = v_parts[i].template scaled<KV>(scale_of(params.v, i));
+  }
+  float norms[kHeads];
+  turn.norms_of(norms, k_parts);
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    k_results[i] = turn.template apply<KV>(k_parts[i], norms[i], scale_of(params.k, i));
   }
   KV* k_target =
       static_cast<KV*>(params.k.target) + params.k.target_strides.offset(place.page, place.slot, 0);
@@ -360,10 +365,10 @@ __device__ __forceinline__ void append_keys_and_values(const RopeAppendParams& p
   }
 }
 
-// Blocks an SM. Why so many: ptxas left alone takes a few more registers than 20 warps have. With
-// fewer than that it spills where it converts, and before sm_90.
+// Blocks an SM. Why so many: the more warps, the shorter their waits; with more ptxas spills, and
+// before sm_90 it does so earlier.
 template <class T, class KV>
-inline constexpr int kRopeAppendBlocks = kSm >= 90 && sizeof(T) == sizeof(KV) ? 10 : 8;
+inline constexpr int kRopeAppendBlocks = kSm >= 90 ? 12 : 8;
 
 template <class T, class KV, int kVec, class Pairing>
 __global__ void __launch_bounds__(kRopeAppendWarps * 32, (kRopeAppendBlocks<T, KV>))
