@@ -108,7 +108,7 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
   bool valid[kRows];
   typename Row::Fetched fetched[kRows][kHeld];
   Columns columns[kHeld];
-  constexpr bool kHoldsColumns = kWhole || kRows > 1 || Columns::kHeld;
+  constexpr bool kHoldsColumns = Columns::kHeld || ((kWhole || kRows > 1) && kHeld <= kRowSlots);
   const auto has = [&](int i, int j) {
     return (kWhole && j == 0) || (valid[i] && team.rank + j * team.size < num_vecs);
   };
@@ -323,8 +323,8 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
                   });
 }
 
-// kSlots: as row_plan() was told.
-template <class Pass, int kSlots = kRowSlots, class Params>
+// kSlots: as row_plan() was told. kIsLong: only rows that take a block.
+template <class Pass, int kSlots = kRowSlots, bool kIsLong = false, class Params>
 __device__ __forceinline__ void run_pass(const Params& params) {
   pdl_wait();
   const RowShape& shape = params.shape;
@@ -333,7 +333,7 @@ __device__ __forceinline__ void run_pass(const Params& params) {
     run_team<Pass, 1, kSlots, true>(params, {size, threadIdx.x, blockIdx.x, 0});
     return;
   }
-  if (shape.num_vecs <= kWarpSize) {
+  if (!kIsLong && shape.num_vecs <= kWarpSize) {
     const uint32 log2_size = 31 - __clz(size);
     const uint32 num_teams = blockDim.x >> log2_size;
     const uint32 team_idx = threadIdx.x >> log2_size;
@@ -342,7 +342,7 @@ __device__ __forceinline__ void run_pass(const Params& params) {
         {size, threadIdx.x & (size - 1), blockIdx.x * num_teams * kRowSlots + team_idx, num_teams});
     return;
   }
-  const bool in_warp = size == kWarpSize;
+  const bool in_warp = !kIsLong && size == kWarpSize;
   const uint32 row_idx = in_warp ? (blockIdx.x * blockDim.x + threadIdx.x) / kWarpSize : blockIdx.x;
   // Whole warps only, and never in a block that synchronises.
   if (row_idx >= shape.num_rows) return;

@@ -17,4 +17,12 @@ __global__ void __maxnreg__((kLayernormRegisters<T, W, Q>))
   run_pass<NormPass<InputRow<T, kVec>, WeightAndBias<W, kVec>, Q, kVec>, kSlots>(params);
 }
 
+// The same for rows of more than kLongRowVecs vectors.
+template <class T, class W, int kVec>
+__global__ void __maxnreg__((kLongLayernormRegisters<T, W>))
+    layernorm_long(const __grid_constant__ NormParams params) {
+  run_pass<NormPass<InputRow<T, kVec>, WeightAndBias<W, kVec>, T, kVec>, kLongRowSlots, true>(
+      params);
+}
+
 }  // namespace ridgeline

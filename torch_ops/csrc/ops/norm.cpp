@@ -36,6 +36,7 @@ struct NormOp {
 constexpr const char* kRmsnorm = "norm/rmsnorm.cuh:rmsnorm";
 constexpr const char* kFusedAdd = "norm/fused_add_rmsnorm.cuh:fused_add_rmsnorm";
 constexpr const char* kLayernorm = "norm/layernorm.cuh:layernorm";
+constexpr const char* kLongLayernorm = "norm/layernorm.cuh:layernorm_long";
 constexpr std::array kNormOps = {
     NormOp{"rmsnorm", kRmsnorm, false},
     NormOp{"gemma_rmsnorm", kRmsnorm, false},
@@ -95,6 +96,12 @@ const NormEntry& layernorm_entry() {
   return entry;
 }
 
+// Of long rows, for outputs of the input's type.
+const NormKernels& long_layernorm_kernels() {
+  static const NormKernels kernels(kLongLayernorm, nullptr);
+  return kernels;
+}
+
 std::vector<Row> norm_rows() {
   std::vector<Row> rows;
   const auto add = [&](const NormOp& op, const char* quant) {
@@ -105,6 +112,7 @@ std::vector<Row> norm_rows() {
   for (const NormOp& op : kNormOps) {
     if (!op.quantizes) {
       add(op, nullptr);
+      if (op.entry == kLayernorm) add({op.op, kLongLayernorm, false}, nullptr);
     } else {
       for (const Dtype dtype : kQuantDtypes) add(op, device_type(dtype));
     }
@@ -208,9 +216,12 @@ void run(const NormEntry& entry, const Norm& norm) {
   const Tensor& input = norm.input.tensor;
   const int vec_size =
       access_width({&norm.input, &norm.out, &norm.weight, norm.residual, norm.bias}, {hidden});
-  const RowPlan plan = row_plan(hidden, vec_size,
-                                norm_slots(norm.out.dtype != norm.input.dtype, norm.bias != nullptr,
-                                           norm.weight.dtype != norm.input.dtype));
+  const bool quantizes = norm.out.dtype != norm.input.dtype, has_mean = norm.bias != nullptr;
+  const bool is_long = has_mean && !quantizes && hidden / vec_size > kLongRowVecs;
+  const int slots = is_long
+                        ? kLongRowSlots
+                        : norm_slots(quantizes, has_mean, norm.weight.dtype != norm.input.dtype);
+  const RowPlan plan = row_plan(hidden, vec_size, slots);
   const NormParams params{
       .shape = {static_cast<uint32>(num_rows), static_cast<uint32>(hidden / vec_size),
                 plan.threads_per_row, make_divider(static_cast<uint32>(num_inner))},
@@ -229,7 +240,8 @@ void run(const NormEntry& entry, const Norm& norm) {
   const unsigned blocks =
       static_cast<unsigned>((num_rows + plan.rows_per_block - 1) / plan.rows_per_block);
   const Device& gpu = device(input.get_device_index());
-  launch(entry.of(norm.out.dtype).of(norm.input.dtype, norm.weight.dtype, vec_size), gpu,
+  const NormKernels& kernels = is_long ? long_layernorm_kernels() : entry.of(norm.out.dtype);
+  launch(kernels.of(norm.input.dtype, norm.weight.dtype, vec_size), gpu,
          {.grid_x = blocks, .block = plan.block, .pdl = checked_pdl(op, gpu, norm.enable_pdl)},
          &params);
 }
