@@ -11,8 +11,10 @@
 //     fetch(vec_idx) -> Fetched: issues the loads of a vector and does nothing else;
 //     take(fetched, vec_idx): the vector (a fused add stores the residual here);
 //     reload(vec_idx): the same vector again;
-// - Columns(params, vec_idx): what is the same for all rows, such as weights; loaded with the row,
-//   but those of long rows, without kHeld, where they are used, after prefetch(params, vec_idx);
+// - Columns(params, vec_idx): what is the same for all rows, such as weights; loaded with the row
+// if
+//   kHeld or where a thread keeps few vectors, else where they are used, after prefetch(params,
+//   vec_idx);
 // - kMoments: what the transformation needs to know of the whole row;
 // - transform(params, moments, columns, values): what is stored, but for its scale;
 // - weigh(params, columns, values), of kRootMeanSquare alone: the same but for the inverse root;

@@ -132,7 +132,7 @@ inline constexpr int kLayernormRegisters = kSm < 80 || kIsWide<T, W, Q> ? 64
                                            : kThreadsOfSm < 2048        ? 48
                                                                         : 40;
 template <class T, class W>
-inline constexpr int kLongLayernormRegisters = kSm<80 || sizeof(W)> sizeof(T) ? 64 : 48;
+inline constexpr int kLongLayernormRegisters = kSm < 80 || kIsWide<T, W, T> ? 64 : 48;
 template <class T, class W, class Q>
 inline constexpr int kFusedAddRegisters = sizeof(Q) == 1 && sizeof(W) == sizeof(T) ? 96
                                           : kSm < 80 || kIsWide<T, W, Q>           ? 64
