@@ -36,7 +36,7 @@ struct RopeHeadPointers {
 };
 
 template <class T, int kVec, class Pairing, class Positions, class Angles>
-__global__ void __launch_bounds__(kRopeWarps * 32, 6)
+__global__ void __launch_bounds__(kRopeWarps * 32, 5)
     apply_rope(const __grid_constant__ RopeParams<Positions, Angles> params) {
   using Lanes = typename Pairing::template Lanes<kVec>;
   constexpr bool kHasTable = sizeof(Angles) == sizeof(CosSinCache);
