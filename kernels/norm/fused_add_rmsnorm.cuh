@@ -12,8 +12,7 @@ namespace ridgeline {
 template <class T, class W, int kVec, class Q = T>
 __global__ void __maxnreg__((kFusedAddRegisters<T, W, Q>))
     fused_add_rmsnorm(const __grid_constant__ NormParams params) {
-  constexpr int kSlots = norm_slots(sizeof(Q) == 1, false, sizeof(W) > sizeof(T));
-  run_pass<NormPass<SumRow<T, kVec>, Weight<W, kVec>, Q, kVec>, kSlots>(params);
+  run_pass<NormPass<SumRow<T, kVec>, Weight<W, kVec>, Q, kVec>>(params);
 }
 
 }  // namespace ridgeline

@@ -13,8 +13,7 @@ namespace ridgeline {
 template <class T, class W, int kVec, class Q = T>
 __global__ void __maxnreg__((kLayernormRegisters<T, W, Q>))
     layernorm(const __grid_constant__ NormParams params) {
-  constexpr int kSlots = norm_slots(sizeof(Q) == 1, true, sizeof(W) > sizeof(T));
-  run_pass<NormPass<InputRow<T, kVec>, WeightAndBias<W, kVec>, Q, kVec>, kSlots>(params);
+  run_pass<NormPass<InputRow<T, kVec>, WeightAndBias<W, kVec>, Q, kVec>>(params);
 }
 
 // The same for rows of more than kLongRowVecs vectors.

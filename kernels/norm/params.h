@@ -8,13 +8,13 @@
 
 namespace ridgeline {
 
-// Vectors of a row that a thread keeps (row_plan.h). Why four with 8-bit outputs, where there are
-// registers for them, and for layernorm's long rows: blocks are half as large, so that more of them
-// overlap. Measured on an H200: per-token scales of 16,384 rows of 4096 51 us, with two 58, but 64
-// rows or fewer 0.1 us more; layernorm of 4096 rows of 8192 35 us, with two 40, but one row of 4096
-// 0.3 us more.
-constexpr int norm_slots(bool quantizes, bool has_mean, bool wide_weight) {
-  return quantizes && !has_mean && !wide_weight ? 4 : kRowSlots;
+// Vectors of a row that a thread keeps (row_plan.h). Why four in rmsnorm with 8-bit outputs, whose
+// blocks of 1024 threads have registers for them, and for layernorm's long rows: blocks are half as
+// large, so that more of them overlap. Measured on an H200: per-token scales of 16,384 rows of 4096
+// 51 us, with two 58, but 64 rows or fewer 0.1 us more; layernorm of 4096 rows of 8192 35 us, with
+// two 40, but one row of 4096 0.3 us more.
+constexpr int rmsnorm_slots(bool quantizes, bool wide_weight) {
+  return quantizes && !wide_weight ? 4 : kRowSlots;
 }
 constexpr int kLongRowSlots = 4;
 constexpr int64 kLongRowVecs = 512;  // longer ones are long

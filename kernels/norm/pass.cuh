@@ -134,9 +134,7 @@ inline constexpr int kLayernormRegisters = kSm < 80 || kIsWide<T, W, Q> ? 64
 template <class T, class W>
 inline constexpr int kLongLayernormRegisters = kSm < 80 || kIsWide<T, W, T> ? 64 : 48;
 template <class T, class W, class Q>
-inline constexpr int kFusedAddRegisters = sizeof(Q) == 1 && sizeof(W) == sizeof(T) ? 96
-                                          : kSm < 80 || kIsWide<T, W, Q>           ? 64
-                                                                                   : 48;
+inline constexpr int kFusedAddRegisters = kSm < 80 || kIsWide<T, W, Q> ? 64 : 48;
 
 // Q: what is stored, of T's own type or of 8 bits.
 template <class R, class Affine, class Q, int kElements>

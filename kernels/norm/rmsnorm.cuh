@@ -15,7 +15,7 @@ namespace ridgeline {
 template <class T, class W, int kVec, class Q = T>
 __global__ void __maxnreg__((kRmsnormRegisters<T, W, Q>))
     rmsnorm(const __grid_constant__ NormParams params) {
-  constexpr int kSlots = norm_slots(sizeof(Q) == 1, false, sizeof(W) > sizeof(T));
+  constexpr int kSlots = rmsnorm_slots(sizeof(Q) == 1, sizeof(W) > sizeof(T));
   run_pass<NormPass<InputRow<T, kVec>, Weight<W, kVec>, Q, kVec>, kSlots>(params);
 }
 

@@ -218,9 +218,10 @@ void run(const NormEntry& entry, const Norm& norm) {
       access_width({&norm.input, &norm.out, &norm.weight, norm.residual, norm.bias}, {hidden});
   const bool quantizes = norm.out.dtype != norm.input.dtype, has_mean = norm.bias != nullptr;
   const bool is_long = has_mean && !quantizes && hidden / vec_size > kLongRowVecs;
-  const int slots = is_long
-                        ? kLongRowSlots
-                        : norm_slots(quantizes, has_mean, norm.weight.dtype != norm.input.dtype);
+  const bool is_rmsnorm = !has_mean && norm.residual == nullptr;
+  const int slots = is_long      ? kLongRowSlots
+                    : is_rmsnorm ? rmsnorm_slots(quantizes, norm.weight.dtype != norm.input.dtype)
+                                 : kRowSlots;
   const RowPlan plan = row_plan(hidden, vec_size, slots);
   const NormParams params{
       .shape = {static_cast<uint32>(num_rows), static_cast<uint32>(hidden / vec_size),
