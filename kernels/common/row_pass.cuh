@@ -215,9 +215,11 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
   Moments moments[kRows] = {};
   float total[kRows] = {}, largest[kRows] = {};
   const auto find_inverse_roots = [&] {
+    if constexpr (Pass::kMoments != MomentsOf::kNothing) {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      moments[i].inverse_root = rsqrtf(__fdividef(total[i], params.length) + params.eps);
+      for (int i = 0; i < kRows; ++i) {
+        moments[i].inverse_root = rsqrtf(__fdividef(total[i], params.length) + params.eps);
+      }
     }
   };
 
