@@ -406,9 +406,11 @@ def test_graphs_schedule_for_the_lengths_they_find(rng: torch.Generator) -> None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = run()
-    for last_page_len in (1, 3):
-        for tensor in (tree.levels[0][3], table[2]):
-            tensor.fill_(last_page_len)
+    changed = (tree.levels[0][3], table[2])
+    planned = [tensor.clone() for tensor in changed]
+    for lens in ([torch.ones_like(tensor) for tensor in changed], planned):
+        for tensor, values in zip(changed, lens, strict=True):
+            tensor.copy_(values)
         for result in results:
             result.fill_(torch.nan)
         graph.replay()
