@@ -164,7 +164,7 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
       joins = joins_next<Traits>(batch, items, current, assignment, cuts);
     }
     const QueryFragments<Traits> query(
-        down_first_lane_address<Traits::kQueryRowBytes>(query_address));
+        down_first_lane_address<Traits::kQueryRowBytes>(query_address, loader));
     RowState<Traits> state;
     __syncthreads();
     const bool goes_on = joins;
@@ -188,9 +188,9 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
         __syncwarp();
       }
       Logits<Traits> logits;
-      multiply_keys<Traits>(
-          logits, query,
-          right_first_lane_address<Traits::kKeyRowBytes>(key_address + stage * Traits::kKeyBytes));
+      multiply_keys<Traits>(logits, query,
+                            right_first_lane_address<Traits::kKeyRowBytes>(
+                                key_address + stage * Traits::kKeyBytes, loader));
 
       float offset[Traits::kMFrags][2];
       bool moves = find_offsets<Traits>(offset, state, logits, scale);
@@ -218,7 +218,7 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
       start_keys(loads, answer, stage);
       multiply_values<Traits>(state, exponentials, logits, offset, scale,
                               down_first_lane_address<Traits::kValueRowBytes>(
-                                  value_address + stage * Traits::kValueBytes));
+                                  value_address + stage * Traits::kValueBytes, loader));
       stage = stage == kStages - 1 ? 0 : stage + 1;
       step_key += Traits::kKvTile;
     }
