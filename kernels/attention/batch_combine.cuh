@@ -57,7 +57,10 @@ __device__ __forceinline__ void combine_segments(const BatchAttentionParams (&se
   const int num_tiles =
       header.tag == params.tag ? max(0, min(header.num_cut_tiles, params.max_cut_tiles)) : 0;
   const int num_rows = num_tiles * int(params.team_size.divisor * params.slot_rows.divisor);
-  RowSearch search = {false, warp_idx, num_warps};
+  // Why from the last warp on, where CTAs have rows too: a CTA with both kinds takes twice as long,
+  // and the first CTAs start first.
+  const bool has_both = header.most_pieces > kPartsOfGroup;
+  RowSearch search = {false, has_both ? num_warps - 1 - warp_idx : warp_idx, num_warps};
   // Of the row that was found.
   RowTarget target;
   CutRow parts;
@@ -73,7 +76,7 @@ __device__ __forceinline__ void combine_segments(const BatchAttentionParams (&se
   const auto find = [&] {
     while (search.wanted == 0) {
       if (search.base >= num_rows) {
-        if (search.together || header.most_pieces <= kPartsOfGroup) return false;
+        if (search.together || !has_both) return false;
         search = {true, int(blockIdx.x), int(gridDim.x)};
         continue;
       }
@@ -96,9 +99,8 @@ __device__ __forceinline__ void combine_segments(const BatchAttentionParams (&se
 #pragma unroll 1
     for (int first = 0; first < attention.head_dim_vo; first += kColumnsOfWarp) {
       const int column = first + lane_column();
-      const RowSums sums = search.together
-                               ? add_parts_together(attention, parts, column, scale, of_warps)
-                               : add_parts<1>(attention, parts, column, scale);
+      const RowSums sums =
+          combine_parts(attention, parts, column, scale, search.together, of_warps);
       if (!search.together || warp == 0) store_sums<T>(attention, target, column, sums, scale);
     }
   }
