@@ -72,7 +72,8 @@ def options() -> list[Batch]:
         for causal in (False, True):
             for window in (-1, 0, 1, 16, 63, 1000):
                 batches.append(base.with_(causal=causal, window_left=window))
-        batches.append(base.with_(logits_soft_cap=20.0))
+        for cap in (1e-6, 0.5, 4.0, 20.0):
+            batches.append(base.with_(logits_soft_cap=cap))
         batches.append(base.with_(rope=(1.0, 1e4)))
         batches.append(base.with_(rope=(8.0, 5e5), head_dims=(128, 128), form="ragged"))
         batches.append(base.with_(rope=(2.0, 1e4), logits_soft_cap=20.0, window_left=50))
