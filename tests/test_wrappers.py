@@ -219,7 +219,7 @@ def test_a_capture_has_a_list_of_its_own(
     wrapper._on_gpu = True
     state: dict[str, Any] = {"capture": None}
     for module in (_wrapper, _work_lists):
-        monkeypatch.setattr(module, "is_capturing", lambda: state["capture"] is not None)
+        monkeypatch.setattr(module, "is_capturing", lambda _: state["capture"] is not None)
     monkeypatch.setattr(_work_lists, "current_capture", lambda _: state["capture"])
     made = counted(wrapper)
 

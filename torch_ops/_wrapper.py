@@ -95,6 +95,7 @@ class Wrapper(OlderVerbs):
         # Why not with buffers: the graph that reads them contains its own schedule.
         self._schedules_in_plan = not self._use_cuda_graph
         self._on_gpu = False
+        self._gpu = 0  # its number, where it is on one
         self._index: Index | None = None
         self._options = Options(0, -1, None, None)
         self._problem: Problem = ()
@@ -197,6 +198,7 @@ class Wrapper(OlderVerbs):
             device = torch.device("cuda", torch.cuda.current_device())
         self._device = device
         self._on_gpu = device.type == "cuda"
+        self._gpu = device.index or 0
         return device
 
     def _check_index(
@@ -256,7 +258,7 @@ class Wrapper(OlderVerbs):
             else:
                 key = (q.shape[0], options.flags, options.window_left)
                 # Why looked at here: a call costs 0.1 us, and most runs find their list.
-                if not (self._on_gpu and is_capturing()):
+                if not (self._on_gpu and is_capturing(self._gpu)):
                     schedule = self._lists.eager.get(key)
                 if schedule is None:
                     schedule = self._list_for(key)
@@ -370,7 +372,7 @@ class Wrapper(OlderVerbs):
             expected = f"dtype {self._q_dtype}, the q_data_type of plan"
             way_out = f"Pass q_data_type={q.dtype} to plan."
             raise TypeError(_check.message(where, "q", expected, q.dtype, way_out))
-        if is_compiling() or (self._on_gpu and is_capturing()):
+        if is_compiling() or (self._on_gpu and is_capturing(self._gpu)):
             way_out = "Run once eagerly first, or plan without validate=True."
             _check.fail(where, "validate", "False inside a graph", True, way_out)
         assert self._index is not None
