@@ -118,7 +118,7 @@ def rope_append_paged_kv_cache(
     tensor([[-0.8415,  0.5403],
             [ 1.0000,  1.0000]])
     """
-    k_cache, v_cache = _paged.split(_OP, "paged_kv_cache", paged_kv_cache)
+    k_cache, v_cache = _paged.split_traced(_OP, "paged_kv_cache", paged_kv_cache)
     refuse_grad(_OP, q, k, v, k_cache, v_cache, q_weight, k_weight, cos_sin_cache, q_out)
     flags = _paged.layout_code(_OP, kv_layout) | (_INTERLEAVE if interleave else 0)
     if q_out is None:
@@ -188,6 +188,7 @@ def _cpu(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> None:
+    k_cache, v_cache = _paged.halves(k_cache, v_cache)
     k_pool = _paged.checked_pool(_OP, "k_cache", k_cache, flags & _HND)
     v_pool = _paged.checked_pool(_OP, "v_cache", v_cache, flags & _HND)
     sides = (
