@@ -12,6 +12,8 @@ from ._ops import find_eager_op, find_op, refuse_grad
 
 NARROW = find_op("attention")
 NARROW_EAGER = find_eager_op("attention")
+PLAIN = find_op("attention_plain")
+PLAIN_EAGER = find_eager_op("attention_plain")
 SCHEDULE = find_op("attention_schedule")
 _LSE = find_op("attention_lse")
 _FULL = find_op("attention_full")
@@ -31,6 +33,8 @@ LogitOptions = tuple[float, int, float, float, bool]
 
 _DEFAULTS: Problem = (None, None, None, 0, -1, -1, None, None, None)
 _NO_LOGIT_OPTIONS: LogitOptions = (0.0, 0, 1.0, 1e4, False)
+# So many of a problem's arguments have a place in the plain op.
+PLAIN_LENGTH = 4
 LOG2_E = math.log2(math.e)
 
 

@@ -19,6 +19,8 @@ from ._batch_attention_cpu import BATCH_INVARIANT, CAUSAL, HND, validate_content
 from ._batch_ops import (
     NARROW,
     NARROW_EAGER,
+    PLAIN_EAGER,
+    PLAIN_LENGTH,
     POS_ENCODING_MODES,
     SCHEDULE,
     LogitOptions,
@@ -268,7 +270,10 @@ class Wrapper(OlderVerbs):
             one_of(self._where("run"), "lse_layout", lse_layout, ("NH", "HN"))
         try:
             if out is None and lse is None and not return_lse and options.logits is None:
-                op = NARROW if compiling else NARROW_EAGER
+                if compiling:
+                    op = NARROW
+                else:
+                    op = PLAIN_EAGER if len(problem) <= PLAIN_LENGTH - 2 else NARROW_EAGER
                 result: Tensor = op(q, k, v, index[2], schedule, *problem)  # type: ignore[index]
                 return result
             return attend(

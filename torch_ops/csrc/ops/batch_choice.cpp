@@ -169,7 +169,7 @@ Choice choose_batch(const std::string& op, const Config& config, int sm) {
           {}};
 }
 
-void add_rows(std::vector<Row>& rows, const char* op, int dims, int kernel, int variant) {
+void add_rows(std::vector<Row>& rows, const std::string& op, int dims, int kernel, int variant) {
   for (const bool paged : {true, false}) {
     for (const bool bf16 : {false, true}) {
       if (bf16 && variant >= 2) continue;
@@ -240,12 +240,12 @@ std::vector<Row> batch_rows() {
                     .why = tall ? "lengths to a balanced work list, tiles of any height"
                                 : "the same for tiles of 16 rows"});
   }
-  for (const char* op : {"attention", "attention_lse", "attention_full", "attention_out"}) {
+  for (const std::string op :
+       {"attention", "attention_plain", "attention_lse", "attention_full", "attention_out"}) {
     for (int dims = 0; dims < kNumBatchDims; ++dims) {
       for (int kernel = 0; kernel < kNumBatchKernels; ++kernel) {
         for (int variant = 0; variant < kNumBatchVariants; ++variant) {
-          if (variant == 0 ||
-              (std::string(op) != "attention" && std::string(op) != "attention_lse")) {
+          if (variant == 0 || op == "attention_full" || op == "attention_out") {
             add_rows(rows, op, dims, kernel, variant);
           }
         }
@@ -262,8 +262,9 @@ std::vector<Row> batch_rows() {
   return rows;
 }
 
-const RegisterFamily family({{"attention", "attention_lse", "attention_full", "attention_out",
-                              "attention_schedule", "attention_pair", "attention_pair_schedule"},
+const RegisterFamily family({{"attention", "attention_plain", "attention_lse", "attention_full",
+                              "attention_out", "attention_schedule", "attention_pair",
+                              "attention_pair_schedule"},
                              batch_rows,
                              choose_batch});
 
