@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from . import _check
-from ._ops import is_compiling
 
 KV_LAYOUTS = {"NHD": 0, "HND": 1}
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -28,47 +27,34 @@ def layout_code(op: str, kv_layout: str) -> int:
     return code
 
 
-def split(op: str, arg: str, cache: PagedCache) -> tuple[Tensor, Tensor]:
-    """Keys and values of a pool: the tuple as it is, or two views of the 5-D tensor."""
+def split(op: str, arg: str, cache: PagedCache, *, as_views: bool = True) -> tuple[Tensor, Tensor]:
+    """Keys and values of a pool: the tuple as it is, or two views of the 5-D tensor.
+
+    Without `as_views` that tensor twice, for ops that find the `halves` themselves: views cost the
+    host 3 us. Within a graph torch keeps apart what an op writes, and needs them.
+    """
     if isinstance(cache, Tensor):
-        _check_stacked(op, arg, cache)
+        shape = cache.shape
+        if len(shape) != 5 or shape[1] != 2:
+            expected = "a (k, v) tuple or a tensor of 5 dimensions, the second of size 2 (k, v)"
+            way_out = "Stack keys and values in dimension 1, or pass them as a tuple."
+            _check.fail(op, arg, expected, f"shape {list(shape)}", way_out)
+        if not as_views:
+            return cache, cache
         # Why unbind: two views of one call take half the time of two calls.
         keys, values = cache.unbind(1)
         return keys, values
-    return _pair(op, arg, cache)
-
-
-def split_traced(op: str, arg: str, cache: PagedCache) -> tuple[Tensor, Tensor]:
-    """The same for ops that take the 5-D tensor for both: two views cost 3 us more than none.
-
-    Within a graph they are views: torch keeps apart what an op writes.
-    """
-    if isinstance(cache, Tensor) and not is_compiling():
-        _check_stacked(op, arg, cache)
-        return cache, cache
-    return split(op, arg, cache)
-
-
-def halves(k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """What `split_traced` left together, as two views."""
-    keys = k_cache.select(1, 0) if k_cache.dim() == 5 else k_cache
-    values = v_cache.select(1, 1) if v_cache.dim() == 5 else v_cache
-    return keys, values
-
-
-def _check_stacked(op: str, arg: str, cache: Tensor) -> None:
-    shape = cache.shape  # each look at it costs 0.1 us
-    if len(shape) != 5 or shape[1] != 2:
-        expected = "a (k, v) tuple or a tensor of 5 dimensions, the second of size 2 (k, v)"
-        way_out = "Stack keys and values in dimension 1, or pass them as a tuple."
-        _check.fail(op, arg, expected, f"shape {list(shape)}", way_out)
-
-
-def _pair(op: str, arg: str, cache: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     if not isinstance(cache, (tuple, list)) or len(cache) != 2:
         got = f"{len(cache)} of them" if isinstance(cache, (tuple, list)) else type(cache).__name__
         _check.fail(op, arg, "a (k, v) tuple or a 5-D tensor", got, "Pass keys and values.")
     return cache[0], cache[1]
+
+
+def halves(k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as views, where both are one 5-D tensor."""
+    keys = k_cache.select(1, 0) if k_cache.dim() == 5 else k_cache
+    values = v_cache.select(1, 1) if v_cache.dim() == 5 else v_cache
+    return keys, values
 
 
 @dataclass(frozen=True)
