@@ -8,6 +8,7 @@ runs of a plan or of a CUDA-graph capture (`_list_for`), and calls the narrow op
 from __future__ import annotations
 
 from collections.abc import Mapping
+from ctypes import c_float
 from typing import NamedTuple
 
 import torch
@@ -315,8 +316,15 @@ class Wrapper(OlderVerbs):
         qo_indptr, kv_indptr, _, kv_lens = self._index
         lengths = (None, None) if self._on_gpu else (kv_indptr, kv_lens)
         flags, window_left, sm_scale, _ = options
+        if self._on_gpu and sm_scale is not None and self._is_default(sm_scale):
+            sm_scale = None
         problem = (qo_indptr, flags, self._max_q_len, window_left, sm_scale, *lengths)
         return trimmed(None, None, *problem)[2:]
+
+    def _is_default(self, sm_scale: float) -> bool:
+        """Whether a kernel, which takes a float, gets the scale that it has by itself."""
+        default = c_float(self._shape.head_dim_qk**-0.5).value
+        return isinstance(sm_scale, float) and c_float(sm_scale).value == default
 
     def _options_of(
         self,
