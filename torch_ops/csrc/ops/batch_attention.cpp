@@ -1,6 +1,6 @@
-// attention, attention_plain, attention_lse, attention_full, attention_out, attention_schedule: schemas and what
-// they return. Checks: batch_inputs.cpp. Choice of kernel: batch_choice.cpp. Launches:
-// batch_launch.cpp.
+// attention, attention_plain, attention_lse, attention_full, attention_out, attention_schedule:
+// schemas and what they return. Checks: batch_inputs.cpp. Choice of kernel: batch_choice.cpp.
+// Launches: batch_launch.cpp.
 
 #include <array>
 #include <optional>
@@ -179,10 +179,9 @@ static void schemas(Library& m) {
   const std::string plain =
       "Tensor q, Tensor k, Tensor v, Tensor? kv_indices, Tensor? schedule=None, "
       "Tensor? qo_indptr=None, int flags=0";
-  const std::string problem =
-      plain +
-      ", SymInt max_q_len=-1, SymInt window_left=-1, "
-      "float? sm_scale=None, Tensor? kv_indptr=None, Tensor? kv_lens=None";
+  const std::string problem = plain +
+                              ", SymInt max_q_len=-1, SymInt window_left=-1, "
+                              "float? sm_scale=None, Tensor? kv_indptr=None, Tensor? kv_lens=None";
   const std::string options =
       ", float logits_soft_cap=0.0, int pos_encoding_mode=0, float rope_scale=1.0, "
       "float rope_theta=1e4, bool use_fp16_qk_reduction=False";

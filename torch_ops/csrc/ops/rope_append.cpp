@@ -314,7 +314,8 @@ void rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 
 }  // namespace
 
-// A pool of 5 dimensions is both caches. Without a norm its arguments are left out: those with a default cost next to nothing then.
+// A pool of 5 dimensions is both caches. Without a norm its arguments are left out: those with a
+// default cost next to nothing then.
 static void schemas(Library& m) {
   const std::string required =
       "(Tensor q, Tensor k, Tensor v, Tensor batch_indices, Tensor positions, Tensor(a!) k_cache, "
