@@ -15,7 +15,8 @@ NARROW_EAGER = find_eager_op("attention")
 PLAIN = find_op("attention_plain")
 PLAIN_EAGER = find_eager_op("attention_plain")
 SCHEDULE = find_op("attention_schedule")
-_LSE = find_op("attention_lse")
+LSE = find_op("attention_lse")
+LSE_EAGER = find_eager_op("attention_lse")
 _FULL = find_op("attention_full")
 _OUT = find_op("attention_out")
 
@@ -89,7 +90,7 @@ def attend(
         if plain and not wants_lse:
             result = NARROW(*operands, *problem)
             return result
-        result, logs = (_LSE if plain else _FULL)(*operands, *rest)
+        result, logs = (LSE if plain else _FULL)(*operands, *rest)
     else:
         q, _, v = operands
         _check.rank(where, "q", q, 3)

@@ -18,6 +18,8 @@ from . import _check
 from ._attention_cpu import check_values, one_of
 from ._batch_attention_cpu import BATCH_INVARIANT, CAUSAL, HND, validate_contents
 from ._batch_ops import (
+    LSE,
+    LSE_EAGER,
     NARROW,
     NARROW_EAGER,
     PLAIN_EAGER,
@@ -270,12 +272,15 @@ class Wrapper(OlderVerbs):
             one_of(self._where("run"), "lse_base", lse_base, ("ln", "log2"))
             one_of(self._where("run"), "lse_layout", lse_layout, ("NH", "HN"))
         try:
-            if out is None and lse is None and not return_lse and options.logits is None:
+            plain = options.logits is None and lse_base == "ln" and lse_layout == "NH"
+            if plain and out is None and lse is None:
                 if compiling:
-                    op = NARROW
+                    op = LSE if return_lse else NARROW
+                elif return_lse:
+                    op = LSE_EAGER
                 else:
                     op = PLAIN_EAGER if len(problem) <= PLAIN_LENGTH - 2 else NARROW_EAGER
-                result: Tensor = op(q, k, v, index[2], schedule, *problem)  # type: ignore[index]
+                result: Result = op(q, k, v, index[2], schedule, *problem)  # type: ignore[index]
                 return result
             return attend(
                 self._where("run"), (q, k, v), (index[2], schedule, *problem), options.logits,  # type: ignore[index]
