@@ -15,7 +15,7 @@ from ridgeline import compiler
 from torch import Tensor
 
 from . import formulas
-from .session import MAX_DIFFERENCE, Session
+from .session import MAX_DIFFERENCE, Facts, Session
 from .table import Row
 from .timer import Call
 
@@ -282,38 +282,34 @@ def measure_places(
     name: tuple[str, str],
     shapes: Sequence[Shape],
     requests: Requests,
-    expected: Callable[[Batch], dict[str, float]],
+    expected: Callable[[Batch], Facts],
     add_peers: Callable[[Row, str, dict[str, float]], None],
 ) -> list[Row]:
     """A cell, `name` = (op, case), in each form of cache, the first of which torch's kernels know.
 
-    `expected` gives what a batch moves or computes and the predicted time, for `Session.case`.
+    `expected` gives what a batch moves or computes and the predicted time, for `Session.entry`.
     `add_peers` is given the row, whose peers are portable ones and whose `beside` holds the others,
     the form of cache, and the times of torch's kernels.
     """
-    rows: list[Row] = []
-    running: dict[str, float] = {}
     op, case = name
+    entries = []
     for shape in shapes:
         first = shape is shapes[0]
         if not first and not session.wants(f"{op} {case}, {shape.place}"):
             continue
         batch = Batch.of(session, shape, requests, memory)
         work = batch.schedule()
-        row = session.case(
-            op,
-            f"{case}, {shape.place}",
-            partial(batch.attention, work),
-            peers=batch.peers(dense=first),
-            net=False,
-            **expected(batch),
-        )
-        if first:
-            running = {peer: us for peer, us in row.peers.items() if peer in formulas.BACKENDS}
-        note_error(row, batch, batch.attention(work))
+        facts = expected(batch)
+        facts["peers"] = batch.peers(dense=first)
+        call = partial(batch.attention, work)
+        entry = session.entry(op, f"{case}, {shape.place}", call, **facts)
+        note_error(entry.row, batch, batch.attention(work))
+        entries.append((shape.place, entry))
+    rows = session.measure([entry for _, entry in entries])
+    running = {peer: us for peer, us in rows[0].peers.items() if peer in formulas.BACKENDS}
+    for (place, _), row in zip(entries, rows, strict=True):
         measured = running | row.peers
         row.peers = {peer: us for peer, us in measured.items() if peer == "flash"}
         row.beside = {peer: us for peer, us in measured.items() if peer != "flash"}
-        add_peers(row, shape.place, running)
-        rows.append(row)
+        add_peers(row, place, running)
     return rows

@@ -1,13 +1,12 @@
 """Batches as serving has them: cascade, skewed, mixed and chunked ones, the schedule, invariance.
 
 `attention` gets its work list, as all but one layer of a step do, unless a case says otherwise. The
-goals follow from what the same kernels reach in the first two cases.
+goals follow from what the same kernels reach on even batches, measured in turns with them.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .attention_batch import Batch, Requests, Shape, note_error, warm
-from .session import Session
+from .session import Entry, Session
 from .table import Row
 from .timer import Call
 
@@ -33,25 +32,17 @@ SKEWED = [(1, 65536)] + [(1, 512)] * 63
 PODS = [(2048, 64, 4096), (4096, 32, 1024), (8192, 64, 4096)]
 PREFILLS, DECODES = [(1024, 1024)] * 8, [(1, 4096)] * 120
 SCHEDULE_GOAL_US = 5.0
-ROUNDS = 5
-
-
-@dataclass
-class Rates:
-    """What the kernels reach on even batches: microseconds an operation and a byte."""
-
-    prefill: float
-    decode: float
+CHUNKED = "chunked prefill: 512 on 32768"
+CASCADE = "cascade: 256 x (32768 shared + 128)"
+CHUNKED_SHARE, CASCADE_EXCESS, SKEWED_EXCESS = 0.9, 1.15, 1.15
 
 
 def run(session: Session) -> list[Row]:
     warm(session.device, r"bfloat16.*HeadDims<128, 128>.*PagedKv<__nv_bfloat16>, StandardVariant")
-    rows = even(session)
-    prefill, decode = rows
-    rates = Rates(prefill.us / prefill.num_flops, decode.us / decode.num_bytes)
-    for part in (chunked, skewed, cascade):
-        rows += part(session, rates)
-    return [*rows, *pod(session), *mixed(session), *schedules(session), *invariance(session)]
+    rows: list[Row] = []
+    for part in (prefills, decodes, pod, mixed, schedules, invariance):
+        rows += part(session)
+    return rows
 
 
 def small(session: Session, requests: Requests) -> Requests:
@@ -62,40 +53,53 @@ def small(session: Session, requests: Requests) -> Requests:
     return [(min(qo, 3), min(kv, 40 + kind)) for kind, (qo, kv) in enumerate(kinds)]
 
 
-def timed(session: Session, name: str, requests: Requests, shape: Shape = SHAPE) -> Row:
+def entry(session: Session, name: str, requests: Requests, shape: Shape = SHAPE) -> Entry:
     """A batch with its work list given."""
     batch = Batch.of(session, shape, small(session, requests))
     work = batch.schedule()
-    decodes = batch.max_q_len == 1
-    row = session.case(
+    only_decodes = batch.max_q_len == 1
+    found = session.entry(
         name,
         "",
         partial(batch.attention, work),
-        peers={},
-        num_read=batch.num_bytes if decodes else 0.0,
-        num_flops=0.0 if decodes else batch.num_flops,
-        net=False,
+        num_read=batch.num_bytes if only_decodes else 0.0,
+        num_flops=0.0 if only_decodes else batch.num_flops,
     )
-    note_error(row, batch, batch.attention(work))
-    return row
+    note_error(found.row, batch, batch.attention(work))
+    return found
 
 
-def even(session: Session) -> list[Row]:
-    prefill = timed(
-        session, "prefill 2 x 8192, full", [(8192, 8192)] * 2, replace(SHAPE, causal=False)
-    )
-    decode = timed(session, "decode 64 x 16384", [(1, 16384)] * 64)
-    return [prefill, decode]
+def prefills(session: Session) -> list[Row]:
+    """The prefill rate; new tokens on a long cache, and a shared prefix, which have to reach it."""
+    full = replace(SHAPE, causal=False)
+    entries = [entry(session, "prefill 2 x 8192, full", [(8192, 8192)] * 2, full)]
+    if session.wants(CHUNKED):
+        entries.append(entry(session, CHUNKED, [(512, 33280)]))
+    if session.wants(CASCADE):
+        case = Cascade.of(session, *((32, 3, 16) if session.dry_run else (32768, 256, 128)))
+        entries += case.entries(session)
+    rows = session.measure(entries)
+    us_per_flop = rows[0].us / rows[0].num_flops
+    for row in rows:
+        if row.op == CHUNKED:
+            row.goal_us = row.num_flops * us_per_flop / CHUNKED_SHARE
+        elif row.op.startswith(CASCADE):
+            row.goal_us = CASCADE_EXCESS * case.shared.num_flops * us_per_flop
+    return rows
 
 
-def chunked(session: Session, rates: Rates) -> list[Row]:
-    """New tokens on a long cache, at 90% of the prefill rate."""
-    name = "chunked prefill: 512 on 32768"
-    if not session.wants(name):
-        return []
-    row = timed(session, name, [(512, 33280)])
-    row.goal_us = row.num_flops * rates.prefill / 0.9
-    return [row]
+def decodes(session: Session) -> list[Row]:
+    """The decode rate; one long request among short ones, which has to come near it."""
+    entries = [entry(session, "decode 64 x 16384", [(1, 16384)] * 64)]
+    if session.wants("skewed: 65536 and 63 x 512"):
+        entries.append(entry(session, "skewed: 65536 and 63 x 512", SKEWED))
+    even, *rest = session.measure(entries)
+    for row in rest:
+        needed_us = even.us * row.num_bytes / even.num_bytes
+        row.goal_us = SKEWED_EXCESS * needed_us
+        row.beside["its bytes at the decode rate"] = needed_us
+        row.beside["its bytes at 4,500 GB/s"] = row.num_bytes / 4500e3
+    return [even, *rest]
 
 
 def mixed(session: Session) -> list[Row]:
@@ -103,28 +107,21 @@ def mixed(session: Session) -> list[Row]:
     name = "mixed: 8 x 1024 beside 120 x 4096"
     if not session.wants(name):
         return []
-    both = timed(session, name, PREFILLS + DECODES)
-    parts = [timed(session, "its prefills", PREFILLS), timed(session, "its decodes", DECODES)]
-    batches = [Batch.of(session, SHAPE, small(session, part)) for part in (PREFILLS, DECODES)]
-    works = [batch.schedule() for batch in batches]
+    parts = [
+        entry(session, "its prefills", PREFILLS),
+        entry(session, "its decodes", DECODES),
+    ]
+    both = entry(session, name, PREFILLS + DECODES)
+    apart = partial(in_turn, [part.call for part in parts])
+    both.peers["one after the other"] = session.timer.prepare(apart)
+    both_row, *rows = session.measure([both, *parts])
+    both_row.goal_us = both_row.peers["one after the other"]
+    return [both_row, *rows]
 
-    def one_by_one() -> None:
-        for batch, work in zip(batches, works, strict=True):
-            batch.attention(work)
 
-    both.goal_us = both.peers["one after the other"] = session.timer.time(one_by_one)
-    return [both, *parts]
-
-
-def skewed(session: Session, rates: Rates) -> list[Row]:
-    """One long request among short ones, within 15% of what its bytes need."""
-    name = "skewed: 65536 and 63 x 512"
-    if not session.wants(name):
-        return []
-    row = timed(session, name, SKEWED)
-    row.goal_us = 1.15 * row.num_bytes / 4500e3
-    row.beside["its bytes at the decode rate"] = row.num_bytes * rates.decode
-    return [row]
+def in_turn(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call()
 
 
 @dataclass
@@ -183,6 +180,29 @@ class Cascade:
         works = wrapper.schedule(size)
         return lambda: wrapper.run(self.flat.q, self.flat.kv, schedule=works)
 
+    def entries(self, session: Session) -> list[Entry]:
+        """By ops and by the wrapper, and the levels alone."""
+        works = [batch.schedule() for batch in (self.flat, self.shared, self.own)]
+        found = []
+        for name, call in (("ops", self.ops()), ("wrapper", self.wrapper())):
+            found.append(
+                session.entry(
+                    f"{CASCADE}, {name}",
+                    "",
+                    call,
+                    peers={"flat paging": lambda: partial(self.flat.attention, works[0])},
+                    num_flops=self.shared.num_flops + self.own.num_flops,
+                )
+            )
+            note_error(found[-1].row, self.flat, call())  # type: ignore[arg-type]
+        for name, part, work in (
+            ("its prefix", self.shared, works[1]),
+            ("its rest", self.own, works[2]),
+        ):
+            call = partial(with_lse, part, work)
+            found.append(session.entry(name, "", call, num_flops=part.num_flops))
+        return found
+
 
 def with_lse(batch: Batch, work: Tensor) -> tuple[Tensor, Tensor]:
     index: dict[str, Any] = dict(batch.index)
@@ -193,55 +213,27 @@ def with_lse(batch: Batch, work: Tensor) -> tuple[Tensor, Tensor]:
     return both
 
 
-def cascade(session: Session, rates: Rates) -> list[Row]:
-    """A shared prefix, within 15% of the time of its products at the prefill rate."""
-    name = "cascade: 256 x (32768 shared + 128)"
-    if not session.wants(name):
-        return []
-    case = Cascade.of(session, *((32, 3, 16) if session.dry_run else (32768, 256, 128)))
-    flat, works = case.flat, (case.flat.schedule(), case.shared.schedule(), case.own.schedule())
-    rows = []
-    for text, call in ((f"{name}, ops", case.ops()), (f"{name}, wrapper", case.wrapper())):
-        row = session.case(
-            text,
-            "",
-            call,
-            peers={"flat paging": lambda: lambda: flat.attention(works[0])},
-            num_flops=case.shared.num_flops + case.own.num_flops,
-            net=False,
-        )
-        row.goal_us = 1.15 * case.shared.num_flops * rates.prefill
-        note_error(row, flat, call())  # type: ignore[arg-type]
-        rows.append(row)
-    for text, part, work in (
-        ("its prefix", case.shared, works[1]),
-        ("its rest", case.own, works[2]),
-    ):
-        call = partial(with_lse, part, work)
-        flops = part.num_flops
-        rows.append(session.case(text, "", call, peers={}, num_flops=flops, net=False))
-    return rows
-
-
 def pod(session: Session) -> list[Row]:
-    """One prefill over dense keys beside decodes, in one launch, against one after the other."""
     rows = []
     for length, size, kv_len in PODS:
         name = f"POD: {length} dense beside {size} x {kv_len}"
-        if not session.wants(name):
-            continue
-        prefill_shape = replace(SHAPE, place="ragged")
-        prefill = Batch.of(session, prefill_shape, small(session, [(length, length)]))
-        decode = Batch.of(session, SHAPE, small(session, [(1, kv_len)] * size))
-        work = decode.schedule()
-        row = session.case(name, "", pod_call(prefill, decode), peers={}, net=False)
-        row.goal_us = row.peers["one after the other"] = session.timer.time(
-            partial(one_by_one, prefill, decode, work)
-        )
-        for batch, out in zip((prefill, decode), pod_call(prefill, decode)(), strict=True):
-            note_error(row, batch, out)
-        rows.append(row)
+        if session.wants(name):
+            prefill_shape = replace(SHAPE, place="ragged")
+            prefill = Batch.of(session, prefill_shape, small(session, [(length, length)]))
+            decode = Batch.of(session, SHAPE, small(session, [(1, kv_len)] * size))
+            rows.append(pod_case(session, name, prefill, decode))
     return rows
+
+
+def pod_case(session: Session, name: str, prefill: Batch, decode: Batch) -> Row:
+    """A prefill over dense keys beside decodes, in one launch, against one after the other."""
+    call = pod_call(prefill, decode)
+    apart = partial(one_by_one, prefill, decode, decode.schedule())
+    row = session.case(name, "", call, peers={"one after the other": lambda: apart}, net=False)
+    row.goal_us = row.peers["one after the other"]
+    for batch, out in zip((prefill, decode), call(), strict=True):
+        note_error(row, batch, out)
+    return row
 
 
 def pod_call(prefill: Batch, decode: Batch) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -283,18 +275,10 @@ def schedules(session: Session) -> list[Row]:
         if not session.wants(f"schedule {name}"):
             continue
         batch = Batch.of(session, SHAPE, small(session, requests))
-        work = batch.schedule()
-        # Why in turns: the clock of a GPU drifts by more than a schedule takes.
-        times = [
-            (
-                session.timer.time(partial(batch.attention, work)),
-                session.timer.time(partial(with_schedule, batch)),
-            )
-            for _ in range(ROUNDS)
-        ]
-        us = statistics.median(both - alone for alone, both in times)
-        row = Row("schedule", name, us=us, goal_us=SCHEDULE_GOAL_US)
-        row.beside = {"without": times[0][0], "with": times[0][1]}
+        calls = [partial(batch.attention, batch.schedule()), partial(with_schedule, batch)]
+        alone, both = session.timer.together([session.timer.prepare(call) for call in calls])
+        row = Row("schedule", name, us=both - alone, goal_us=SCHEDULE_GOAL_US)
+        row.beside = {"without": alone, "with": both}
         rows.append(row)
     return rows
 
@@ -306,8 +290,10 @@ def invariance(session: Session) -> list[Row]:
     for name, requests in batches.items():
         if not session.wants(f"batch_invariant {name}"):
             continue
-        plain = timed(session, f"plain {name}", requests)
-        row = timed(session, f"batch_invariant {name}", requests, replace(SHAPE, invariant=True))
-        row.peers["plain"] = plain.us
-        rows.append(row)
+        plain = entry(session, f"plain {name}", requests)
+        invariant = replace(SHAPE, invariant=True)
+        row = entry(session, f"batch_invariant {name}", requests, invariant)
+        us = session.measure([row, plain])[1].us
+        row.row.peers["plain"] = us
+        rows.append(row.row)
     return rows

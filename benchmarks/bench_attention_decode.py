@@ -10,7 +10,7 @@ from __future__ import annotations
 from . import peers
 from .attention_batch import Batch, Memory, Shape, measure_places, warm, whole_pages
 from .bench_attention_prefill import page_lines, portable_lines
-from .session import Session
+from .session import Facts, Session
 from .table import Row, geometric_mean
 
 TITLE = "Decode, bf16, head_dim 128"
@@ -49,7 +49,7 @@ def wanted(session: Session, heads: tuple[int, int], size: int, kv_len: int) -> 
 def measure(
     session: Session, memory: Memory, heads: tuple[int, int], size: int, kv_len: int
 ) -> list[Row]:
-    def expected(batch: Batch) -> dict[str, float]:
+    def expected(batch: Batch) -> Facts:
         return {"num_read": batch.num_bytes, "predicted_us": batch.num_bytes / 4400e3 + 12}
 
     def add_peers(row: Row, place: str, running: dict[str, float]) -> None:

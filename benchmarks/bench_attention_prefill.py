@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from . import peers
 from .attention_batch import Batch, Memory, Shape, measure_places, warm, whole_pages
-from .session import Session
+from .session import Facts, Session
 from .table import Row, geometric_mean
 
 TITLE = "Prefill, batches of 16,384 tokens, bf16, head_dim 128"
@@ -53,7 +53,7 @@ def measure(
     length: int,
     size: int,
 ) -> list[Row]:
-    def expected(batch: Batch) -> dict[str, float]:
+    def expected(batch: Batch) -> Facts:
         return {"num_flops": batch.num_flops, "predicted_us": batch.num_flops / 340e6 + 15}
 
     def add_peers(row: Row, place: str, running: dict[str, float]) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from .attention_batch import Batch, Shape, note_error, warm
-from .session import Session
+from .session import Entry, Session
 from .table import Row
 
 TITLE = (
@@ -37,19 +37,26 @@ def run(session: Session) -> list[Row]:
     if not chosen:
         return []
     warm(session.device, r"(bfloat16|half).*Heights<16, (64|128)>, RaggedKv.*StandardVariant")
-    rows, rates = [], {}
+    rows = []
     for length in sorted({length for length, _ in chosen.values()}):
-        row = measure(session, "plain", length, PLAIN)
-        rates[length] = row.num_flops / row.us
-        rows.append(row)
-    for name, (length, shape) in chosen.items():
-        row = measure(session, name, length, shape)
-        row.goal_us = row.num_flops / (SHARE * rates[length])
-        rows.append(row)
+        shapes = {name: shape for name, (at, shape) in chosen.items() if at == length}
+        rows += measure(session, length, {"plain": PLAIN, **shapes})
     return rows
 
 
-def measure(session: Session, name: str, length: int, shape: Shape) -> Row:
+def measure(session: Session, length: int, shapes: dict[str, Shape]) -> list[Row]:
+    """Shapes of one length in turns; the first has the plain rate."""
+    plain, *others = session.measure(
+        [entry(session, name, length, shape) for name, shape in shapes.items()]
+    )
+    for row in others:
+        row.goal_us = row.num_flops / plain.num_flops * plain.us / SHARE
+    for row in (plain, *others):
+        row.beside, row.peers = row.peers, {}
+    return [plain, *others]
+
+
+def entry(session: Session, name: str, length: int, shape: Shape) -> Entry:
     size = NUM_TOKENS // length
     if session.dry_run:
         size, length = 2, 7
@@ -57,14 +64,12 @@ def measure(session: Session, name: str, length: int, shape: Shape) -> Row:
     batch = Batch.of(session, shape, [(length, length)] * size)
     work = batch.schedule()
     plain = shape.window_left < 0 and not shape.options
-    row = session.case(
+    found = session.entry(
         name,
         f"{size} x {length}",
         partial(batch.attention, work),
         peers=batch.peers(dense=True) if plain else {},
         num_flops=batch.num_flops,
-        net=False,
     )
-    row.beside, row.peers = row.peers, {}
-    note_error(row, batch, batch.attention(work))
-    return row
+    note_error(found.row, batch, batch.attention(work))
+    return found

@@ -106,7 +106,7 @@ def row(session: Session, tokens: int, norm: bool, kv_dtype: torch.dtype) -> Row
     kept = step.q.numel() * step.q.element_size()
     num_written = kept + 2.0 * step.k.numel() * step.cache.element_size()
     kind = "qk-norm, " if norm else ""
-    return session.case(
+    found = session.case(
         "rope_append_paged_kv_cache",
         f"[{tokens}, 32 + 8 + 8, 128] {kind}{str(kv_dtype).removeprefix('torch.')}",
         step.fused,
@@ -115,6 +115,8 @@ def row(session: Session, tokens: int, norm: bool, kv_dtype: torch.dtype) -> Row
         num_written=num_written,
         predicted_us=6.9 if tokens <= 64 else predicted_us(num_read + num_written),
     )
+    found.beside["separate, net"] = session.timer.net(step.separate)
+    return found
 
 
 def run(session: Session) -> list[Row]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
@@ -12,9 +14,36 @@ from .roofline import NOTHING_MEASURED, Ceilings, measure
 from .table import Row
 from .timer import Call, Timer
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 MAX_DIFFERENCE = 2e-2
 # Why: the launch of a graph is nothing beside a long call, and sixteen copies of it are slow.
 MAX_NET_US = 500.0
+
+
+class Facts(TypedDict, total=False):
+    """What is known of a case before it is measured.
+
+    A peer is given as a function that prepares it and returns its call. One that raises is left
+    out, and a note says why.
+    """
+
+    peers: Mapping[str, Callable[[], Call]]
+    num_read: float
+    num_written: float
+    num_flops: float
+    predicted_us: float
+
+
+@dataclass
+class Entry:
+    """A case that is ready to be measured: its row without times, and what each contender runs."""
+
+    row: Row
+    call: Call
+    peers: dict[str, Call]  # as `Timer.prepare` gave them
+    net: bool
 
 
 @dataclass
@@ -44,52 +73,61 @@ class Session:
         return self.only is None or self.only.search(case) is not None
 
     def case(
-        self,
-        op: str,
-        case: str,
-        call: Call,
-        *,
-        peers: Mapping[str, Callable[[], Call]],
-        num_read: float = 0.0,
-        num_written: float = 0.0,
-        num_flops: float = 0.0,
-        predicted_us: float | None = None,
-        net: bool = True,
+        self, op: str, case: str, call: Call, *, net: bool = True, **facts: Unpack[Facts]
     ) -> Row:
-        """Measure ours, then every peer that runs here; compare what they return.
+        """Measure ours and every peer that runs here, in turns; compare what they return."""
+        return self.measure([self.entry(op, case, call, net=net, **facts)])[0]
 
-        A peer is given as a function that prepares it and returns its call. One that raises is left
-        out, and a note says why. Without `net` the time inside a longer graph is not measured.
+    def entry(
+        self, op: str, case: str, call: Call, *, net: bool = False, **facts: Unpack[Facts]
+    ) -> Entry:
+        """Prepare a case for `measure`, and compare what its contenders return.
+
+        Without `net` the time inside a longer graph is not measured.
         """
+        num_read, num_written = facts.get("num_read", 0.0), facts.get("num_written", 0.0)
+        num_flops = facts.get("num_flops", 0.0)
         limit = self.ceilings.memory_us(num_read, num_written)
         if num_flops:
             limit = max(limit, self.ceilings.math_us(num_flops))
-        us = self.timer.time(call)
         row = Row(
             op=op,
             case=case,
-            us=us,
-            net_us=self.timer.net(call) if net and us < MAX_NET_US else None,
+            us=math.nan,
             num_bytes=num_read + num_written,
             num_flops=num_flops,
             limit_us=None if self.dry_run else limit,
-            predicted_us=predicted_us,
+            predicted_us=facts.get("predicted_us"),
         )
-        for name, prepare in peers.items():
-            self._measure_peer(row, name, prepare, call)
-        return row
+        entry = Entry(row, call, {}, net)
+        for name, prepare in facts.get("peers", {}).items():
+            self._add_peer(entry, name, prepare)
+        return entry
 
-    def _measure_peer(self, row: Row, name: str, prepare: Callable[[], Call], ours: Call) -> None:
+    def measure(self, entries: Sequence[Entry]) -> list[Row]:
+        """Measure every contender of every entry, all in turns."""
+        ours = [self.timer.prepare(entry.call) for entry in entries]
+        peers = [peer for entry in entries for peer in entry.peers.values()]
+        times = iter(self.timer.together([*ours, *peers]))
+        for entry in entries:
+            entry.row.us = next(times)
+        for entry in entries:
+            entry.row.peers = {name: next(times) for name in entry.peers}
+            if entry.net and entry.row.us < MAX_NET_US:
+                entry.row.net_us = self.timer.net(entry.call)
+        return [entry.row for entry in entries]
+
+    def _add_peer(self, entry: Entry, name: str, prepare: Callable[[], Call]) -> None:
+        row = entry.row
         try:
             peer = prepare()
-            difference = relative_difference(ours(), peer())
-            us = self.timer.time(peer)
+            difference = relative_difference(entry.call(), peer())
+            entry.peers[name] = self.timer.prepare(peer)
         except Exception as error:
             reason = str(error).strip().splitlines()
             text = f"{type(error).__name__}: {reason[0] if reason else ''}"[:160]
             row.notes.append(f"{name} did not run ({row.op}): {text}")
             return
-        row.peers[name] = us
         if difference is not None:
             row.difference = max(difference, row.difference or 0.0)
             if not difference < MAX_DIFFERENCE:

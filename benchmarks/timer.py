@@ -5,6 +5,9 @@ size (after a flush by writing, the call pays for the lines that are written bac
 around the graph's replay give the time; the median of many counts. This `us` holds what an empty
 kernel costs too (reported beside the results), as a single launch does in use.
 
+Calls that are compared take turns: a GPU at its power limit lowers its clock, by a third at times,
+so figures of two calls that ran one after the other may differ for no other reason.
+
 `net_us` is the time inside a longer graph: N pairs of (flush, call) against N flushes alone, so the
 launch of the graph and the resolution of the events fall out.
 
@@ -16,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -41,7 +44,7 @@ class Timer:
             self.flush_buffer = torch.zeros(size // 4, dtype=torch.int32, device=device)
             self.flush_result = torch.zeros((), dtype=torch.int32, device=device)
             self._begin_pool()
-            self.flush_us = self._replay_median(self.pool_keeper, 50, flush=False)
+            (self.flush_us,) = self._medians([self.pool_keeper.replay], 50, flush=False)
             scalar = torch.zeros(1, device=device)
             self.empty_us, self.empty_net_us = self.time(scalar.zero_), self.net(scalar.zero_)
 
@@ -50,11 +53,19 @@ class Timer:
 
     def time(self, call: Call) -> float:
         """Microseconds of one call with a cold L2: the median."""
+        return self.together([self.prepare(call)])[0]
+
+    def prepare(self, call: Call) -> Call:
+        """What `together` measures of a call: on a GPU the replay of its graph."""
+        return self._capture(call, 1).replay if self.device.type == "cuda" else call
+
+    def together(self, prepared: Sequence[Call]) -> list[float]:
+        """Microseconds of each call with a cold L2: the medians of rounds in which all run."""
         if self.device.type != "cuda":
-            return self._wall(call)
-        graph = self._capture(call, 1)
-        first = self._replay_median(graph, 3, flush=True)
-        return self._replay_median(graph, self._repetitions(first + self.flush_us), flush=True)
+            return [self._wall(call) for call in prepared]
+        first = self._medians(prepared, 3, flush=True)
+        round_us = sum(first) / len(first) + self.flush_us
+        return self._medians(prepared, self._repetitions(round_us), flush=True)
 
     def net(self, call: Call) -> float:
         """Microseconds that one call adds to a graph of other work."""
@@ -65,11 +76,10 @@ class Timer:
             self.flush()
             call()
 
-        both, alone = self._capture(pair, COPIES), self._capture(self.flush, COPIES)
-        first = self._replay_median(both, 2, flush=False)
-        count = self._repetitions(first)
-        total = self._replay_median(both, count, flush=False)
-        return (total - self._replay_median(alone, count, flush=False)) / COPIES
+        both = [self._capture(c, COPIES).replay for c in (pair, self.flush)]
+        first = self._medians(both[:1], 2, flush=False)
+        total, alone = self._medians(both, self._repetitions(first[0]), flush=False)
+        return (total - alone) / COPIES
 
     def _repetitions(self, us: float) -> int:
         return max(5, min(200, int(self.budget_ms * 1000 / max(us, 1.0))))
@@ -99,21 +109,25 @@ class Timer:
                 raise
         return graph
 
-    def _replay_median(self, graph: torch.cuda.CUDAGraph, count: int, *, flush: bool) -> float:
-        pairs = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+    def _medians(self, replays: Sequence[Call], count: int, *, flush: bool) -> list[float]:
+        events = [
+            [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in replays]
             for _ in range(count)
         ]
-        graph.replay()
-        for start, end in pairs:
-            if flush:
-                self.flush()
-            start.record()
-            graph.replay()
-            end.record()
+        for replay in replays:
+            replay()
+        for each in events:
+            for replay, (start, end) in zip(replays, each, strict=True):
+                if flush:
+                    self.flush()
+                start.record()
+                replay()
+                end.record()
         torch.cuda.synchronize(self.device)
-        times = [float(start.elapsed_time(end)) * 1000 for start, end in pairs]
-        return statistics.median(times)
+        return [
+            1000 * statistics.median(start.elapsed_time(end) for start, end in column)
+            for column in zip(*events, strict=True)
+        ]
 
     def _wall(self, call: Call) -> float:
         start = time.perf_counter()

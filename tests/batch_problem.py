@@ -10,14 +10,7 @@ import oracle
 import pytest
 import ridgeline
 import torch
-from ridgeline import compiler
-from support import (
-    normal,
-    poisoned_call,
-    sm_under_test,
-    strided,
-    supports_bf16_attention,
-)
+from support import compile_rows, normal, poisoned_call, strided, supports_bf16_attention
 from torch import Tensor
 
 FORMS = ("paged", "paged-lens", "ragged", "padded")
@@ -225,18 +218,9 @@ class Inputs:
 
 
 def compile_kernels(rotating: bool = False) -> None:
-    """On a GPU: what batches of any shape launch, compiled by all cores at once.
-
-    Not loaded: the driver assembles an older architecture's kernels one by one.
-    """
-    if not torch.cuda.is_available():
-        return
-    sm = sm_under_test(torch.device("cuda", 0))
-    names = {
-        row.kernel: None
-        for row in compiler.library().core_table
-        if row.min_sm <= sm <= row.max_sm
-        and (
+    """On a GPU: what batches of any shape launch, compiled by all cores at once."""
+    compile_rows(
+        lambda row: (
             row.op in ("attention", "attention_schedule")
             or (
                 rotating
@@ -244,9 +228,7 @@ def compile_kernels(rotating: bool = False) -> None:
                 and row.kernel.endswith("__half>, RopeLlamaVariant>")
             )
         )
-    }
-    arch = compiler.library().driver_report()["devices"][0]["arch"]
-    ridgeline.warmup(list(names), arch=arch, progress=False)
+    )
 
 
 def check(batch: Batch, device: torch.device, rng: torch.Generator) -> None:

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import oracle
-import ridgeline
 import torch
 from batch_problem import Batch, Inputs
-from ridgeline import compiler
-from support import poisoned_call, sm_under_test
+from support import compile_rows, poisoned_call
 from torch import Tensor
 
 OPS = torch.ops.ridgeline
@@ -18,18 +16,12 @@ OPS = torch.ops.ridgeline
 
 def compile_kernels() -> None:
     """On a GPU: what pairs launch, compiled by all cores at once, but for what only the JIT has."""
-    if not torch.cuda.is_available():
-        return
-    sm = sm_under_test(torch.device("cuda", 0))
-    names = {
-        row.kernel: None
-        for row in compiler.library().core_table
-        if row.op in ("attention_pair", "attention_pair_schedule")
-        and row.min_sm <= sm <= row.max_sm
-        and ("bfloat16" not in row.kernel or "HeadDims<128, 128>" in row.kernel)
-    }
-    arch = compiler.library().driver_report()["devices"][0]["arch"]
-    ridgeline.warmup(list(names), arch=arch, progress=False)
+    compile_rows(
+        lambda row: (
+            row.op in ("attention_pair", "attention_pair_schedule")
+            and ("bfloat16" not in row.kernel or "HeadDims<128, 128>" in row.kernel)
+        )
+    )
 
 
 def flags_of(batch: Batch) -> int:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import ridgeline
 import torch
+from ridgeline import compiler
+from ridgeline.compiler.native import CoreRow
 from torch.utils import deterministic
 
 Result = TypeVar("Result")
@@ -26,6 +30,46 @@ def sm_under_test(device: torch.device) -> int:
         return int(forced.rstrip("a"))
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def compile_rows(wanted: Callable[[CoreRow], bool]) -> None:
+    """On a GPU: compile the rows of the core table that it serves, by all cores at once.
+
+    Not loaded: the driver assembles an older architecture's kernels one by one.
+    """
+    if not torch.cuda.is_available():
+        return
+    library = compiler.library()
+    arch = library.driver_report()["devices"][0]["arch"]
+    rows = [row for row in library.core_table if row.serves(arch) and wanted(row)]
+    ridgeline.warmup(list(dict.fromkeys(row.kernel for row in rows)), arch=arch, progress=False)
+
+
+# What an index tensor must never hold.
+GARBAGE = (-(2**31), -1, 2**31 - 1, 10**9, 7)
+
+
+def call_with_garbage(call: Callable[[], object], *index: torch.Tensor) -> None:
+    """Call with each index tensor full of each bad value, then with a mixture of all."""
+    draw = random.Random(5)
+    for tensor in index:
+        contents = tensor.clone()
+        for value in GARBAGE:
+            tensor.fill_(value)
+            call()
+        mixture = [draw.choice((*GARBAGE, 1, 3, 90)) for _ in range(tensor.numel())]
+        tensor.copy_(torch.tensor(mixture, dtype=tensor.dtype))
+        call()
+        tensor.copy_(contents)
+
+
+def broken_lists(work: torch.Tensor, rng: torch.Generator) -> Iterator[torch.Tensor]:
+    """Work lists with the tag of a good one, and bad values or numbers drawn at random."""
+    for value in GARBAGE:
+        noise = torch.randint(-100, 3000, work.shape, generator=rng, dtype=torch.int32)
+        for broken in (torch.full_like(work, value), noise.to(work.device)):
+            broken[0] = work[0]
+            yield broken
 
 
 def supports_bf16_attention(device: torch.device) -> bool:

@@ -70,7 +70,7 @@ def options() -> list[Problem]:
     for window in (0, 5, 64, 100, 400):
         problems.append(DECODE.with_(window_left=window))
     for base in (DECODE, small):
-        for cap in (0.0, 1.0, 30.0):
+        for cap in (0.0, 1e-6, 1.0, 8.0, 30.0):
             problems.append(base.with_(logits_soft_cap=cap, scale=3.0))
         for sm_scale in (0.0, 1.0, -0.25, 0.01):
             problems.append(base.with_(sm_scale=sm_scale))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
 import torch
 from batch_problem import FORMS, Batch
 from pair_problem import OPS, Pair, compile_kernels
-from support import supports_bf16_attention
+from support import broken_lists, call_with_garbage, supports_bf16_attention
 from torch import Tensor
 
 PREFILL = Batch(
@@ -17,7 +16,6 @@ PREFILL = Batch(
 )
 DECODE = Batch(lengths=((1, 100), (1, 1), (1, 257), (1, 0), (1, 64)), decode=True, name="decode")
 SHORT = Batch(lengths=((3, 40), (0, 7), (4, 90)), causal=True, max_q_len=4, name="short")
-GARBAGE = (-(2**31), -1, 2**31 - 1, 10**9, 7)
 Case = tuple[Batch, Batch]
 
 
@@ -128,28 +126,12 @@ def test_longer_requests_are_cut_off(device: torch.device, rng: torch.Generator)
 
 def test_bad_contents_are_memory_safe(device: torch.device, rng: torch.Generator) -> None:
     """Any contents of index tensors and work lists: results may be wrong, nothing else is."""
-    draw = random.Random(5)
     for a in (PREFILL, PREFILL.with_(form="padded"), PREFILL.with_(lengths=())):
         pair = Pair.of(a, DECODE.with_(decode=False), device, rng)
         good, work = pair.call(), pair.schedule()
-        for inputs in (pair.a, pair.b):
-            for tensor in inputs.index.values():
-                contents = tensor.clone()
-                for value in (*GARBAGE, None):
-                    if value is None:
-                        noise = [draw.choice((*GARBAGE, 1, 3, 90)) for _ in range(tensor.numel())]
-                        tensor.copy_(torch.tensor(noise, dtype=torch.int32))
-                    else:
-                        tensor.fill_(value)
-                    pair.call()
-                tensor.copy_(contents)
+        call_with_garbage(pair.call, *pair.a.index.values(), *pair.b.index.values())
         if device.type == "cuda":
-            for value in (*GARBAGE, None):
-                broken = torch.full_like(work, 0 if value is None else value)
-                if value is None:
-                    noise = torch.randint(-100, 3000, work.shape, generator=rng)
-                    broken.copy_(noise.to(torch.int32))
-                broken[0] = work[0]
+            for broken in broken_lists(work, rng):
                 pair.call(broken)
             torch.cuda.synchronize()
         for got, expected in zip(pair.call(), good, strict=True):

@@ -16,13 +16,31 @@ pytestmark = pytest.mark.gpu
 
 GPU = torch.device("cuda", 0)
 LONG = ((1, 20_000), *((1, 90 + i) for i in range(20)))
-# With one KV head on 264 CTAs a request has so many parts that a second launch adds them up.
+# Decodes that take one launch: where parts are few by the heads, the lengths or both.
+ONE = [
+    ((32, 8), LONG),
+    ((32, 8), ((1, 90),) * 40),
+    ((32, 8), ((1, 16),) * 256),
+    ((32, 32), ((1, 128),) * 40),
+    ((8, 2), ((1, 1),)),
+    ((8, 2), ((1, 2_000),)),
+    ((8, 2), ((1, 3_000), (1, 0), (1, 17))),
+    ((8, 2), ((1, 16),) * 256),
+    ((8, 1), ((1, 1_000),)),
+    ((16, 1), ((1, 300), *((1, 20),) * 20)),
+]
+# With one KV head a request may have very many parts.
+TWO = [((16, 1), LONG), ((8, 1), ((1, 40_000),))]
 DIMS = [(64, 64), (192, 128), (256, 256)]
 HEADS = [(32, 8), (8, 8), (8, 2), (16, 1), (6, 3)]
 
 
-def batch(heads: tuple[int, int] = (32, 8), dims: tuple[int, int] = (128, 128)) -> Batch:
-    return Batch(lengths=LONG, heads=heads, head_dims=dims, decode=True)
+def batch(
+    heads: tuple[int, int] = (32, 8),
+    dims: tuple[int, int] = (128, 128),
+    lengths: tuple[tuple[int, int], ...] = LONG,
+) -> Batch:
+    return Batch(lengths=lengths, heads=heads, head_dims=dims, decode=True)
 
 
 def same(results: Any, expected: Any) -> None:
@@ -65,6 +83,31 @@ def test_again_and_again(
     oracle.check(inputs.reference(), *expected)
     for _ in range(20):
         same(inputs.call(schedule=work), expected)
+
+
+@pytest.mark.parametrize(
+    ("heads", "lengths", "count"),
+    [*((*case, 1) for case in ONE), *((*case, 2) for case in TWO)],
+    ids=lambda value: f"n{len(value)}" if isinstance(value, tuple) and len(value) != 2 else None,
+)
+def test_launches(
+    heads: tuple[int, int],
+    lengths: tuple[tuple[int, int], ...],
+    count: int,
+    rng: torch.Generator,
+) -> None:
+    inputs = batch(heads, lengths=lengths).inputs(GPU, rng)
+    work = inputs.schedule()
+    expected = inputs.call(schedule=work)
+    oracle.check(inputs.reference(), *expected)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        results = [inputs.call(schedule=work) for _ in range(3)]
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if "ridgeline" in event.name]
+    assert len(kernels) == 3 * count, kernels
+    for result in results:
+        same(result, expected)
 
 
 @pytest.mark.parametrize("heads", [(32, 8), (8, 2), (16, 1)], ids=str)
@@ -180,9 +223,10 @@ def test_two_launches() -> None:
     """A capture has none: two launches, and the same bits; also where it is the first call."""
     code = """
 import torch
-from test_counters import GPU, HEADS, Single, batch
+from test_counters import GPU, HEADS, ONE, Single, batch
 rng = torch.Generator().manual_seed(0)
 problems = [batch(heads).inputs(GPU, rng) for heads in HEADS]
+problems += [batch(heads, lengths=lengths).inputs(GPU, rng) for heads, lengths in ONE]
 lists = [inputs.schedule() for inputs in problems]
 singles = [Single(kv_len, (16, 1), rng) for kv_len in (5_000, 40_000)]
 torch.cuda.synchronize()

@@ -9,56 +9,28 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+STALLS = {
+    "barrier": ("0.20", "0.34"),
+    "dispatch_stall": ("0.32", "0.29"),
+    "long_scoreboard": ("0.22", "0.41"),
+    "math_pipe_throttle": ("0.87", "0.62"),
+    "mio_throttle": ("0.06", "0.05"),
+    "not_selected": ("0.35", "0.33"),
+    "short_scoreboard": ("0.52", "0.57"),
+    "wait": ("1.71", "1.58"),
+}
+SHARED_MEMORY = "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum.pct_of_peak_sustained_elapsed"
 # Name, unit, and the values of two launches.
 COLUMNS = (
     ("ID", "", "0", "1"),
     ("gpu__time_duration.sum", "ns", "1,411,264", "213,952"),
     ("dram__throughput.avg.pct_of_peak_sustained_elapsed", "%", "17.50", "25.30"),
-    (
-        "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum.pct_of_peak_sustained_elapsed",
-        "%",
-        "53.05",
-        "48.72",
-    ),
+    (SHARED_MEMORY, "%", "53.05", "48.72"),
     ("sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active", "%", "62.38", "53.69"),
-    ("smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio", "inst", "0.20", "0.34"),
-    (
-        "smsp__average_warps_issue_stalled_dispatch_stall_per_issue_active.ratio",
-        "inst",
-        "0.32",
-        "0.29",
+    *(
+        (f"smsp__average_warps_issue_stalled_{name}_per_issue_active.ratio", "inst", *values)
+        for name, values in STALLS.items()
     ),
-    (
-        "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",
-        "inst",
-        "0.22",
-        "0.41",
-    ),
-    (
-        "smsp__average_warps_issue_stalled_math_pipe_throttle_per_issue_active.ratio",
-        "inst",
-        "0.87",
-        "0.62",
-    ),
-    (
-        "smsp__average_warps_issue_stalled_mio_throttle_per_issue_active.ratio",
-        "inst",
-        "0.06",
-        "0.05",
-    ),
-    (
-        "smsp__average_warps_issue_stalled_not_selected_per_issue_active.ratio",
-        "inst",
-        "0.35",
-        "0.33",
-    ),
-    (
-        "smsp__average_warps_issue_stalled_short_scoreboard_per_issue_active.ratio",
-        "inst",
-        "0.52",
-        "0.57",
-    ),
-    ("smsp__average_warps_issue_stalled_wait_per_issue_active.ratio", "inst", "1.71", "1.58"),
     ("smsp__issue_active.avg.pct_of_peak_sustained_active", "%", "36.74", "36.76"),
 )
 PRINTED = "\n".join(

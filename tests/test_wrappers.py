@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import oracle
@@ -219,7 +220,7 @@ def test_a_capture_has_a_list_of_its_own(
     wrapper._on_gpu = True
     state: dict[str, Any] = {"capture": None}
     for module in (_wrapper, _work_lists):
-        monkeypatch.setattr(module, "is_capturing", lambda: state["capture"] is not None)
+        monkeypatch.setattr(module, "is_capturing", lambda _: state["capture"] is not None)
     monkeypatch.setattr(_work_lists, "current_capture", lambda _: state["capture"])
     made = counted(wrapper)
 
@@ -235,6 +236,21 @@ def test_a_capture_has_a_list_of_its_own(
     assert lists_made((1, 8), (1, 8), (1, 7)) == 1, "one for each stream of a capture"
     assert lists_made((2, 7), (2, 7)) == 1
     assert lists_made(None) == 0, "the plan's own list is still there"
+
+
+def test_a_run_leaves_out_what_is_the_default(rng: torch.Generator) -> None:
+    """On a GPU, where a scale is a float: the default in any spelling, but no neighbour of it."""
+    batch = base("decode").with_(head_dims=(128, 128))
+    wrapper = planned("decode", batch.inputs(torch.device("cpu"), rng))
+    wrapper._on_gpu = True
+
+    def problem(sm_scale: float | None) -> tuple[Any, ...]:
+        return wrapper._problem_of(wrapper._options._replace(sm_scale=sm_scale))
+
+    for scale in (None, 128**-0.5, 1 / math.sqrt(128), 1 / 128**0.5):
+        assert problem(scale) == ()
+    for scale in (128**-0.5 * (1 + 2**-22), 0.0, 1.0, -(128**-0.5)):
+        assert problem(scale)[-1] == scale
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill", "ragged"])

@@ -233,6 +233,7 @@ def _heads_and_page(k: Tensor, paged: bool, flags: int) -> tuple[int, int]:
 
 
 @fake_impl("attention")
+@fake_impl("attention_plain")
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any) -> Tensor:
     _, v = _check_inputs("attention", q, k, v, *options, **named)
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
@@ -408,6 +409,7 @@ def _attend_batch(
 
 
 @cpu_impl("attention")
+@cpu_impl("attention_plain")
 def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
     return _attend_checked("attention", q, k, v, *options)[0]
 

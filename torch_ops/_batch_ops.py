@@ -12,8 +12,11 @@ from ._ops import find_eager_op, find_op, refuse_grad
 
 NARROW = find_op("attention")
 NARROW_EAGER = find_eager_op("attention")
+PLAIN = find_op("attention_plain")
+PLAIN_EAGER = find_eager_op("attention_plain")
 SCHEDULE = find_op("attention_schedule")
-_LSE = find_op("attention_lse")
+LSE = find_op("attention_lse")
+LSE_EAGER = find_eager_op("attention_lse")
 _FULL = find_op("attention_full")
 _OUT = find_op("attention_out")
 
@@ -31,6 +34,8 @@ LogitOptions = tuple[float, int, float, float, bool]
 
 _DEFAULTS: Problem = (None, None, None, 0, -1, -1, None, None, None)
 _NO_LOGIT_OPTIONS: LogitOptions = (0.0, 0, 1.0, 1e4, False)
+# So many of a problem's arguments have a place in the plain op.
+PLAIN_LENGTH = 4
 LOG2_E = math.log2(math.e)
 
 
@@ -85,7 +90,7 @@ def attend(
         if plain and not wants_lse:
             result = NARROW(*operands, *problem)
             return result
-        result, logs = (_LSE if plain else _FULL)(*operands, *rest)
+        result, logs = (LSE if plain else _FULL)(*operands, *rest)
     else:
         q, _, v = operands
         _check.rank(where, "q", q, 3)

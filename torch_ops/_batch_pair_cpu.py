@@ -14,6 +14,7 @@ from . import _check
 from ._attention_cpu import check_values
 from ._batch_attention_cpu import (
     BATCH_INVARIANT,
+    HND,
     _attend_batch,
     _check_inputs,
     _check_length_tensors,
@@ -55,146 +56,137 @@ def _check_pair(a: _Segment, b: _Segment) -> int:
     return words + _list_config(b.heads, b.head_dims, b.flags, b.page_size, first)
 
 
-def _check_operands(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_indices: Tensor | None,
-    qo_indptr: Tensor | None,
-    kv_indptr: Tensor | None,
-    kv_lens: Tensor | None,
-    flags: int,
-    max_q_len: int,
-    window_left: int,
-) -> tuple[_Segment, Tensor, Tensor]:
-    """Check a segment; returns it with its keys and values, stacked ones apart."""
-    k, v = _check_inputs(
-        op, q, k, v, kv_indices, None, qo_indptr, flags, max_q_len, window_left, None, kv_indptr,
-        kv_lens,
-    )  # fmt: skip
-    num_kv_heads, page_size = _heads_and_page(k, kv_indices is not None, flags)
-    batch_size = q.shape[0] if qo_indptr is None else qo_indptr.shape[0] - 1
-    heads, head_dims = (q.shape[1], num_kv_heads), (q.shape[-1], v.shape[-1])
-    return _Segment(op, batch_size, q.shape[0], heads, head_dims, flags, page_size), k, v
+def _is_single(qo_indptr: Tensor | None, kv_indptr: Tensor | None, kv_lens: Tensor | None) -> bool:
+    return qo_indptr is None and kv_indptr is None and kv_lens is None
 
 
-def _is_single(
-    kv_indices: Tensor | None,
-    qo_indptr: Tensor | None,
-    kv_indptr: Tensor | None,
-    kv_lens: Tensor | None,
-) -> bool:
-    """Whether a segment is one request with all queries and keys."""
-    return kv_indices is None and qo_indptr is None and kv_indptr is None and kv_lens is None
+class _Operands(NamedTuple):
+    """A segment's arguments of the op."""
+
+    op: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    kv_indices: Tensor | None
+    qo_indptr: Tensor | None
+    kv_indptr: Tensor | None
+    kv_lens: Tensor | None
+    flags: int
+    max_q_len: int
+    window_left: int
+
+    def check(self) -> tuple[_Segment, _Operands]:
+        """Check what shapes, dtypes and devices tell; stacked keys and values come back apart."""
+        k, v = _check_inputs(
+            self.op, self.q, self.k, self.v, self.kv_indices, None, self.qo_indptr, self.flags,
+            self.max_q_len, self.window_left, None, self.kv_indptr, self.kv_lens,
+        )  # fmt: skip
+        num_tokens, num_qo_heads, head_dim_qk = self.q.shape
+        num_kv_heads, page_size = _heads_and_page(k, self.kv_indices is not None, self.flags)
+        batch_size = num_tokens if self.qo_indptr is None else self.qo_indptr.shape[0] - 1
+        heads, head_dims = (num_qo_heads, num_kv_heads), (head_dim_qk, v.shape[-1])
+        segment = _Segment(self.op, batch_size, num_tokens, heads, head_dims, self.flags, page_size)
+        return segment, self._replace(k=k, v=v)
 
 
-def _check_arguments(
-    q_a: Tensor,
-    k_a: Tensor,
-    v_a: Tensor,
-    kv_indices_a: Tensor | None,
-    qo_indptr_a: Tensor | None,
-    kv_indptr_a: Tensor | None,
-    kv_lens_a: Tensor | None,
-    q_b: Tensor,
-    k_b: Tensor,
-    v_b: Tensor,
-    kv_indices_b: Tensor | None,
-    qo_indptr_b: Tensor | None,
-    kv_indptr_b: Tensor | None,
-    kv_lens_b: Tensor | None,
-    schedule: Tensor | None = None,
-    flags_a: int = 0,
-    flags_b: int = 0,
-    max_q_len_a: int = -1,
-    max_q_len_b: int = -1,
-    window_left_a: int = -1,
-    window_left_b: int = -1,
-    _sm_scale: float | None = None,
-    _logits_soft_cap: float = 0.0,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Check what shapes, dtypes and devices tell; returns keys and values of both."""
-    op_a, op_b = f"{_OP}, segment a", f"{_OP}, segment b"
-    if _is_single(kv_indices_a, qo_indptr_a, kv_indptr_a, kv_lens_a):
-        qo_indptr_a = kv_indptr_a = q_a.new_empty((2,), dtype=torch.int32)
-    if kv_indices_b is None:
-        way_out = "Pass the batch with another cache as segment a."
-        expected = "a tensor: the keys of segment b are paged"
-        _check.fail(op_b, "kv_indices", expected, "None", way_out)
-    a, *kv_a = _check_operands(
-        op_a, q_a, k_a, v_a, kv_indices_a, qo_indptr_a, kv_indptr_a, kv_lens_a, flags_a,
-        max_q_len_a, window_left_a,
-    )  # fmt: skip
-    b, *kv_b = _check_operands(
-        op_b, q_b, k_b, v_b, kv_indices_b, qo_indptr_b, kv_indptr_b, kv_lens_b, flags_b,
-        max_q_len_b, window_left_b,
-    )  # fmt: skip
-    _check.same_device(op_b, "q", q_b, "q_a", q_a)
-    _check.same_dtype(op_b, "q", q_b, "q_a", q_a)
-    length = _check_pair(a, b)
-    if schedule is not None:
-        _check.same_device(_OP, "schedule", schedule, "q_a", q_a)
-        _check.dtype(_OP, "schedule", schedule, (torch.int32,))
-        meaning = "the work list of these shapes, heads, masks and page sizes"
-        _check.shape(_OP, "schedule", schedule, (length,), meaning)
-    return (kv_a[0], kv_a[1]), (kv_b[0], kv_b[1])
+class _Arguments(NamedTuple):
+    """Arguments of the op, in its order."""
+
+    q_a: Tensor
+    k_a: Tensor
+    v_a: Tensor
+    kv_indices_a: Tensor | None
+    qo_indptr_a: Tensor | None
+    kv_indptr_a: Tensor | None
+    kv_lens_a: Tensor | None
+    q_b: Tensor
+    k_b: Tensor
+    v_b: Tensor
+    kv_indices_b: Tensor | None
+    qo_indptr_b: Tensor | None
+    kv_indptr_b: Tensor | None
+    kv_lens_b: Tensor | None
+    schedule: Tensor | None = None
+    flags_a: int = 0
+    flags_b: int = 0
+    max_q_len_a: int = -1
+    max_q_len_b: int = -1
+    window_left_a: int = -1
+    window_left_b: int = -1
+    sm_scale: float | None = None
+    logits_soft_cap: float = 0.0
+
+    @property
+    def is_single(self) -> bool:
+        """Whether segment a is one request with all queries and keys."""
+        return self.kv_indices_a is None and _is_single(
+            self.qo_indptr_a, self.kv_indptr_a, self.kv_lens_a
+        )
+
+    def segments(self) -> tuple[_Operands, _Operands]:
+        """Both segments, a single request as a batch of one whose index has no contents yet."""
+        qo_indptr, kv_indptr = self.qo_indptr_a, self.kv_indptr_a
+        if self.is_single:
+            qo_indptr = kv_indptr = self.q_a.new_empty((2,), dtype=torch.int32)
+        a = _Operands(
+            f"{_OP}, segment a", self.q_a, self.k_a, self.v_a, self.kv_indices_a, qo_indptr,
+            kv_indptr, self.kv_lens_a, self.flags_a, self.max_q_len_a, self.window_left_a,
+        )  # fmt: skip
+        b = _Operands(
+            f"{_OP}, segment b", self.q_b, self.k_b, self.v_b, self.kv_indices_b,
+            self.qo_indptr_b, self.kv_indptr_b, self.kv_lens_b, self.flags_b, self.max_q_len_b,
+            self.window_left_b,
+        )  # fmt: skip
+        return a, b
+
+    def check(self) -> tuple[_Operands, _Operands]:
+        """Check what shapes, dtypes and devices tell; returns both segments."""
+        a, b = self.segments()
+        if b.kv_indices is None:
+            way_out = "Pass the batch with another cache as segment a."
+            expected = "a tensor: the keys of segment b are paged"
+            _check.fail(b.op, "kv_indices", expected, "None", way_out)
+        of_a, a = a.check()
+        of_b, b = b.check()
+        _check.same_device(b.op, "q", b.q, "q_a", a.q)
+        _check.same_dtype(b.op, "q", b.q, "q_a", a.q)
+        length = _check_pair(of_a, of_b)
+        if self.schedule is not None:
+            _check.same_device(_OP, "schedule", self.schedule, "q_a", a.q)
+            _check.dtype(_OP, "schedule", self.schedule, (torch.int32,))
+            meaning = "the work list of these shapes, heads, masks and page sizes"
+            _check.shape(_OP, "schedule", self.schedule, (length,), meaning)
+        return a, b
 
 
 @fake_impl(_OP)
 def _attention_pair_fake(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
-    (_, v), _ = _check_arguments(*arguments, **named)
-    q_a, q_b = arguments[0], arguments[7]
-    rows = (q_a.shape[0] + q_b.shape[0], q_a.shape[1])
-    return q_a.new_empty((*rows, v.shape[-1])), q_a.new_empty(rows, dtype=torch.float32)
+    a, b = _Arguments(*arguments, **named).check()
+    rows = (a.q.shape[0] + b.q.shape[0], a.q.shape[1])
+    return a.q.new_empty((*rows, a.v.shape[-1])), a.q.new_empty(rows, dtype=torch.float32)
 
 
 @cpu_impl(_OP)
-def _attention_pair_cpu(
-    q_a: Tensor,
-    k_a: Tensor,
-    v_a: Tensor,
-    kv_indices_a: Tensor | None,
-    qo_indptr_a: Tensor | None,
-    kv_indptr_a: Tensor | None,
-    kv_lens_a: Tensor | None,
-    q_b: Tensor,
-    k_b: Tensor,
-    v_b: Tensor,
-    kv_indices_b: Tensor | None,
-    qo_indptr_b: Tensor | None,
-    kv_indptr_b: Tensor | None,
-    kv_lens_b: Tensor | None,
-    schedule: Tensor | None = None,
-    flags_a: int = 0,
-    flags_b: int = 0,
-    max_q_len_a: int = -1,
-    max_q_len_b: int = -1,
-    window_left_a: int = -1,
-    window_left_b: int = -1,
-    sm_scale: float | None = None,
-    logits_soft_cap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    (k_a, v_a), (k_b, v_b) = _check_arguments(
-        q_a, k_a, v_a, kv_indices_a, qo_indptr_a, kv_indptr_a, kv_lens_a, q_b, k_b, v_b,
-        kv_indices_b, qo_indptr_b, kv_indptr_b, kv_lens_b, schedule, flags_a, flags_b,
-        max_q_len_a, max_q_len_b, window_left_a, window_left_b,
-    )  # fmt: skip
-    check_values(_OP, window_left_a, logits_soft_cap, 1.0, 1e4)
-    check_values(_OP, window_left_b, logits_soft_cap, 1.0, 1e4)
-    if _is_single(kv_indices_a, qo_indptr_a, kv_indptr_a, kv_lens_a):
-        num_keys = k_a.shape[-2] if flags_a & 1 else k_a.shape[0]
-        qo_indptr_a = torch.tensor([0, q_a.shape[0]], dtype=torch.int32)
-        kv_indptr_a = torch.tensor([0, num_keys], dtype=torch.int32)
-    scale = q_a.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-    out_a, lse_a = _attend_batch(
-        q_a, k_a, v_a, qo_indptr_a, kv_indptr_a, kv_indices_a, kv_lens_a, flags_a, max_q_len_a,
-        window_left_a, logits_soft_cap, scale, None,
-    )  # fmt: skip
-    out_b, lse_b = _attend_batch(
-        q_b, k_b, v_b, qo_indptr_b, kv_indptr_b, kv_indices_b, kv_lens_b, flags_b, max_q_len_b,
-        window_left_b, logits_soft_cap, scale, None,
-    )  # fmt: skip
+def _attention_pair_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    given = _Arguments(*arguments)
+    cap, scale = given.logits_soft_cap, given.sm_scale
+    results = []
+    a, b = given.check()
+    if given.is_single:
+        num_keys = a.k.shape[-2 if a.flags & HND else 0]
+        a = a._replace(
+            qo_indptr=torch.tensor([0, len(a.q)], dtype=torch.int32),
+            kv_indptr=torch.tensor([0, num_keys], dtype=torch.int32),
+        )
+    for of in (a, b):
+        check_values(_OP, of.window_left, cap, 1.0, 1e4)
+        result = _attend_batch(
+            of.q, of.k, of.v, of.qo_indptr, of.kv_indptr, of.kv_indices, of.kv_lens, of.flags,
+            of.max_q_len, of.window_left, cap,
+            of.q.shape[-1] ** -0.5 if scale is None else scale, None,
+        )  # fmt: skip
+        results.append(result)
+    (out_a, lse_a), (out_b, lse_b) = results
     return torch.cat([out_a, out_b]), torch.cat([lse_a, lse_b])
 
 
@@ -224,7 +216,7 @@ def _empty_schedule(
     op_a, op_b = f"{_SCHEDULE}, segment a", f"{_SCHEDULE}, segment b"
     heads, head_dims = (num_qo_heads, num_kv_heads), (head_dim_qk, head_dim_vo)
     like = ("kv_indptr", kv_indptr_b)
-    if _is_single(None, qo_indptr_a, kv_indptr_a, kv_lens_a):
+    if _is_single(qo_indptr_a, kv_indptr_a, kv_lens_a):
         qo_indptr_a = kv_indptr_a = kv_indptr_b.new_empty((2,))
         if single_kv_len_a < 0:
             way_out = "Pass the number of keys of the one request."

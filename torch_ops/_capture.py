@@ -9,10 +9,17 @@ from typing import Any
 
 import torch
 
-# Why the private name: what the public function calls, without its frame.
-is_capturing = getattr(
+# Why the private names: what the public functions call, without their frames.
+_stream_is_captured = getattr(
     torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
 )
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _: -1)
+
+
+def is_capturing(gpu: int) -> bool:
+    """Whether the current stream of a GPU, which is the current one, is being captured."""
+    # No capture takes the default stream, and the driver's own answer costs 0.3 us.
+    return _current_stream(gpu) != 0 and _stream_is_captured()
 
 
 def current_capture(device: torch.device) -> tuple[int, int] | None:

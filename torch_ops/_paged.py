@@ -27,17 +27,20 @@ def layout_code(op: str, kv_layout: str) -> int:
     return code
 
 
-def split(op: str, arg: str, cache: PagedCache) -> tuple[Tensor, Tensor]:
-    """Keys and values of a pool: the tuple as it is, or two views of the 5-D tensor."""
+def split(op: str, arg: str, cache: PagedCache, *, as_views: bool = True) -> tuple[Tensor, Tensor]:
+    """Keys and values of a pool: the tuple as it is, or two views of the 5-D tensor.
+
+    Without `as_views` that tensor twice, for ops that find the `halves` themselves: views cost the
+    host 3 us. Within a graph torch keeps apart what an op writes, and needs them.
+    """
     if isinstance(cache, Tensor):
-        if cache.dim() != 5 or cache.shape[1] != 2:
-            _check.fail(
-                op,
-                arg,
-                "a (k, v) tuple or a tensor of 5 dimensions, the second of size 2 (k, v)",
-                f"shape {list(cache.shape)}",
-                "Stack keys and values in dimension 1, or pass them as a tuple.",
-            )
+        shape = cache.shape
+        if len(shape) != 5 or shape[1] != 2:
+            expected = "a (k, v) tuple or a tensor of 5 dimensions, the second of size 2 (k, v)"
+            way_out = "Stack keys and values in dimension 1, or pass them as a tuple."
+            _check.fail(op, arg, expected, f"shape {list(shape)}", way_out)
+        if not as_views:
+            return cache, cache
         # Why unbind: two views of one call take half the time of two calls.
         keys, values = cache.unbind(1)
         return keys, values
@@ -45,6 +48,13 @@ def split(op: str, arg: str, cache: PagedCache) -> tuple[Tensor, Tensor]:
         got = f"{len(cache)} of them" if isinstance(cache, (tuple, list)) else type(cache).__name__
         _check.fail(op, arg, "a (k, v) tuple or a 5-D tensor", got, "Pass keys and values.")
     return cache[0], cache[1]
+
+
+def halves(k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as views, where both are one 5-D tensor."""
+    keys = k_cache.select(1, 0) if k_cache.dim() == 5 else k_cache
+    values = v_cache.select(1, 1) if v_cache.dim() == 5 else v_cache
+    return keys, values
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class WorkLists:
         On a `gpu` the runs of a capture share theirs, where the driver tells which capture it is;
         `begin_capture` is called at the first run of one.
         """
-        if gpu is None or not is_capturing():
+        if gpu is None or not is_capturing(gpu.index):
             return _shared(self.eager, key, key, make)
         found = current_capture(gpu)
         if found is None:

@@ -8,6 +8,7 @@ runs of a plan or of a CUDA-graph capture (`_list_for`), and calls the narrow op
 from __future__ import annotations
 
 from collections.abc import Mapping
+from ctypes import c_float
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,12 @@ from . import _check
 from ._attention_cpu import check_values, one_of
 from ._batch_attention_cpu import BATCH_INVARIANT, CAUSAL, HND, validate_contents
 from ._batch_ops import (
+    LSE,
+    LSE_EAGER,
     NARROW,
     NARROW_EAGER,
+    PLAIN_EAGER,
+    PLAIN_LENGTH,
     POS_ENCODING_MODES,
     SCHEDULE,
     LogitOptions,
@@ -95,6 +100,7 @@ class Wrapper(OlderVerbs):
         # Why not with buffers: the graph that reads them contains its own schedule.
         self._schedules_in_plan = not self._use_cuda_graph
         self._on_gpu = False
+        self._gpu = 0  # its number, where it is on one
         self._index: Index | None = None
         self._options = Options(0, -1, None, None)
         self._problem: Problem = ()
@@ -197,6 +203,7 @@ class Wrapper(OlderVerbs):
             device = torch.device("cuda", torch.cuda.current_device())
         self._device = device
         self._on_gpu = device.type == "cuda"
+        self._gpu = device.index or 0
         return device
 
     def _check_index(
@@ -256,7 +263,7 @@ class Wrapper(OlderVerbs):
             else:
                 key = (q.shape[0], options.flags, options.window_left)
                 # Why looked at here: a call costs 0.1 us, and most runs find their list.
-                if not (self._on_gpu and is_capturing()):
+                if not (self._on_gpu and is_capturing(self._gpu)):
                     schedule = self._lists.eager.get(key)
                 if schedule is None:
                     schedule = self._list_for(key)
@@ -265,9 +272,15 @@ class Wrapper(OlderVerbs):
             one_of(self._where("run"), "lse_base", lse_base, ("ln", "log2"))
             one_of(self._where("run"), "lse_layout", lse_layout, ("NH", "HN"))
         try:
-            if out is None and lse is None and not return_lse and options.logits is None:
-                op = NARROW if compiling else NARROW_EAGER
-                result: Tensor = op(q, k, v, index[2], schedule, *problem)  # type: ignore[index]
+            plain = options.logits is None and lse_base == "ln" and lse_layout == "NH"
+            if plain and out is None and lse is None:
+                if compiling:
+                    op = LSE if return_lse else NARROW
+                elif return_lse:
+                    op = LSE_EAGER
+                else:
+                    op = PLAIN_EAGER if len(problem) <= PLAIN_LENGTH - 2 else NARROW_EAGER
+                result: Result = op(q, k, v, index[2], schedule, *problem)  # type: ignore[index]
                 return result
             return attend(
                 self._where("run"), (q, k, v), (index[2], schedule, *problem), options.logits,  # type: ignore[index]
@@ -308,8 +321,15 @@ class Wrapper(OlderVerbs):
         qo_indptr, kv_indptr, _, kv_lens = self._index
         lengths = (None, None) if self._on_gpu else (kv_indptr, kv_lens)
         flags, window_left, sm_scale, _ = options
+        if self._on_gpu and sm_scale is not None and self._is_default(sm_scale):
+            sm_scale = None
         problem = (qo_indptr, flags, self._max_q_len, window_left, sm_scale, *lengths)
         return trimmed(None, None, *problem)[2:]
+
+    def _is_default(self, sm_scale: float) -> bool:
+        """Whether a kernel, which takes a float, gets the scale that it has by itself."""
+        default = c_float(self._shape.head_dim_qk**-0.5).value
+        return isinstance(sm_scale, float) and c_float(sm_scale).value == default
 
     def _options_of(
         self,
@@ -370,7 +390,7 @@ class Wrapper(OlderVerbs):
             expected = f"dtype {self._q_dtype}, the q_data_type of plan"
             way_out = f"Pass q_data_type={q.dtype} to plan."
             raise TypeError(_check.message(where, "q", expected, q.dtype, way_out))
-        if is_compiling() or (self._on_gpu and is_capturing()):
+        if is_compiling() or (self._on_gpu and is_capturing(self._gpu)):
             way_out = "Run once eagerly first, or plan without validate=True."
             _check.fail(where, "validate", "False inside a graph", True, way_out)
         assert self._index is not None

@@ -19,7 +19,17 @@ from ._batch_attention_cpu import (
     LENS_ARE_TOKENS,
     validate_contents,
 )
-from ._batch_ops import NARROW, POS_ENCODING_MODES, SCHEDULE, Cache, attend, pair, trimmed
+from ._batch_ops import (
+    NARROW,
+    PLAIN,
+    PLAIN_LENGTH,
+    POS_ENCODING_MODES,
+    SCHEDULE,
+    Cache,
+    attend,
+    pair,
+    trimmed,
+)
 from ._ops import refuse_grad
 
 __all__ = ["attention", "schedule"]
@@ -252,7 +262,8 @@ def attention(
     ):
         refuse_grad(op, q, k, v)
         if out is None and lse is None and not return_lse:
-            result: Tensor = NARROW(q, k, v, *problem)
+            call = PLAIN if len(problem) <= PLAIN_LENGTH else NARROW
+            result: Tensor = call(q, k, v, *problem)
             return result
         return attend(op, (q, k, v), problem, None, out, lse, return_lse, lse_base, lse_layout)
 

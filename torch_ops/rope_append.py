@@ -7,13 +7,14 @@ from torch import Tensor
 
 from . import _check, _overlap, _paged
 from ._append_cpu import Side, check_append, split_scale
-from ._ops import cpu_impl, fake_impl, find_op, refuse_grad
+from ._ops import cpu_impl, fake_impl, find_eager_op, find_op, is_compiling, refuse_grad
 from ._paged import PagedCache
 from ._rope_cpu import DTYPES, Angles, check_cache, check_rotary_dim, looked_up, rotated
 
 __all__ = ["rope_append_paged_kv_cache"]
 
 _NARROW = find_op("rope_append_paged_kv_cache")
+_NARROW_EAGER = find_eager_op("rope_append_paged_kv_cache")
 _FULL = find_op("rope_append_paged_kv_cache_full")
 
 _HND, _INTERLEAVE = 1, 2  # bits of `flags`, as csrc/ops/rope_append.cpp has them
@@ -118,7 +119,8 @@ def rope_append_paged_kv_cache(
     tensor([[-0.8415,  0.5403],
             [ 1.0000,  1.0000]])
     """
-    k_cache, v_cache = _paged.split(_OP, "paged_kv_cache", paged_kv_cache)
+    compiling = is_compiling()
+    k_cache, v_cache = _paged.split(_OP, "paged_kv_cache", paged_kv_cache, as_views=compiling)
     refuse_grad(_OP, q, k, v, k_cache, v_cache, q_weight, k_weight, cos_sin_cache, q_out)
     flags = _paged.layout_code(_OP, kv_layout) | (_INTERLEAVE if interleave else 0)
     if q_out is None:
@@ -136,10 +138,11 @@ def rope_append_paged_kv_cache(
         and k_scale is None
         and v_scale is None
     ):
+        narrow = _NARROW if compiling else _NARROW_EAGER
         if q_weight is None and k_weight is None:
-            _NARROW(*required)
+            narrow(*required)
         else:
-            _NARROW(*required, q_weight, k_weight, norm_eps)
+            narrow(*required, q_weight, k_weight, norm_eps)
         return q_out
     k_value, k_scales = split_scale(k_scale)
     v_value, v_scales = split_scale(v_scale)
@@ -188,6 +191,7 @@ def _cpu(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> None:
+    k_cache, v_cache = _paged.halves(k_cache, v_cache)
     k_pool = _paged.checked_pool(_OP, "k_cache", k_cache, flags & _HND)
     v_pool = _paged.checked_pool(_OP, "v_cache", v_cache, flags & _HND)
     sides = (

@@ -146,11 +146,10 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
 
     // Before the mask, which raises no logit, so that the maxima are found among the last products.
     float offset[Traits::kMFrags][2];
-    bool moves = find_offsets<Traits>(offset, state, logits, scale);
     if (Variant::transforms_logits(params)) {
       Variant::template logits<sizeof(logits) / sizeof(float)>(params, &logits[0][0][0]);
-      moves = find_offsets<Traits>(offset, state, logits, scale);
     }
+    const bool moves = find_offsets<Traits>(offset, state, logits, scale);
     if (step_key < seen_by_all.begin || step_key + Traits::kKeys > seen_by_all.end) {
       mask_logits<Traits>(logits, params, request, work, warp_row, step_key);
     }

@@ -31,12 +31,6 @@ __device__ __forceinline__ float reciprocal(float x) {
   return fmaf(y, fmaf(-x, y, 1.0f), y);
 }
 
-// tanh(x) with an absolute error of about 2e-7, from 1 - 2 / (1 + e^2x). (The hardware's tanh errs
-// by 5e-4.)
-__device__ __forceinline__ float tanh_fast(float x) {
-  return 1.0f - __fdividef(2.0f, 1.0f + exp2_fast(x * (2.0f * kLog2E)));
-}
-
 // Sine and cosine of an angle given in units of 2^-32 turns: the range reduction is the wrap of the
 // integer, so the hardware functions see [-pi, pi) only, where they err by less than 2^-20.
 __device__ __forceinline__ void sincos_of_turns(uint32 phase, float& sine, float& cosine) {

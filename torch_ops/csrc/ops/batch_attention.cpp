@@ -1,6 +1,6 @@
-// attention, attention_lse, attention_full, attention_out, attention_schedule: schemas and what
-// they return. Checks: batch_inputs.cpp. Choice of kernel: batch_choice.cpp. Launches:
-// batch_launch.cpp.
+// attention, attention_plain, attention_lse, attention_full, attention_out, attention_schedule:
+// schemas and what they return. Checks: batch_inputs.cpp. Choice of kernel: batch_choice.cpp.
+// Launches: batch_launch.cpp.
 
 #include <array>
 #include <optional>
@@ -71,6 +71,14 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeT
   const Tensor out = empty_out(in, of);
   launch_attention(in, of, options, cache, results_in(out, of, nullptr));
   return out;
+}
+
+Tensor attention_plain(const Tensor& q, const Tensor& k, const Tensor& v,
+                       const MaybeTensor& kv_indices, const MaybeTensor& schedule,
+                       const MaybeTensor& qo_indptr, int64_t flags) {
+  const MaybeTensor none;
+  return attention(q, k, v, kv_indices, schedule, qo_indptr, flags, -1, -1, std::nullopt, none,
+                   none);
 }
 
 std::tuple<Tensor, Tensor> attention_lse(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -164,13 +172,16 @@ void attention_out(const Tensor& out, const MaybeTensor& lse, const Tensor& q, c
 }  // namespace
 
 // Why this order and the defaults: an argument that is passed costs the host 0.1 to 0.3 us, one
-// left out 0.05. With a work list a call needs the first five or six; the last two, which tell
-// where requests begin and end, are in the list already.
+// left out 0.05 to 0.1. With a work list a call needs the first five or six, and takes
+// attention_plain if these are all; the last two, which tell where requests begin and end, are in
+// the list already.
 static void schemas(Library& m) {
-  const std::string problem =
+  const std::string plain =
       "Tensor q, Tensor k, Tensor v, Tensor? kv_indices, Tensor? schedule=None, "
-      "Tensor? qo_indptr=None, int flags=0, SymInt max_q_len=-1, SymInt window_left=-1, "
-      "float? sm_scale=None, Tensor? kv_indptr=None, Tensor? kv_lens=None";
+      "Tensor? qo_indptr=None, int flags=0";
+  const std::string problem = plain +
+                              ", SymInt max_q_len=-1, SymInt window_left=-1, "
+                              "float? sm_scale=None, Tensor? kv_indptr=None, Tensor? kv_lens=None";
   const std::string options =
       ", float logits_soft_cap=0.0, int pos_encoding_mode=0, float rope_scale=1.0, "
       "float rope_theta=1e4, bool use_fp16_qk_reduction=False";
@@ -179,6 +190,7 @@ static void schemas(Library& m) {
       "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? sinks=None, "
       "Tensor[]? extra_tensors=None, float[]? extra_scalars=None";
   m.def(("attention(" + problem + ") -> Tensor").c_str());
+  m.def(("attention_plain(" + plain + ") -> Tensor").c_str());
   m.def(("attention_lse(" + problem + ") -> (Tensor, Tensor)").c_str());
   m.def(("attention_full(" + problem + options + later + ") -> (Tensor, Tensor)").c_str());
   m.def(
@@ -191,6 +203,7 @@ static void schemas(Library& m) {
 
 static void kernels(Library& m) {
   m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_plain", TORCH_BOX(&attention_plain));
   m.impl("attention_lse", TORCH_BOX(&attention_lse));
   m.impl("attention_full", TORCH_BOX(&attention_full));
   m.impl("attention_out", TORCH_BOX(&attention_out));

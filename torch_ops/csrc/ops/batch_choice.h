@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <limits>
 #include <string>
 
 #include "attention/batch_params.h"
@@ -17,6 +18,7 @@ struct BatchProblem {
   int64 num_tokens = 1;
   int64 max_q_len = 1;  // at most num_tokens
   int64 num_qo_heads = 1, num_kv_heads = 1;
+  int64 max_keys = std::numeric_limits<int64>::max();  // of all requests, by the shapes
   bool paged = true;
   bool invariant = false;
   bool rotates = false;

@@ -54,23 +54,6 @@ void check_cache(const Arg& q, const Arg& k, const Arg& v, int64_t rank, const D
 
 }  // namespace
 
-HalfCache::HalfCache(const char* op, const char* name, const Tensor& tensor, int half)
-    : arg_(op, name, tensor) {
-  if (arg_.rank() != 5) return;
-  if (arg_.sizes[1] != 2) {
-    fail(op, name, "a (k, v) tuple, or one tensor [num_pages, 2, ...] of 5 dimensions",
-         "shape " + shape_text(tensor), "Pass the keys and the values as a tuple");
-  }
-  for (size_t dim = 0; dim < 4; ++dim) {
-    sizes_[dim] = arg_.sizes[dim == 0 ? 0 : dim + 1];
-    strides_[dim] = arg_.strides[dim == 0 ? 0 : dim + 1];
-  }
-  const int64_t begin = half * arg_.strides[1] * arg_.element_size();
-  arg_.data = static_cast<const char*>(arg_.data) + (arg_.numel() > 0 ? begin : 0);
-  arg_.sizes = sizes_;
-  arg_.strides = strides_;
-}
-
 KvForm form_of(bool paged, bool ragged, int64_t flags) {
   if (!paged) return ragged ? KvForm::kRagged : KvForm::kPadded;
   return (flags & kLensAreTokens) != 0 ? KvForm::kPagedByLength : KvForm::kPagedByLastPage;

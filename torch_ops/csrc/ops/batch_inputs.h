@@ -6,6 +6,7 @@
 
 #include "attention/batch_params.h"
 #include "ops/attention_options.h"
+#include "runtime/paged_cache.h"
 
 namespace ridgeline {
 
@@ -49,21 +50,6 @@ struct Cache {
   int64_t tokens;  // of a page, of a row, or of all requests
   int64_t num_heads;
   int outer_dim, token_dim, head_dim;  // -1: there is none
-};
-
-// Keys or values of a cache. One that is stacked, with a dimension of 2 (keys, values) after the
-// first, is looked at without a view of its half, which would cost a microsecond.
-class HalfCache {
- public:
-  HalfCache(const char* op, const char* name, const Tensor& tensor, int half);
-  HalfCache(const HalfCache&) = delete;
-  HalfCache& operator=(const HalfCache&) = delete;
-
-  const Arg& arg() const { return arg_; }
-
- private:
-  Arg arg_;
-  std::array<int64_t, 4> sizes_, strides_;
 };
 
 class Inputs {

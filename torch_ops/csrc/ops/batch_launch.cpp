@@ -60,6 +60,8 @@ BatchProblem problem_of(const Inputs& in, const Lengths& of, const BatchOptions&
   problem.bf16 = in.q.dtype == Dtype::BFloat16;
   problem.rotates = options.logits.rotates;
   problem.fp16_logits = options.logits.fp16_logits;
+  problem.max_keys = in.kv_indices ? in.kv_indices->size(0) * of.page_size
+                                   : in.k.numel() / (of.num_kv_heads * of.head_dim_qk);
   return problem;
 }
 

@@ -72,7 +72,10 @@ CacheSide cache_side(const Side& side, int64_t unit, bool converts) {
   const PagedStrides& strides = side.cache.strides;
   CacheSide result{};
   result.source = source.data;
-  result.target = side.target.tensor.mutable_data_ptr();
+  const Tensor& target = side.target.tensor;
+  result.target = static_cast<char*>(target.mutable_data_ptr()) +
+                  (static_cast<const char*>(side.target.data) -
+                   static_cast<const char*>(target.const_data_ptr()));
   result.source_token_stride = source.strides[0] * unit;
   result.source_head_stride = source.rank() == 3 ? source.strides[1] * unit : 0;
   result.target_strides = {strides.page * unit, strides.token * unit, strides.head * unit};

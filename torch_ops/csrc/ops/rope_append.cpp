@@ -280,7 +280,8 @@ void rope_append_full(const Tensor& q, const Tensor& k, const Tensor& v,
                       double low_freq_factor, double high_freq_factor, double old_context_len,
                       const MaybeTensor& cos_sin_cache, double k_scale, double v_scale,
                       const MaybeTensor& k_scales, const MaybeTensor& v_scales) {
-  const Arg k_target{kOp, "k_cache", k_cache}, v_target{kOp, "v_cache", v_cache};
+  const HalfCache k_half(kOp, "k_cache", k_cache, 0), v_half(kOp, "v_cache", v_cache, 1);
+  const Arg &k_target = k_half.arg(), &v_target = v_half.arg();
   AngleOptions angles{rope_scale, rope_theta};
   if (old_context_len != 0) {
     angles.llama31 = Llama31Scaling{low_freq_factor, high_freq_factor, old_context_len};
@@ -313,7 +314,8 @@ void rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 
 }  // namespace
 
-// Without a norm its arguments are left out: those with a default cost next to nothing then.
+// A pool of 5 dimensions is both caches. Without a norm its arguments are left out: those with a
+// default cost next to nothing then.
 static void schemas(Library& m) {
   const std::string required =
       "(Tensor q, Tensor k, Tensor v, Tensor batch_indices, Tensor positions, Tensor(a!) k_cache, "

@@ -2,12 +2,29 @@
 // them. Only shapes, strides and dtypes are looked at; the contents stay on the device.
 #pragma once
 
+#include <array>
+
 #include "common/paging.h"
 #include "runtime/check.h"
 
 namespace ridgeline {
 
 inline constexpr int64_t kMaxCount = (int64_t{1} << 31) - 1;  // of tokens, pages and requests
+
+// Keys or values of a cache. One that is stacked, with a dimension of 2 (keys, values) after the
+// first, is looked at without a view of its half, which would cost a microsecond.
+class HalfCache {
+ public:
+  HalfCache(const char* op, const char* name, const Tensor& tensor, int half);
+  HalfCache(const HalfCache&) = delete;
+  HalfCache& operator=(const HalfCache&) = delete;
+
+  const Arg& arg() const { return arg_; }
+
+ private:
+  Arg arg_;
+  std::array<int64_t, 4> sizes_, strides_;
+};
 
 // The keys or the values of a pool.
 struct PagedCache {
