@@ -54,7 +54,7 @@ __device__ __forceinline__ bool joins_next(const BatchAttentionParams& params,
     return false;
   }
   BatchItem& next = items[1 - current];
-  next = checked_item(params, record, assignment.lane);
+  next = checked_item<typename Traits::Element>(params, record, assignment.lane);
   next.work.segment = item.work.segment;
   if (num_steps<Traits>(next.work) < kLeast) return false;
   if (cuts != nullptr) keep_cut(params, record, 1, *cuts);
@@ -96,8 +96,9 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
     if (place.steps_left > 0) {
       Kv kv(batch, items[place.item]);
       kv.turn_to(answer);
-      load_keys<Traits>(params, kv, key_address + stage * Traits::kKeyBytes, loader,
-                        place.first_key, items[place.item].work.kv_end);
+      key_copies<Traits>(params, kv, key_address + stage * Traits::kKeyBytes, loader,
+                         place.first_key, items[place.item].work.kv_end)
+          .copy_all();
     }
     cp_async_commit();
   };
@@ -105,8 +106,9 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
     if (place.steps_left > 0) {
       Kv kv(batch, items[place.item]);
       kv.turn_to(answer);
-      load_values<Traits>(params, kv, value_address + stage * Traits::kValueBytes, loader,
-                          place.first_key, items[place.item].work.kv_end);
+      value_copies<Traits>(params, kv, value_address + stage * Traits::kValueBytes, loader,
+                           place.first_key, items[place.item].work.kv_end)
+          .copy_all();
     }
     cp_async_commit();
   };
@@ -163,8 +165,8 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
           row_keys<Traits>(params, item.request, item.work, 0).end};
       joins = joins_next<Traits>(batch, items, current, assignment, cuts);
     }
-    const QueryFragments<Traits> query(
-        down_first_lane_address<Traits::kQueryRowBytes>(query_address, loader));
+    const QueryFragments<Traits> query(query_address,
+                                       down_first_lane_offset<Traits::kQueryRowBytes>(loader));
     RowState<Traits> state;
     __syncthreads();
     const bool goes_on = joins;
@@ -188,9 +190,8 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
         __syncwarp();
       }
       Logits<Traits> logits;
-      multiply_keys<Traits>(logits, query,
-                            right_first_lane_address<Traits::kKeyRowBytes>(
-                                key_address + stage * Traits::kKeyBytes, loader));
+      multiply_keys<Traits>(logits, query, key_address + stage * Traits::kKeyBytes,
+                            right_first_lane_offset<Traits::kKeyRowBytes>(loader), [](int) {});
 
       float offset[Traits::kMFrags][2];
       bool moves = find_offsets<Traits>(offset, state, logits, scale);
@@ -217,8 +218,8 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
       if (starts_next) start_query(items[1 - current]);
       start_keys(loads, answer, stage);
       multiply_values<Traits>(state, exponentials, logits, offset, scale,
-                              down_first_lane_address<Traits::kValueRowBytes>(
-                                  value_address + stage * Traits::kValueBytes, loader));
+                              value_address + stage * Traits::kValueBytes,
+                              down_first_lane_offset<Traits::kValueRowBytes>(loader), [](int) {});
       stage = stage == kStages - 1 ? 0 : stage + 1;
       step_key += Traits::kKvTile;
     }
