@@ -11,7 +11,9 @@ namespace ridgeline {
 
 constexpr uint32 kPackThreads = 256;
 constexpr uint32 kScanThreads = 1024;
-constexpr uint32 kPackRounds = 8;  // 32 bits each, of a warp
+constexpr uint32 kPackBytes = 64;     // that a warp packs at once
+constexpr uint32 kPackRounds = 4;     // times that it does so where there are many
+constexpr uint32 kFewSegments = 256;  // up to here each block sums up their bytes
 
 struct PackbitsParams {
   const uint8* x;  // [num_bits]; nonzero is a 1
@@ -29,8 +31,9 @@ struct SegmentPackbitsParams {
   int64 x_stride;       // elements
   uint32 num_bits;      // below 2^31
   uint32 num_segments;
-  uint32 num_bytes;  // a multiple of 4, at least what the segments need, below 2^31
-  bool big;          // the first bit of a byte is its highest
+  uint32 num_bytes;   // a multiple of 4, at least what the segments need, below 2^31
+  uint32 num_rounds;  // of a warp: 1 or kPackRounds
+  bool big;           // the first bit of a byte is its highest
 };
 
 constexpr uint32 kFlatThreads = 256;
