@@ -78,8 +78,8 @@ struct QuantizeTensorParams {
   uint32 num_partials;  // at most kMaxPartials
 };
 
-// Of dequantize: vectors of a thread. One by one where a vector is one element: blocks of fewer
-// than 256 elements start too slowly.
+// Of dequantize: threads of a block, and vectors of a thread. More where a vector is one element:
+// blocks of so little work take longer to start than to run.
 constexpr uint32 kDequantizeThreads = 256;
 constexpr uint32 dequantize_slots(int vec_size) {
   return vec_size == 1 ? 4 : 1;

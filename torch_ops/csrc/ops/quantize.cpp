@@ -116,7 +116,7 @@ void launch_groups(Dtype format, const Arg& input, const Rows& rows, const Arg& 
   }
   const int64_t group_size = rows.hidden / num_groups;
   const int vec_size = access_width({&input, &out}, {group_size});
-  const RowPlan plan = row_plan(group_size, vec_size);
+  const RowPlan plan = maxima_plan(group_size, vec_size);
   const QuantizeParams params{
       .input = input.tensor.const_data_ptr(),
       .output = out.tensor.mutable_data_ptr(),
