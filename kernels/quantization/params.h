@@ -82,7 +82,7 @@ struct QuantizeTensorParams {
 // blocks of so little work take longer to start than to run.
 constexpr uint32 kDequantizeThreads = 256;
 constexpr uint32 dequantize_slots(int vec_size) {
-  return vec_size == 1 ? 4 : 1;
+  return vec_size == 1 ? 4 : 2;
 }
 
 struct DequantizeParams {
