@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/quant_scale.h"
+#include "common/ranges.h"
 #include "common/row_plan.h"
 #include "common/rows.h"
 #include "common/types.h"
@@ -77,14 +78,23 @@ struct QuantizeTensorParams {
   uint32 num_partials;  // at most kMaxPartials
 };
 
+// Of dequantize: threads of a block, and vectors of a thread. More where a vector is one element:
+// blocks of so little work take longer to start than to run.
+constexpr uint32 kDequantizeThreads = 256;
+constexpr uint32 dequantize_slots(int vec_size) {
+  return vec_size == 1 ? 4 : 2;
+}
+
 struct DequantizeParams {
-  const void* input;    // [num_outer, num_inner, hidden], Q
-  void* output;         // the same, T, contiguous
+  const void* input;  // [num_outer, num_inner, hidden], Q
+  RowStrides strides;
+  Divider num_inner;  // rows of the inner dimension; num_rows when all rows have one stride
+  Ranges ranges;
   const float* scales;  // [num_rows * num_groups], or one of stride 0
-  FlatRows rows;
-  Divider vecs_per_group;
   uint32 num_groups;    // of a row
   uint32 scale_stride;  // 0 or 1
+  Divider vecs_per_group;
+  void* output;  // [num_outer, num_inner, hidden], T, contiguous
 };
 
 }  // namespace ridgeline
