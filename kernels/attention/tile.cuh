@@ -19,13 +19,13 @@ namespace ridgeline {
 // two 8x8 matrices further down come before those to the right; for B from rows that are its
 // columns (keys) the other way round.
 template <int kRowBytes>
-__device__ __forceinline__ uint32 down_first_lane_address(uint32 tile,
-                                                          int lane = threadIdx.x % 32) {
+__device__ __forceinline__ uint32 down_first_lane_address(uint32 tile) {
+  const int lane = threadIdx.x % 32;
   return tile + swizzled_offset<kRowBytes>(lane % 16, lane / 16);
 }
 template <int kRowBytes>
-__device__ __forceinline__ uint32 right_first_lane_address(uint32 tile,
-                                                           int lane = threadIdx.x % 32) {
+__device__ __forceinline__ uint32 right_first_lane_address(uint32 tile) {
+  const int lane = threadIdx.x % 32;
   return tile + swizzled_offset<kRowBytes>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
 

@@ -51,7 +51,7 @@ __device__ __forceinline__ void load_query(const AttentionParams& params, const 
   const RowTarget target = row_target(params, work, min(row, num_rows - 1));
   const int64 offset = target.token * params.q_stride_token + target.head * params.q_stride_head;
   load_rows<Traits::kTileQ, Traits::kQk, Traits::kNumThreads, T>(
-      tile, opaque(int(threadIdx.x)), params.head_dim_qk, num_rows,
+      tile, threadIdx.x, params.head_dim_qk, num_rows,
       [&](int /*lane_row*/, int /*row*/, int pass, int element) {
         return static_cast<const T*>(params.q) +
                __shfl_sync(0xffffffffu, offset, pass * 4 + lane / 8) + element;
