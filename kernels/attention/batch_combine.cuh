@@ -23,6 +23,16 @@ struct SlotRow {
   }
 };
 
+// A search through rows for those that are to be added up: a warp's rows of few parts, then a
+// CTA's rows of many, which each of its warps finds in the same order.
+struct RowSearch {
+  bool together;
+  int base;       // of the next 32 rows to look at
+  int step;       // from each of them to the next
+  int begin;      // of the last 32
+  uint32 wanted;  // a bit for each of them that is still to be added up
+};
+
 // A launch of one batch, or of two, whose cut tiles tell of which they are.
 template <typename T, int kSegments>
 __device__ __forceinline__ void combine_segments(const BatchAttentionParams (&segments)[kSegments],
@@ -32,69 +42,79 @@ __device__ __forceinline__ void combine_segments(const BatchAttentionParams (&se
   const int lane = threadIdx.x % 32;
   const int warp_idx = blockIdx.x * kCombineWarps + warp;
   const int num_warps = gridDim.x * kCombineWarps;
-  pdl_wait();
 
-  const ListHeader& header = *reinterpret_cast<const ListHeader*>(params.list);
+  // All that the list says is found before the wait: it was complete when attention began.
+  const ListHeader header = *reinterpret_cast<const ListHeader*>(params.list);
 #pragma unroll 1
   for (int i = 0; i < kSegments; ++i) {
     clear_rows<T>(segments[i], i == 0 ? header.num_tokens : header.num_tokens_b, warp_idx,
                   num_warps);
   }
-  if (header.tag != params.tag) return;
   const float scale = exponent_scale(params.attention.sm_scale, params.attention.logits_soft_cap);
-  const auto segment_of = [&](const SlotRow& of) -> const BatchAttentionParams& {
-    return segments[kSegments > 1 ? of.tile.segment & 1 : 0];
+  const auto params_of = [&](int segment) -> const BatchAttentionParams& {
+    return segments[kSegments > 1 ? segment & 1 : 0];
   };
-  const int num_tiles = max(0, min(header.num_cut_tiles, params.max_cut_tiles));
+  const int num_tiles =
+      header.tag == params.tag ? max(0, min(header.num_cut_tiles, params.max_cut_tiles)) : 0;
   const int num_rows = num_tiles * int(params.team_size.divisor * params.slot_rows.divisor);
-  // Rows of slots are looked at by all lanes at once: of a tall slot's most may not exist.
-  const auto wants = [&](int i, bool together) {
+  // Why from the last warp on, where CTAs have rows too: a CTA with both kinds takes twice as long,
+  // and the first CTAs start first.
+  const bool has_both = header.most_pieces > kPartsOfGroup;
+  RowSearch search = {false, has_both ? num_warps - 1 - warp_idx : warp_idx, num_warps};
+  // Of the row that was found.
+  RowTarget target;
+  CutRow parts;
+  int segment;
+  const auto wants = [&](int i) {
     if (i >= num_rows) return false;
     const SlotRow of(params, i);
     return of.row < of.tile.num_rows && of.tile.num_pieces > 0 &&
-           (of.tile.num_pieces > kPartsOfGroup) == together &&
-           row_target(segment_of(of), of.tile, of.row).token >= 0;
+           (of.tile.num_pieces > kPartsOfGroup) == search.together &&
+           row_target(params_of(of.tile.segment), of.tile, of.row).token >= 0;
   };
-  const auto combine = [&](int i, bool together) {
-    const SlotRow of(params, i);
-    const AttentionParams& attention = segment_of(of).attention;
-    const RowTarget target = row_target(segment_of(of), of.tile, of.row);
-    const CutRow parts = row_parts(of.tile, of.row);
+  // Rows of slots are looked at by all lanes at once: of a tall slot's most may not exist.
+  const auto find = [&] {
+    while (search.wanted == 0) {
+      if (search.base >= num_rows) {
+        if (search.together || !has_both) return false;
+        search = {true, int(blockIdx.x), int(gridDim.x)};
+        continue;
+      }
+      search.begin = search.base;
+      search.base += 32 * search.step;
+      search.wanted = __ballot_sync(0xffffffffu, wants(search.begin + lane * search.step));
+    }
+    const SlotRow of(params, search.begin + (__ffs(search.wanted) - 1) * search.step);
+    search.wanted &= search.wanted - 1;
+    segment = of.tile.segment;
+    target = row_target(params_of(segment), of.tile, of.row);
+    parts = row_parts(of.tile, of.row);
+    return true;
+  };
+  bool found = find();
+  pdl_wait();
+#pragma unroll 1
+  for (; found; found = find()) {
+    const AttentionParams& attention = params_of(segment).attention;
 #pragma unroll 1
     for (int first = 0; first < attention.head_dim_vo; first += kColumnsOfWarp) {
       const int column = first + lane_column();
-      const RowSums sums = together ? add_parts_together(attention, parts, column, scale, of_warps)
-                                    : add_parts<1>(attention, parts, column, scale);
-      if (!together || warp == 0) store_sums<T>(attention, target, column, sums, scale);
-    }
-  };
-#pragma unroll 1
-  for (int base = warp_idx; base < num_rows; base += 32 * num_warps) {
-    uint32 wanted = __ballot_sync(0xffffffffu, wants(base + lane * num_warps, false));
-    for (; wanted != 0; wanted &= wanted - 1) {
-      combine(base + (__ffs(wanted) - 1) * num_warps, false);
-    }
-  }
-  if (header.most_pieces <= kPartsOfGroup) return;
-  // Every warp of a CTA finds the same.
-#pragma unroll 1
-  for (int base = blockIdx.x; base < num_rows; base += 32 * gridDim.x) {
-    uint32 wanted = __ballot_sync(0xffffffffu, wants(base + lane * gridDim.x, true));
-    for (; wanted != 0; wanted &= wanted - 1) {
-      combine(base + (__ffs(wanted) - 1) * gridDim.x, true);
+      const RowSums sums =
+          combine_parts(attention, parts, column, scale, search.together, of_warps);
+      if (!search.together || warp == 0) store_sums<T>(attention, target, column, sums, scale);
     }
   }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kCombineThreads, 2)
+__global__ void __launch_bounds__(kCombineThreads, 3)
     batch_combine(const __grid_constant__ BatchAttentionParams params) {
   __shared__ RowSums of_warps[kCombineWarps][32];
   combine_segments<T>(reinterpret_cast<const BatchAttentionParams(&)[1]>(params), of_warps);
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kCombineThreads, 2)
+__global__ void __launch_bounds__(kCombineThreads, 3)
     batch_combine_pair(const __grid_constant__ BatchPairParams params) {
   __shared__ RowSums of_warps[kCombineWarps][32];
   combine_segments<T>(params.segments, of_warps);

@@ -49,24 +49,26 @@ __global__ void __launch_bounds__(
     batch_attention_pair(const __grid_constant__ BatchPairParams params) {
   using Kernel = PairKernel<T, Dims, First, Second, Variant>;
   extern __shared__ __align__(1024) unsigned char smem[];
-  __shared__ BatchItem item;
+  __shared__ BatchItem items[2];
   __shared__ Assignment assignment;
   pdl_wait();
   if (threadIdx.x == 0) {
     const Assignment own = read_assignment(params.segments[0], Kernel::kHigh > 16);
-    item = checked_item(params, own.next, own.lane);
+    items[0] = checked_item(params, own.next, own.lane);
     assignment = own;
   }
   __syncthreads();
   while (assignment.index < assignment.end) {
-    if (item.work.segment != 0) {
-      Kernel::B::run(params.segments[1], item, assignment, smem + opaque(0));
+    if (items[0].work.segment != 0) {
+      Kernel::B::template run<false>(params.segments[1], items, assignment, nullptr,
+                                     smem + opaque(0));
     } else {
-      Kernel::A::run(params.segments[0], item, assignment, smem + opaque(0));
+      Kernel::A::template run<false>(params.segments[0], items, assignment, nullptr,
+                                     smem + opaque(0));
     }
     __syncthreads();
     if (threadIdx.x == 0 && ++assignment.index < assignment.end) {
-      item = checked_item(params, assignment.next, assignment.lane);
+      items[0] = checked_item(params, assignment.next, assignment.lane);
     }
     __syncthreads();
   }

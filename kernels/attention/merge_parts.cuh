@@ -123,30 +123,33 @@ __device__ __forceinline__ RowSums add_parts(const AttentionParams& params, cons
   return sums;
 }
 
-// The same by all warps of a combining CTA, which all call it; warp 0 has the result. A warp has
-// every kCombineWarps-th group.
-__device__ __forceinline__ RowSums add_parts_together(const AttentionParams& params,
-                                                      const CutRow& row, int column, float scale,
-                                                      RowSums (&of_warps)[kCombineWarps][32]) {
+// The same in a combining CTA: by each warp for a row of its own, which has kPartsOfGroup parts at
+// most, or together by all warps, which have every kCombineWarps-th group each; warp 0 has the
+// result then. Why one call for both: code comes from memory too.
+__device__ __forceinline__ RowSums combine_parts(const AttentionParams& params, const CutRow& row,
+                                                 int column, float scale, bool together,
+                                                 RowSums (&of_warps)[kCombineWarps][32]) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   RowSums sums = no_sums();
 #pragma unroll 1
-  for (int begin = 0; begin < row.num_parts; begin += kCombineWarps * kPartsOfGroup) {
-    const int own = begin + warp * kPartsOfGroup;
+  for (int begin = 0;;) {
+    const int own = together ? begin + warp * kPartsOfGroup : 0;
+    const CutRow group = {row.first + int64(own) * row.stride, row.stride,
+                          min(row.num_parts - own, kPartsOfGroup)};
+    const RowSums own_sums = add_parts<1>(params, group, column, scale);
+    if (!together) return own_sums;
     __syncthreads();
-    if (own < row.num_parts) {
-      const CutRow group = {row.first + int64(own) * row.stride, row.stride,
-                            min(row.num_parts - own, kPartsOfGroup)};
-      of_warps[warp][lane] = add_parts<1>(params, group, column, scale);
-    }
+    of_warps[warp][lane] = own_sums;
     __syncthreads();
-    if (warp > 0) continue;
     const int num_groups =
         min(kCombineWarps, (row.num_parts - begin + kPartsOfGroup - 1) / kPartsOfGroup);
-    for (int other = 0; other < num_groups; ++other) append(sums, of_warps[other][lane], scale);
+    if (warp == 0) {
+      for (int other = 0; other < num_groups; ++other) append(sums, of_warps[other][lane], scale);
+    }
+    begin += kCombineWarps * kPartsOfGroup;
+    if (begin >= row.num_parts) return sums;
   }
-  return sums;
 }
 
 // The first of this lane's first columns.

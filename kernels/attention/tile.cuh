@@ -176,9 +176,8 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   const WorkItem& target = get_work(opaque(index));
   const int target_rows = tile_rows<Traits>(params, request, target);
   if constexpr (Traits::kSplitsKeys) {
-    unsigned char* query_tile = shared_pointer(query_address);
-    merge_and_store<Traits>(params, target, state, scale, query_tile,
-                            query_tile + Traits::kQueryBytes, target_rows);
+    merge_and_store<Traits>(params, target, state, scale,
+                            shared_pointer(query_address) + Traits::kQueryBytes, target_rows);
   } else if (target.partial_row >= 0) {
     store_partial<Traits>(params, target, state, warp_row, target_rows);
   } else {

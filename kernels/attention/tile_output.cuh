@@ -111,90 +111,78 @@ __device__ __forceinline__ void store_final(const AttentionParams& params, const
 }
 
 // For warps that divided the keys: adds up their sums in the order of the warps and stores the
-// tile's 16 rows. Each warp lays its sums into its own pipeline's memory, statistics into the query
-// tile.
+// tile's rows, eight at a time. Each warp lays its sums into memory of its own, kPipelineBytes from
+// the last warp's.
 template <typename Traits>
 __device__ __forceinline__ void merge_and_store(const AttentionParams& params, const WorkItem& work,
                                                 const RowState<Traits>& state, float scale,
-                                                unsigned char* query_tile, unsigned char* pipelines,
-                                                int num_rows) {
+                                                unsigned char* first_sums, int num_rows) {
   using T = typename Traits::T;
   constexpr int kRowBytes = Traits::kVo * int(sizeof(float));
-  constexpr int kThreadsPerRow = Traits::kNumThreads / 16;
-  float2* stats = reinterpret_cast<float2*>(query_tile);
+  constexpr int kThreadsOfRow = Traits::kVo / 4;
+  __shared__ float2 stats[Traits::kNumPipelines][16];
   // Why opaque: places that a batch's loop over records would hold ready cost its tiles registers.
   const int lane = opaque(int(threadIdx.x % 32));
   const int warp = threadIdx.x / 32;
-  __syncthreads();
+  const bool final = work.partial_row < 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = half * 8 + lane / 4;
-    const float sum = quad_sum(state.sum[0][half]);
-    if (lane % 4 == 0) stats[warp * 16 + row] = make_float2(state.maximum[0][half], sum);
+    if (half * 8 >= num_rows) break;
+    if (half > 0) __syncthreads();
+    const float own_sum = quad_sum(state.sum[0][half]);
+    if (lane % 4 == 0) {
+      stats[warp][half * 8 + lane / 4] = make_float2(state.maximum[0][half], own_sum);
+    }
 #pragma unroll
     for (int n = 0; n < Traits::kVoFrags; ++n) {
-      const uint32 offset = swizzled_offset<kRowBytes>(row, 2 * n + lane % 4 / 2) + lane % 2 * 8;
-      *reinterpret_cast<float2*>(pipelines + warp * Traits::kPipelineBytes + offset) =
+      const uint32 offset =
+          swizzled_offset<kRowBytes>(lane / 4, 2 * n + lane % 4 / 2) + lane % 2 * 8;
+      *reinterpret_cast<float2*>(first_sums + warp * Traits::kPipelineBytes + offset) =
           make_float2(state.out[0][n][2 * half], state.out[0][n][2 * half + 1]);
     }
-  }
-  __syncthreads();
+    __syncthreads();
 
-  const int row = threadIdx.x / kThreadsPerRow;
-  if (row >= num_rows) return;
-  float maximum = -kInfinity;
+    const int end = min(8, num_rows - half * 8) * kThreadsOfRow;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < end; i += Traits::kNumThreads) {
+      const int row = half * 8 + i / kThreadsOfRow;
+      const int unit = i % kThreadsOfRow;  // of four columns
+      float maximum = -kInfinity;
 #pragma unroll
-  for (int w = 0; w < Traits::kNumPipelines; ++w) maximum = fmaxf(maximum, stats[w * 16 + row].x);
-  const float origin = maximum == -kInfinity ? 0.0f : maximum;
-  float weights[Traits::kNumPipelines];
-  float sum = 0.0f;
+      for (int w = 0; w < Traits::kNumPipelines; ++w) maximum = fmaxf(maximum, stats[w][row].x);
+      const float origin = maximum == -kInfinity ? 0.0f : maximum;
+      float sum = 0.0f;
+      float4 values = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-  for (int w = 0; w < Traits::kNumPipelines; ++w) {
-    weights[w] = exp2_fast((stats[w * 16 + row].x - origin) * scale);
-    sum += weights[w] * stats[w * 16 + row].y;
-  }
-
-  const bool final = work.partial_row < 0;
-  const RowTarget target = row_target(params, work, row);
-  if (threadIdx.x % kThreadsPerRow == 0) {
-    if (final) {
-      target.write_lse(params, scale, maximum, sum);
-    } else {
-      reinterpret_cast<float2*>(params.partial_stats)[int64(work.partial_row) + row] =
-          make_float2(maximum, sum);
-    }
-  }
-  const float factor = final ? Traits::Variant::output(params, sum) : 1.0f;
-#pragma unroll
-  for (int unit = threadIdx.x % kThreadsPerRow; unit < Traits::kVo / 8; unit += kThreadsPerRow) {
-    if (unit * 8 >= params.head_dim_vo) break;
-    float values[8] = {};
-#pragma unroll
-    for (int w = 0; w < Traits::kNumPipelines; ++w) {
-#pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        const uint32 offset =
-            w * Traits::kPipelineBytes + swizzled_offset<kRowBytes>(row, 2 * unit + part);
-        const float4 four = *reinterpret_cast<const float4*>(pipelines + offset);
-        values[4 * part] += weights[w] * four.x;
-        values[4 * part + 1] += weights[w] * four.y;
-        values[4 * part + 2] += weights[w] * four.z;
-        values[4 * part + 3] += weights[w] * four.w;
+      for (int w = 0; w < Traits::kNumPipelines; ++w) {
+        const float weight = exp2_fast((stats[w][row].x - origin) * scale);
+        const float4 four = *reinterpret_cast<const float4*>(
+            first_sums + w * Traits::kPipelineBytes + swizzled_offset<kRowBytes>(row % 8, unit));
+        sum += weight * stats[w][row].y;
+        values.x += weight * four.x;
+        values.y += weight * four.y;
+        values.z += weight * four.z;
+        values.w += weight * four.w;
       }
-    }
-    if (final) {
-      uint4 packed;
-      packed.x = pack_pair<T>(values[0] * factor, values[1] * factor);
-      packed.y = pack_pair<T>(values[2] * factor, values[3] * factor);
-      packed.z = pack_pair<T>(values[4] * factor, values[5] * factor);
-      packed.w = pack_pair<T>(values[6] * factor, values[7] * factor);
-      *reinterpret_cast<uint4*>(target.out<T>(params) + unit * 8) = packed;
-    } else {
-      float4* out = reinterpret_cast<float4*>(
-          params.partial_out + (int64(work.partial_row) + row) * uint32(params.head_dim_vo) +
-          unit * 8);
-      out[0] = make_float4(values[0], values[1], values[2], values[3]);
-      out[1] = make_float4(values[4], values[5], values[6], values[7]);
+      const RowTarget target = row_target(params, work, row);
+      const int64 partial_row = int64(work.partial_row) + row;
+      if (unit == 0) {
+        if (final) {
+          target.write_lse(params, scale, maximum, sum);
+        } else {
+          reinterpret_cast<float2*>(params.partial_stats)[partial_row] = make_float2(maximum, sum);
+        }
+      }
+      if (unit * 4 >= params.head_dim_vo) continue;
+      if (final) {
+        const float factor = Traits::Variant::output(params, sum);
+        *reinterpret_cast<uint2*>(target.out<T>(params) + unit * 4) =
+            make_uint2(pack_pair<T>(values.x * factor, values.y * factor),
+                       pack_pair<T>(values.z * factor, values.w * factor));
+      } else {
+        *reinterpret_cast<float4*>(params.partial_out + partial_row * uint32(params.head_dim_vo) +
+                                   unit * 4) = values;
+      }
     }
   }
 }

@@ -39,6 +39,10 @@ struct TileTraits {
       kMFrags == 2 && (kQk != 128 || Variant_::kFp16Logits || Variant_::kTransformsKey);
   static constexpr int kEarlyGroups = kIsFull ? kKeys / 16 : 1;
 
+  // Whether a batch's tiles are one stream (batch_stream.cuh): the next query arrives while this
+  // one is in registers.
+  static constexpr bool kJoins = kSplitsKeys && kQueryInRegisters && kSm >= 80;
+
   // Shared memory: query tile, then of each pipeline the K stages and the V stages, then the
   // variant's scratch.
   static constexpr int kQueryRowBytes = kQk * int(sizeof(T));
@@ -55,8 +59,8 @@ struct TileTraits {
                 "warps that divide the keys share 16 rows");
   static_assert(kKeys % 16 == 0 && kQk % 64 == 0 && kVo % 64 == 0,
                 "whole fragments and whole lines");
-  static_assert(!kSplitsKeys || kPipelineBytes >= kTileQ * kVo * int(sizeof(float)),
-                "room for the merge");
+  static_assert(!kSplitsKeys || kValueBytes >= 8 * kVo * int(sizeof(float)),
+                "room to merge eight rows");
 };
 
 // Waits for the threads that share a pipeline.

@@ -1,0 +1,125 @@
+// What a CTA is told to do: its share of a batch's work list, every field of which is held to its
+// range here.
+#pragma once
+
+#include "attention/batch_params.h"
+#include "attention/cut_tiles.cuh"
+#include "attention/work_item.cuh"
+#include "common/cp_async.cuh"
+#include "common/ldmatrix.cuh"
+
+namespace ridgeline {
+
+__device__ __forceinline__ int held_to(int value, int low, int high) {
+  return max(low, min(value, high));
+}
+
+// What a CTA is told to do: the list's records from `index` on, before `end`, the head of a team's
+// heads that is its own, and the record to work on next, which arrives during the one before it.
+struct Assignment {
+  int index, end;
+  int lane;
+  WorkRecord next;
+};
+
+// A record as a CTA's item whose fields are in their ranges.
+__device__ __forceinline__ BatchItem checked_item(const BatchAttentionParams& params,
+                                                  const WorkRecord& record, int lane) {
+  BatchItem item = {};
+  item.height_idx = record.segment_height & 1;
+  item.work.request = record.request;
+  const int num_kv_heads = params.attention.num_kv_heads.divisor;
+  item.work.kv_head = held_to(record.kv_head + lane, 0, num_kv_heads - 1);
+  item.work.q_begin = held_to(record.q_begin, 0, params.num_tokens - 1);
+  item.request.qo_len = held_to(record.qo_len, 1, params.num_tokens - item.work.q_begin);
+  const int num_rows = item.request.qo_len * int(params.attention.group_size.divisor);
+  item.work.q_row_begin = held_to(record.q_row_begin, 0, num_rows - 1);
+  int64 most_keys = 0;
+  if (params.form == KvForm::kPadded) {
+    item.kv_origin = held_to(record.kv_origin, 0, params.num_indices - 1);
+    most_keys = params.max_kv_len;
+  } else {
+    item.kv_origin = held_to(record.kv_origin, 0, params.num_indices);
+    most_keys = int64(params.num_indices - item.kv_origin);
+    if (is_paged(params.form)) most_keys *= params.page_size.divisor;
+  }
+  const int64 origin = is_paged(params.form) ? 0 : item.kv_origin;
+  item.key_offset =
+      item.work.kv_head * params.attention.k_stride_head + origin * params.k_origin_stride;
+  item.value_offset =
+      item.work.kv_head * params.attention.v_stride_head + origin * params.v_origin_stride;
+  const int kv_len = record.kv_len;
+  item.request.kv_len = kv_len < 0 ? 0 : kv_len < most_keys ? kv_len : int(most_keys);
+  item.work.kv_end = held_to(record.kv_end, 0, item.request.kv_len);
+  item.work.kv_begin = held_to(record.kv_begin, 0, item.work.kv_end);
+  item.work.partial_row = -1;
+  if (record.partial_row >= 0) {
+    item.work.partial_row =
+        min(min(record.partial_row, params.last_partial_row) + lane * int(params.slot_rows.divisor),
+            params.last_partial_row);
+  }
+  return item;
+}
+
+// A record as four words at a time: a thread's loads start together.
+__device__ __forceinline__ WorkRecord read_record(const int* words) {
+  WorkRecord record;
+  const int4* from = reinterpret_cast<const int4*>(words);
+  int4* to = reinterpret_cast<int4*>(&record);
+#pragma unroll
+  for (int i = 0; i < kRecordWords / 4; ++i) to[i] = from[i];
+  return record;
+}
+
+// Keeps which cut tile a CTA's first or last record is a part of, and has the tile copied.
+__device__ __forceinline__ void keep_cut(const BatchAttentionParams& params,
+                                         const WorkRecord& record, int place, OwnCuts& cuts) {
+  if (record.partial_row < 0) return;
+  cuts.index[place] = held_to(record.cut_tile, 0, params.max_cut_tiles - 1);
+  const int* tile = params.list + kCutTilesAt + cuts.index[place] * kCutTileWords;
+#pragma unroll
+  for (int i = 0; i < kCutTileWords / 4; ++i) {
+    cp_async_16(shared_address(&cuts.tiles[place]) + i * 16, tile + i * 4, true);
+  }
+}
+
+// Starts to copy the record `ahead` after the one that is worked on into `next`. Thread 0 calls it.
+__device__ __forceinline__ void fetch_record(const BatchAttentionParams& params,
+                                             Assignment& assignment, int ahead) {
+  if (assignment.index + ahead >= assignment.end) return;
+  const int* record =
+      params.list + params.records_at + (assignment.index + ahead) * int64(kRecordWords);
+#pragma unroll
+  for (int i = 0; i < kRecordWords / 4; ++i) {
+    cp_async_16(shared_address(&assignment.next) + i * 16, record + i * 4, true);
+  }
+}
+
+// A CTA's assignment, with its first record in `next`; none where the list has another tag.
+__device__ __forceinline__ Assignment read_assignment(const BatchAttentionParams& params,
+                                                      bool may_go_by_tile) {
+  const int4 header = *reinterpret_cast<const int4*>(params.list);
+  const int team = min(int(params.team_size.quotient(blockIdx.x)), kMaxBatchCtas - 1);
+  const int* share = params.list + kSharesAt + team * kShareWords;
+  const int tile = params.attention.num_kv_heads.quotient(blockIdx.x);
+  Assignment result;
+  result.next = read_record(share);
+  const int2 range = *reinterpret_cast<const int2*>(share + kRecordWords);
+  result.lane = params.team_size.remainder(blockIdx.x);
+  result.index = held_to(range.x, 0, params.max_records);
+  result.end = blockIdx.x < params.num_ctas ? held_to(range.y, 0, params.max_records) : 0;
+  if (may_go_by_tile) {
+    const int64 place = min(tile, params.max_records - 1) * int64(kRecordWords);
+    const WorkRecord of_tile = read_record(params.list + params.records_at + place);
+    if (header.y != 0) {
+      result.next = of_tile;
+      result.lane = params.attention.num_kv_heads.remainder(blockIdx.x);
+      result.index = tile;
+      result.end = tile < min(header.z, params.max_records) ? tile + 1 : 0;
+    }
+  }
+  if (header.x != params.tag) result.end = 0;
+  return result;
+}
+
+}  // namespace ridgeline
