@@ -73,7 +73,7 @@ def test_two_states_in_place(
         assert torch.equal(s[~mask], before[1][~mask])
 
 
-@pytest.mark.parametrize("num_states", [0, 1, 2, 3, 7, 100])
+@pytest.mark.parametrize("num_states", [0, 1, 2, 4, 5, 8, 9, 100])
 @pytest.mark.parametrize("head_dim", [5, 64, 264])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_states(

@@ -99,6 +99,7 @@ def test_views(device: torch.device, order: str, rng: torch.Generator) -> None:
         [3, 5, 70, 70, 1000],
         [0, 33333, 33334, 99999],
         [i * i // 7 for i in range(800)],
+        [i * 1111 for i in range(1200)],
         [0] * 1500 + list(range(0, 5000, 3)) + [5000] * 1100,
     ],
     ids=lambda indptr: f"{len(indptr) - 1} segments to {indptr[-1]}",
@@ -108,6 +109,14 @@ def test_segments(
 ) -> None:
     check_segments(device, some_bits(indptr[-1] + 9, rng).to(device), indptr, order)
     check_segments(device, some_bits(indptr[-1], rng, torch.uint8).to(device), indptr, order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_long_segments(device: torch.device, order: str, rng: torch.Generator) -> None:
+    """So many bits that a warp takes several rounds, from any address on."""
+    x = some_bits(8_600_000, rng).to(device)
+    for first in (0, 5):
+        check_segments(device, x[first:], [0, 1, 3_000_005, 3_000_005, 8_599_990], order)
 
 
 @hypothesis.given(data=st.data())

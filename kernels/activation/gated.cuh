@@ -4,7 +4,7 @@
 // input [num_outer, num_inner, 2 * hidden] of T, output [num_outer, num_inner, hidden] of Q, with
 // any strides but a last one of 1. kVec elements move at once: 16 bytes of input, or 1 element when
 // a pointer, a stride or hidden does not allow that. A thread makes one vector of the output. All
-// SMs. Launch: gated_plan(). Limit: num_rows and hidden below 2^31.
+// SMs. Launch: gated_threads(), range_plan(). Limit: num_rows and hidden below 2^31.
 #pragma once
 
 #include "activation/functions.cuh"
@@ -17,21 +17,16 @@
 namespace ridgeline {
 
 template <class T, int kVec, class Activation, class Q = T>
-__global__ void __launch_bounds__(kGatedThreads, kThreadsOfSm / kGatedThreads)
+__global__ void __launch_bounds__(gated_threads(sizeof(Q) == 1),
+                                  kThreadsOfSm / gated_threads(sizeof(Q) == 1))
     gated(const __grid_constant__ GatedParams params) {
   constexpr bool kExact = sizeof(T) == 4;
   constexpr bool kQuantizes = sizeof(Q) == 1;
   const T* input = static_cast<const T*>(params.input);
   Q* output = static_cast<Q*>(params.output);
-  uint32 vec = blockIdx.x * kGatedThreads + threadIdx.x;
-  if (vec >= params.vecs_per_range) return;
-  uint32 row = blockIdx.y;
-  if (params.rows_per_range > 1) {
-    const uint32 row_in_range = params.vecs_per_row.quotient(vec);
-    row = row * params.rows_per_range + row_in_range;
-    if (row >= params.num_rows) return;
-    vec -= row_in_range * params.vecs_per_row.divisor;
-  }
+  uint32 vec = blockIdx.x * gated_threads(kQuantizes) + threadIdx.x;
+  uint32 row;
+  if (!params.ranges.find(blockIdx.y, vec, row)) return;
   const int64 column = int64{vec} * kVec;
   const T* source = input + row_offset(params.num_inner, params.input_strides, row) + column;
 

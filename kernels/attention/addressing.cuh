@@ -4,7 +4,9 @@
 // turn_to() with the answer makes it the step that keys<kRows, kLoaders>(first_token, end, element)
 // and values(...) are asked for. These answer with Rows: at(pass) is the address of `element`
 // in the calling thread's row of a pass, first_token + thread / 8 + pass * kLoaders / 8. Nothing is
-// read of tokens from `end` on. kHoldsHead: whether addresses take a register for the head.
+// read of tokens from `end` on. kCopiesAt: beside which read of values the copies of
+// the next step start in the tall tile of sm_90, as early as registers are left for their addresses
+// (kCopiesAtOfFull: where all exponentials are taken before).
 #pragma once
 
 #include "attention/batch_params.h"
@@ -42,7 +44,8 @@ template <typename T>
 struct StridedKv {
   using Element = T;
   using Rows = StridedRows<T>;
-  static constexpr bool kHoldsHead = true;
+  static constexpr int kCopiesAt = 12;
+  static constexpr int kCopiesAtOfFull = 0;
 
   const AttentionParams& params;
   int kv_head;
@@ -82,7 +85,8 @@ template <typename T>
 struct RaggedKv {
   using Element = T;
   using Rows = StridedRows<T>;
-  static constexpr bool kHoldsHead = false;
+  static constexpr int kCopiesAt = 8;
+  static constexpr int kCopiesAtOfFull = 8;
 
   const BatchAttentionParams& params;
   const BatchItem& item;
@@ -130,7 +134,8 @@ template <typename T>
 struct PagedKv {
   using Element = T;
   using Rows = PooledRows<T>;
-  static constexpr bool kHoldsHead = false;
+  static constexpr int kCopiesAt = 0;
+  static constexpr int kCopiesAtOfFull = 0;
 
   const BatchAttentionParams& params;
   const BatchItem& item;

@@ -17,12 +17,13 @@
 
 namespace ridgeline {
 
-// Runs the record in items[0]: a tall one alone, a low one with those that its stream goes on with.
-template <typename Traits>
+// Runs the record in items[0]: alone, or with those that its stream goes on with. Why not beside
+// tall tiles: their kernels have no registers to spare.
+template <typename Traits, bool kStreams>
 __device__ __forceinline__ void run_records(const BatchAttentionParams& params,
                                             BatchItem (&items)[2], Assignment& assignment,
                                             OwnCuts* cuts, unsigned char* smem) {
-  if constexpr (Traits::kSplitsKeys) {
+  if constexpr (kStreams) {
     attend_stream<Traits>(params, items, assignment, cuts, smem);
   } else {
     BatchItem& item = items[0];
@@ -50,10 +51,12 @@ struct BatchKernel<T, Dims, Heights<kHeight>, Kv, Variant> {
   static constexpr int kHigh = kHeight;
   static constexpr bool kCountsArrivals =
       TileTraits<T, Dims, kHeight, Kv, Variant>::kCountsArrivals;
+  template <bool kStreams>
   static __device__ __forceinline__ void run(const BatchAttentionParams& params,
                                              BatchItem (&items)[2], Assignment& assignment,
                                              OwnCuts* cuts, unsigned char* smem) {
-    run_records<TileTraits<T, Dims, kHeight, Kv, Variant>>(params, items, assignment, cuts, smem);
+    run_records<TileTraits<T, Dims, kHeight, Kv, Variant>, kStreams>(params, items, assignment,
+                                                                     cuts, smem);
   }
 };
 
@@ -62,13 +65,16 @@ struct BatchKernel<T, Dims, Heights<low, high>, Kv, Variant> {
   static constexpr int kLow = low;
   static constexpr int kHigh = high;
   static constexpr bool kCountsArrivals = TileTraits<T, Dims, high, Kv, Variant>::kCountsArrivals;
+  template <bool kStreams>
   static __device__ __forceinline__ void run(const BatchAttentionParams& params,
                                              BatchItem (&items)[2], Assignment& assignment,
                                              OwnCuts* cuts, unsigned char* smem) {
     if (items[0].height_idx == 0) {
-      run_records<TileTraits<T, Dims, low, Kv, Variant>>(params, items, assignment, cuts, smem);
+      run_records<TileTraits<T, Dims, low, Kv, Variant>, kStreams>(params, items, assignment, cuts,
+                                                                   smem);
     } else {
-      run_records<TileTraits<T, Dims, high, Kv, Variant>>(params, items, assignment, cuts, smem);
+      run_records<TileTraits<T, Dims, high, Kv, Variant>, kStreams>(params, items, assignment, cuts,
+                                                                    smem);
     }
   }
 };
@@ -103,7 +109,8 @@ __global__ void __launch_bounds__(
   }
   __syncthreads();
   while (assignment.index < assignment.end) {
-    Kernel::run(params, items, assignment, finishes ? &cuts : nullptr, smem + opaque(0));
+    Kernel::template run<Kernel::kHigh == 16>(params, items, assignment, finishes ? &cuts : nullptr,
+                                              smem + opaque(0));
     __syncthreads();
     if (threadIdx.x == 0 && ++assignment.index < assignment.end) {
       items[0] = checked_item<T>(params, assignment.next, assignment.lane);

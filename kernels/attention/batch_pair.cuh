@@ -63,9 +63,11 @@ __global__ void __launch_bounds__(
   __syncthreads();
   while (assignment.index < assignment.end) {
     if (items[0].work.segment != 0) {
-      Kernel::B::run(params.segments[1], items, assignment, nullptr, smem + opaque(0));
+      Kernel::B::template run<false>(params.segments[1], items, assignment, nullptr,
+                                     smem + opaque(0));
     } else {
-      Kernel::A::run(params.segments[0], items, assignment, nullptr, smem + opaque(0));
+      Kernel::A::template run<false>(params.segments[0], items, assignment, nullptr,
+                                     smem + opaque(0));
     }
     __syncthreads();
     if (threadIdx.x == 0 && ++assignment.index < assignment.end) {

@@ -38,8 +38,8 @@ __device__ __forceinline__ bool advance(StreamPlace& place, const BatchItem (&it
   return moves_on;
 }
 
-// Prepares the record after items[current], if there is one that its stream may go on with: of the
-// same segment and height, and both long enough that loads run into no third one. One thread.
+// Prepares the record after items[current], if there is one that its stream may go on with: both
+// are long enough that loads run into no third one. One thread.
 template <typename Traits>
 __device__ __forceinline__ bool joins_next(const BatchAttentionParams& params,
                                            BatchItem (&items)[2], int current,
@@ -48,14 +48,9 @@ __device__ __forceinline__ bool joins_next(const BatchAttentionParams& params,
   const BatchItem& item = items[current];
   if (!Traits::kJoins || assignment.index + 1 >= assignment.end) return false;
   const WorkRecord record = assignment.next;
-  if ((record.segment_height & 1) != item.height_idx ||
-      (record.segment_height >> 8 & 1) != item.work.segment ||
-      num_steps<Traits>(item.work) < kLeast) {
-    return false;
-  }
+  if (num_steps<Traits>(item.work) < kLeast) return false;
   BatchItem& next = items[1 - current];
   next = checked_item<typename Traits::Element>(params, record, assignment.lane);
-  next.work.segment = item.work.segment;
   if (num_steps<Traits>(next.work) < kLeast) return false;
   if (cuts != nullptr) keep_cut(params, record, 1, *cuts);
   fetch_record(params, assignment, 2);
@@ -166,7 +161,7 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
       joins = joins_next<Traits>(batch, items, current, assignment, cuts);
     }
     const QueryFragments<Traits> query(query_address,
-                                       down_first_lane_offset<Traits::kQueryRowBytes>(loader));
+                                       down_first_lane_offset<Traits::kQueryRowBytes>());
     RowState<Traits> state;
     __syncthreads();
     const bool goes_on = joins;
@@ -191,14 +186,13 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
       }
       Logits<Traits> logits;
       multiply_keys<Traits>(logits, query, key_address + stage * Traits::kKeyBytes,
-                            right_first_lane_offset<Traits::kKeyRowBytes>(loader), [](int) {});
+                            right_first_lane_offset<Traits::kKeyRowBytes>(), [](int) {});
 
       float offset[Traits::kMFrags][2];
-      bool moves = find_offsets<Traits>(offset, state, logits, scale);
       if (Variant::transforms_logits(params)) {
         Variant::template logits<sizeof(logits) / sizeof(float)>(params, &logits[0][0][0]);
-        moves = find_offsets<Traits>(offset, state, logits, scale);
       }
+      const bool moves = find_offsets<Traits>(offset, state, logits, scale);
       if (step_key < item.seen_by_all.begin || step_key + Traits::kKeys > item.seen_by_all.end) {
         mask_logits<Traits>(logits, params, item.request, item.work, 0, step_key);
       }
@@ -219,7 +213,7 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
       start_keys(loads, answer, stage);
       multiply_values<Traits>(state, exponentials, logits, offset, scale,
                               value_address + stage * Traits::kValueBytes,
-                              down_first_lane_offset<Traits::kValueRowBytes>(loader), [](int) {});
+                              down_first_lane_offset<Traits::kValueRowBytes>(), [](int) {});
       stage = stage == kStages - 1 ? 0 : stage + 1;
       step_key += Traits::kKvTile;
     }

@@ -16,9 +16,18 @@ __global__ void __launch_bounds__(kMergeThreads)
     merge_state(const __grid_constant__ MergeStateParams params) {
   pdl_wait();
   const MergeRow at(params.shape);
+  const bool kept = params.mask != nullptr && params.mask[at.token * params.mask_stride] == 0;
+  const T* v_a = static_cast<const T*>(params.v_a) + at.offset(params.v_a_strides);
+  const T* v_b = static_cast<const T*>(params.v_b) + at.offset(params.v_b_strides);
   const float s_a = params.s_a[at.offset(params.s_a_strides)];
   const float s_b = params.s_b[at.offset(params.s_b_strides)];
-  const bool kept = params.mask != nullptr && params.mask[at.token * params.mask_stride] == 0;
+  // The first vectors come with the LSEs, not behind them.
+  Vec<T, kVec> x_a, x_b;
+  const auto fetch = [&](uint32 i) {
+    x_a = load_once<kVec>(v_a + i * kVec);
+    x_b = load_once<kVec>(v_b + i * kVec);
+  };
+  if (at.lane < params.shape.num_vecs && !kept) fetch(at.lane);
   pdl_launch_dependents();
 
   // The larger LSE has weight 1 before both are divided by their sum.
@@ -31,12 +40,9 @@ __global__ void __launch_bounds__(kMergeThreads)
   __syncwarp();
   if (!at.valid || kept) return;
 
-  const T* v_a = static_cast<const T*>(params.v_a) + at.offset(params.v_a_strides);
-  const T* v_b = static_cast<const T*>(params.v_b) + at.offset(params.v_b_strides);
   T* v = static_cast<T*>(params.v) + at.offset(params.v_strides);
   for (uint32 i = at.lane; i < params.shape.num_vecs; i += params.shape.lanes_per_row) {
-    const Vec<T, kVec> x_a = load_once<kVec>(v_a + i * kVec);
-    const Vec<T, kVec> x_b = load_once<kVec>(v_b + i * kVec);
+    if (i != at.lane) fetch(i);
     float sum[kVec] = {};
     add_weighted(sum, x_a, power_a * scale);
     add_weighted(sum, x_b, power_b * scale);

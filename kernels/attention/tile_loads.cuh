@@ -80,11 +80,10 @@ __device__ __forceinline__ void load_query(const AttentionParams& params, const 
   const int row = lane / 4 * kRowsPerPass + threadIdx.x / 32 * 4 + lane % 4;
   const RowTarget target = row_target(params, work, min(row, num_rows - 1));
   const int64 offset = target.token * params.q_stride_token + target.head * params.q_stride_head;
-  const int thread = opaque(int(threadIdx.x));
   using Copies = RowCopies<Traits::kTileQ, Traits::kQk, Traits::kNumThreads, T, QueryRows<T>>;
-  const QueryRows<T> rows = {static_cast<const T*>(params.q) + Copies::lane_element(thread),
+  const QueryRows<T> rows = {static_cast<const T*>(params.q) + Copies::lane_element(threadIdx.x),
                              offset};
-  Copies(rows, tile, thread, params.head_dim_qk, num_rows).copy_all();
+  Copies(rows, tile, threadIdx.x, params.head_dim_qk, num_rows).copy_all();
 }
 
 template <typename Traits>

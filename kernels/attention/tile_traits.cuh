@@ -44,10 +44,9 @@ struct TileTraits {
   static constexpr bool kJoins = kSplitsKeys && kQueryInRegisters && kSm >= 80;
 
   // Whether warps wait for each other by counting arrivals (tile_arrivals.cuh), with two steps'
-  // tiles in shared memory, rather than at barriers. The copies of the next step start beside the
-  // kCopiesAt-th read of values: where addresses take more registers, when logits have left some.
+  // tiles in shared memory, rather than at barriers.
   static constexpr bool kCountsArrivals = kSm >= 90 && kMFrags == 2 && kStages == 2;
-  static constexpr int kCopiesAt = Kv::kHoldsHead && !kIsFull ? 12 : 0;
+  static constexpr int kCopiesAt = kIsFull ? Kv::kCopiesAtOfFull : Kv::kCopiesAt;
 
   // Shared memory: query tile, then of each pipeline the K stages and the V stages, then the
   // variant's scratch.

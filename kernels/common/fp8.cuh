@@ -41,6 +41,16 @@ struct Fp8Quad {
     const uint32 high = __nv_cvt_float2_to_fp8x2(make_float2(x[2], x[3]), __NV_SATFINITE, kFormat);
     return low | high << 16;
   }
+  // The hardware converts two at once.
+  static __device__ __forceinline__ void to_floats(uint32 x, float (&y)[4]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const auto two = static_cast<__nv_fp8x2_storage_t>(x >> (16 * i));
+      const float2 pair = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(two, kFormat)));
+      y[2 * i] = pair.x;
+      y[2 * i + 1] = pair.y;
+    }
+  }
 };
 template <>
 struct Quad<__nv_fp8_e4m3> : Fp8Quad<__NV_E4M3> {};

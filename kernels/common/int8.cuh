@@ -27,6 +27,10 @@ struct Quad<int8> {
     asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(all) : "r"(b), "r"(a), "r"(high));
     return all;
   }
+  static __device__ __forceinline__ void to_floats(uint32 x, float (&y)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] = static_cast<float>(static_cast<int8>(x >> (8 * i)));
+  }
 };
 
 }  // namespace ridgeline

@@ -53,11 +53,18 @@ struct Team {
   uint32 row_step;
 };
 
-template <class Op, int kStep, bool kIsBlock, int kRows>
+// What a team is made of. The registers of lanes and of a block hold whole rows.
+enum class TeamOf {
+  kLanes,        // of one warp, with other teams; the last ones may have no row
+  kBlock,        // whose threads all have a first vector
+  kWarpOrBlock,  // any row: what does not fit is read again
+};
+
+template <class Op, int kStep, TeamOf kTeam, int kRows>
 __device__ __forceinline__ void team_reduce(float (&x)[kRows], const Team& team) {
-  if constexpr (kRows > 1) {
+  if constexpr (kTeam == TeamOf::kLanes) {
     group_reduce<Op>(x, team.size);
-  } else if (!kIsBlock && team.size == kWarpSize) {
+  } else if (kTeam == TeamOf::kWarpOrBlock && team.size == kWarpSize) {
     x[0] = warp_reduce<Op>(x[0]);
   } else {
     __shared__ float4 of_warps[kRowMaxThreads / kWarpSize / 4];  // an array for each step
@@ -66,13 +73,13 @@ __device__ __forceinline__ void team_reduce(float (&x)[kRows], const Team& team)
 }
 
 // A sum and a maximum at once.
-template <bool kIsBlock, int kRows>
+template <TeamOf kTeam, int kRows>
 __device__ __forceinline__ void team_reduce(float (&sums)[kRows], float (&largest)[kRows],
                                             const Team& team) {
-  if constexpr (kRows > 1) {
+  if constexpr (kTeam == TeamOf::kLanes) {
     group_reduce<Sum>(sums, team.size);
     group_reduce<Largest>(largest, team.size);
-  } else if (!kIsBlock && team.size == kWarpSize) {
+  } else if (kTeam == TeamOf::kWarpOrBlock && team.size == kWarpSize) {
     sums[0] = warp_reduce<Sum>(sums[0]);
     largest[0] = warp_reduce<Largest>(largest[0]);
   } else {
@@ -92,14 +99,14 @@ __device__ __forceinline__ float scale_for(float largest, float largest_represen
   return fmaxf(fminf(largest, kMaxFloat) * (1.0f / largest_representable), kMinNormal);
 }
 
-// kRows rows of kHeld vectors in a thread's registers; kRows > 1 means rows of one vector a thread.
-// kWhole: the team is a block, its threads' registers hold the row, and each has a first vector.
-template <class Pass, int kRows, int kHeld, bool kWhole, class Params>
+// kRows rows of kHeld vectors in a thread's registers.
+template <class Pass, int kRows, int kHeld, TeamOf kTeam, class Params>
 __device__ __forceinline__ void run_team(const Params& params, const Team& team) {
   using Row = typename Pass::Row;
   using Element = typename Pass::Element;
   using Columns = typename Pass::Columns;
   constexpr int kVec = Pass::kVec;
+  constexpr bool kHoldsRow = kTeam != TeamOf::kWarpOrBlock;
   const RowShape& shape = params.shape;
   const uint32 num_vecs = shape.num_vecs;
   const uint32 first_unheld = team.rank + kHeld * team.size;
@@ -109,14 +116,15 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
   bool valid[kRows];
   typename Row::Fetched fetched[kRows][kHeld];
   Columns columns[kHeld];
-  constexpr bool kHoldsColumns = Columns::kHeld || ((kWhole || kRows > 1) && kHeld <= kRowSlots);
+  constexpr bool kHoldsColumns = Columns::kHeld || (kHoldsRow && kHeld <= kRowSlots);
   const auto has = [&](int i, int j) {
-    return (kWhole && j == 0) || (valid[i] && team.rank + j * team.size < num_vecs);
+    return (kTeam == TeamOf::kBlock && j == 0) ||
+           (valid[i] && team.rank + j * team.size < num_vecs);
   };
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     const uint32 row_idx = team.first_row + i * team.row_step;
-    valid[i] = kRows == 1 || row_idx < shape.num_rows;
+    valid[i] = kTeam != TeamOf::kLanes || row_idx < shape.num_rows;
     rows[i] = Row(params, valid[i] ? row_idx : 0);
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
@@ -127,7 +135,7 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
     const uint32 vec_idx = team.rank + j * team.size;
-    if (!(kWhole && j == 0) && vec_idx >= num_vecs) continue;
+    if (!(kTeam == TeamOf::kBlock && j == 0) && vec_idx >= num_vecs) continue;
     if constexpr (kHoldsColumns) {
       columns[j] = Columns(params, vec_idx);
     } else if (gridDim.x <= kRowFewBlocks) {
@@ -154,7 +162,8 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
     return static_cast<Element*>(params.output) + Pass::output_offset(params, row_idx);
   };
   // While the loads are on their way, where there are registers for it.
-  constexpr bool kKnowsOutput = kRows == 1 && (kWhole || Pass::kScaling == Scaling::kNone);
+  constexpr bool kKnowsOutput = kTeam == TeamOf::kBlock ||
+                                (kTeam == TeamOf::kWarpOrBlock && Pass::kScaling == Scaling::kNone);
   Element* const output = kKnowsOutput ? output_of(0) : nullptr;
   pdl_launch_dependents();
 
@@ -183,7 +192,7 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
         }
       }
     }
-    if constexpr (kRows == 1 && !kWhole) {
+    if constexpr (!kHoldsRow) {
       for (uint32 vec_idx = first_unheld; vec_idx < num_vecs; vec_idx += team.size) {
         const typename Row::Vector again =
             kFirst ? rows[0].take(rows[0].fetch(vec_idx), vec_idx) : rows[0].reload(vec_idx);
@@ -241,7 +250,7 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
         put(i, vec_idx, v);
       };
       // Why not for long rows: there are no registers for it.
-      constexpr bool kKeeps = kWhole || kRows > 1;
+      constexpr bool kKeeps = kHoldsRow;
       float weighed[kRows][kHeld][kVec], values[kVec];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
@@ -250,12 +259,12 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
           if (has(i, j)) weigh(i, x[i][j], columns[j], weighed[i][j]);
         }
       }
-      if constexpr (kRows == 1 && !kWhole) {
+      if constexpr (!kHoldsRow) {
         for (uint32 vec_idx = first_unheld; vec_idx < num_vecs; vec_idx += team.size) {
           weigh(0, rows[0].take(rows[0].fetch(vec_idx), vec_idx), Columns(params, vec_idx), values);
         }
       }
-      team_reduce<kWhole>(total, largest, team);
+      team_reduce<kTeam>(total, largest, team);
       find_inverse_roots();
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
@@ -271,7 +280,7 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
           put_weighed(i, team.rank + j * team.size, weighed[i][j]);
         }
       }
-      if constexpr (kRows == 1 && !kWhole) {
+      if constexpr (!kHoldsRow) {
         for (uint32 vec_idx = first_unheld; vec_idx < num_vecs; vec_idx += team.size) {
           rows[0].reload(vec_idx).to_floats(values);
           Pass::weigh(params, Columns(params, vec_idx), values);
@@ -287,7 +296,7 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
 #pragma unroll
       for (int k = 0; k < kVec; ++k) total[i] += v[k];
     });
-    team_reduce<Sum, 0, kWhole>(total, team);
+    team_reduce<Sum, 0, kTeam>(total, team);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       moments[i].mean = __fdividef(total[i], params.length);
@@ -303,7 +312,7 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
         total[i] = fmaf(value, value, total[i]);
       }
     });
-    team_reduce<Sum, 1, kWhole>(total, team);
+    team_reduce<Sum, 1, kTeam>(total, team);
     find_inverse_roots();
   }
   if constexpr (Pass::kMoments != MomentsOf::kRootMeanSquare) {
@@ -314,7 +323,7 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
 #pragma unroll
                         for (int k = 0; k < kVec; ++k) largest[i] = fmaxf(largest[i], fabsf(v[k]));
                       });
-      team_reduce<Largest, 2, kWhole>(largest, team);
+      team_reduce<Largest, 2, kTeam>(largest, team);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) set_scale(i, largest[i]);
     }
@@ -326,30 +335,39 @@ __device__ __forceinline__ void run_team(const Params& params, const Team& team)
                   });
 }
 
-// kSlots: as row_plan() was told. kIsLong: only rows that take a block.
+// Rows of lanes: kRows of kHeld vectors a thread.
+template <class Pass, int kRows, int kHeld, class Params>
+__device__ __forceinline__ void run_lanes(const Params& params) {
+  const uint32 size = params.shape.threads_per_row;
+  const uint32 log2_size = 31 - __clz(size);
+  const uint32 num_teams = blockDim.x >> log2_size;
+  const uint32 team_idx = threadIdx.x >> log2_size;
+  run_team<Pass, kRows, kHeld, TeamOf::kLanes>(
+      params,
+      {size, threadIdx.x & (size - 1), blockIdx.x * num_teams * kRows + team_idx, num_teams});
+}
+
+// kSlots: as row_plan() was told. kIsLong: only rows that take a block. Passes that only want a
+// row's maximum follow maxima_plan().
 template <class Pass, int kSlots = kRowSlots, bool kIsLong = false, class Params>
 __device__ __forceinline__ void run_pass(const Params& params) {
+  constexpr bool kIsMaximum = Pass::kMoments == MomentsOf::kNothing;
   pdl_wait();
   const RowShape& shape = params.shape;
   const uint32 size = shape.threads_per_row;
   if (size > kWarpSize && shape.num_vecs <= kSlots * size) {
-    run_team<Pass, 1, kSlots, true>(params, {size, threadIdx.x, blockIdx.x, 0});
+    run_team<Pass, 1, kSlots, TeamOf::kBlock>(params, {size, threadIdx.x, blockIdx.x, 0});
     return;
   }
-  if (!kIsLong && shape.num_vecs <= kWarpSize) {
-    const uint32 log2_size = 31 - __clz(size);
-    const uint32 num_teams = blockDim.x >> log2_size;
-    const uint32 team_idx = threadIdx.x >> log2_size;
-    run_team<Pass, kRowSlots, 1, false>(
-        params,
-        {size, threadIdx.x & (size - 1), blockIdx.x * num_teams * kRowSlots + team_idx, num_teams});
-    return;
+  if constexpr (kIsMaximum) {
+    if (is_split(shape.num_vecs)) return run_lanes<Pass, 1, kRowSlots>(params);
   }
-  const bool in_warp = !kIsLong && size == kWarpSize;
+  if (!kIsLong && shape.num_vecs <= kWarpSize) return run_lanes<Pass, kRowSlots, 1>(params);
+  const bool in_warp = !kIsLong && !kIsMaximum && size == kWarpSize;
   const uint32 row_idx = in_warp ? (blockIdx.x * blockDim.x + threadIdx.x) / kWarpSize : blockIdx.x;
   // Whole warps only, and never in a block that synchronises.
   if (row_idx >= shape.num_rows) return;
-  run_team<Pass, 1, kSlots, false>(
+  run_team<Pass, 1, kSlots, TeamOf::kWarpOrBlock>(
       params, {size, in_warp ? threadIdx.x % kWarpSize : threadIdx.x, row_idx, 0});
 }
 

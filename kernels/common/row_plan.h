@@ -26,6 +26,13 @@ struct RowPlan {
   uint32 block;  // threads
 };
 
+// Lanes that have a vector each: a power of two, up to 32.
+constexpr uint32 lanes_for(int64 num_vecs) {
+  uint32 lanes = 1;
+  while (lanes < num_vecs) lanes *= 2;
+  return lanes;
+}
+
 // The plan follows from the kernel and the row length alone, so that a row has the same bits in
 // every batch.
 //   up to 32 vectors: a group of lanes takes kRowSlots rows, one vector a lane and row;
@@ -37,14 +44,29 @@ struct RowPlan {
 constexpr RowPlan row_plan(int64 length, int vec_size, int slots = kRowSlots) {
   const int64 num_vecs = length / vec_size;
   if (num_vecs <= 32) {
-    uint32 threads = 1;
-    while (threads < num_vecs) threads *= 2;
+    const uint32 threads = lanes_for(num_vecs);
     return {threads, 128 / threads * kRowSlots, 128};
   }
   if (num_vecs <= 32 * slots) return {32, 4, 128};
   const int64 needed = ((num_vecs + slots - 1) / slots + 31) / 32 * 32;
   const uint32 threads = needed < kRowMaxThreads ? static_cast<uint32>(needed) : kRowMaxThreads;
   return {threads, 1, threads};
+}
+
+// Where rows are only reduced to their maximum, the same in any order, a group of lanes takes one
+// row of 8 to 32 * kRowSlots vectors, kRowSlots vectors a lane: half the reductions and addresses
+// of row_plan(). Groups of 128 of [16384, 4096] take 50 us, by row_plan() 54 (H200). Why not
+// shorter ones: with less than 64 bytes side by side a load takes longer, 19 us instead of 17 for
+// groups of 32 of [4096, 4096].
+constexpr bool is_split(int64 num_vecs) {
+  return num_vecs >= 8 && num_vecs <= 32 * kRowSlots;
+}
+
+constexpr RowPlan maxima_plan(int64 length, int vec_size) {
+  const int64 num_vecs = length / vec_size;
+  if (!is_split(num_vecs)) return row_plan(length, vec_size);
+  const uint32 lanes = lanes_for((num_vecs + kRowSlots - 1) / kRowSlots);
+  return {lanes, 128 / lanes, 128};
 }
 
 }  // namespace ridgeline

@@ -43,7 +43,7 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 }
 
 // Four numbers of an 8-bit type in one register, the first in the lowest byte: specialised beside
-// from_float (fp8.cuh, int8.cuh).
+// to_float and from_float (fp8.cuh, int8.cuh).
 template <class T>
 struct Quad;
 
@@ -93,6 +93,14 @@ struct alignas(sizeof(T) * kVec) Vec {
         const float2 pair = unpack_pair<T>(reinterpret_cast<const uint32*>(words)[i]);
         values[2 * i] = pair.x;
         values[2 * i + 1] = pair.y;
+      }
+    } else if constexpr (sizeof(T) == 1 && kVec % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < kVec / 4; ++i) {
+        float four[4];
+        Quad<T>::to_floats(reinterpret_cast<const uint32*>(words)[i], four);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) values[4 * i + j] = four[j];
       }
     } else {
 #pragma unroll

@@ -75,9 +75,10 @@ __global__ void __launch_bounds__(kPageThreads)
   const AppendRow<Cast> row(tensor, token);
   typename AppendRow<Cast>::Fetched fetched;
   row.fetch(fetched, lane);
-  const int64 request = load_index(params.batch_indices, token);
-  const int64 position = load_index(params.positions, token);
-  const TokenPlace place = place_of(params.table, request, position);
+  const LoadedIndex request(params.batch_indices, token), position(params.positions, token);
+  const GuessedPages guess(params.table, token);
+  const TokenPlace place = place_of(params.table, request.get(params.batch_indices),
+                                    position.get(params.positions), guess);
   if (!place.exists) return;
 
   row.store(fetched, place, lane);

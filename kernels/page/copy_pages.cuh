@@ -41,8 +41,9 @@ __global__ void __launch_bounds__(kPageThreads)
   if (row >= tensor.num_rows) return;
   const uint32 copy = tensor.chunks_per_page.quotient(row);
   const uint32 chunk = row - copy * tensor.chunks_per_page.divisor;
-  const int64 source_page = load_index(params.source_pages, copy);
-  const int64 target_page = load_index(params.target_pages, copy);
+  const LoadedIndex from(params.source_pages, copy), to(params.target_pages, copy);
+  const int64 source_page = from.get(params.source_pages),
+              target_page = to.get(params.target_pages);
   if (source_page < 0 || source_page >= params.num_source_pages) return;
   if (target_page < 0 || target_page >= params.num_target_pages) return;
 

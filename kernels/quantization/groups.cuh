@@ -25,7 +25,7 @@ struct GroupRow {
       : input(static_cast<const T*>(params.input) +
               group_offset(params, params.input_strides, group)) {}
   __device__ __forceinline__ Fetched fetch(uint32 vec_idx) const {
-    return load_once<kVec>(input + vec_idx * kVec);
+    return load<kVec>(input + vec_idx * kVec);
   }
   __device__ __forceinline__ Vector take(const Fetched& fetched, uint32) const { return fetched; }
   __device__ __forceinline__ Vector reload(uint32 vec_idx) const { return fetch(vec_idx); }

@@ -5,23 +5,10 @@
 // and needs a stride of 1 and an aligned x. A thread owns 16 bits, two bytes of packed. All SMs.
 #pragma once
 
-#include "common/vec.cuh"
+#include "quantization/bits.cuh"
 #include "quantization/params.h"
 
 namespace ridgeline {
-
-// A nibble with bit i set where byte i of the word is not 0.
-__device__ __forceinline__ uint32 nonzero_bytes(uint32 word) {
-  const uint32 low = word & 0x7f7f7f7f;
-  const uint32 high = ((low + 0x7f7f7f7f) | word) & 0x80808080;  // the top bit of each such byte
-  // Brings them together in the highest nibble; no two partial products share a bit.
-  return ((high >> 7) * 0x10204080u) >> 28;
-}
-
-// 8 bits in the order wanted, from 8 with the first one lowest.
-__device__ __forceinline__ uint32 ordered(uint32 bits, bool big) {
-  return big ? __brev(bits) >> 24 : bits;
-}
 
 template <int kVec>
 __global__ void __launch_bounds__(kPackThreads)
@@ -30,10 +17,7 @@ __global__ void __launch_bounds__(kPackThreads)
   if (first >= params.num_bits) return;
   uint32 bits = 0;
   if (kVec == 16 && first + 16 <= params.num_bits) {
-    const Vec<uint8, 16> x = load_once<16>(params.x + first);
-    const uint4 words = x.words[0];
-    bits = nonzero_bytes(words.x) | nonzero_bytes(words.y) << 4 | nonzero_bytes(words.z) << 8 |
-           nonzero_bytes(words.w) << 12;
+    bits = sixteen_bits(params.x + first);
   } else {
     for (int i = 0; i < 16 && first + i < params.num_bits; ++i) {
       bits |= static_cast<uint32>(params.x[(first + i) * params.x_stride] != 0) << i;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/quant_scale.h"
+#include "common/ranges.h"
 #include "common/row_plan.h"
 #include "common/rows.h"
 #include "common/types.h"
@@ -11,7 +12,9 @@ namespace ridgeline {
 
 constexpr uint32 kPackThreads = 256;
 constexpr uint32 kScanThreads = 1024;
-constexpr uint32 kPackRounds = 8;  // 32 bits each, of a warp
+constexpr uint32 kPackBytes = 64;     // that a warp packs at once
+constexpr uint32 kPackRounds = 4;     // times that it does so where there are many
+constexpr uint32 kFewSegments = 256;  // up to here each block sums up their bytes
 
 struct PackbitsParams {
   const uint8* x;  // [num_bits]; nonzero is a 1
@@ -29,8 +32,9 @@ struct SegmentPackbitsParams {
   int64 x_stride;       // elements
   uint32 num_bits;      // below 2^31
   uint32 num_segments;
-  uint32 num_bytes;  // a multiple of 4, at least what the segments need, below 2^31
-  bool big;          // the first bit of a byte is its highest
+  uint32 num_bytes;   // a multiple of 4, at least what the segments need, below 2^31
+  uint32 num_rounds;  // of a warp: 1 or kPackRounds
+  bool big;           // the first bit of a byte is its highest
 };
 
 constexpr uint32 kFlatThreads = 256;
@@ -74,14 +78,23 @@ struct QuantizeTensorParams {
   uint32 num_partials;  // at most kMaxPartials
 };
 
+// Of dequantize: threads of a block, and vectors of a thread. More where a vector is one element:
+// blocks of so little work take longer to start than to run.
+constexpr uint32 kDequantizeThreads = 256;
+constexpr uint32 dequantize_slots(int vec_size) {
+  return vec_size == 1 ? 4 : 2;
+}
+
 struct DequantizeParams {
-  const void* input;    // [num_outer, num_inner, hidden], Q
-  void* output;         // the same, T, contiguous
+  const void* input;  // [num_outer, num_inner, hidden], Q
+  RowStrides strides;
+  Divider num_inner;  // rows of the inner dimension; num_rows when all rows have one stride
+  Ranges ranges;
   const float* scales;  // [num_rows * num_groups], or one of stride 0
-  FlatRows rows;
-  Divider vecs_per_group;
   uint32 num_groups;    // of a row
   uint32 scale_stride;  // 0 or 1
+  Divider vecs_per_group;
+  void* output;  // [num_outer, num_inner, hidden], T, contiguous
 };
 
 }  // namespace ridgeline

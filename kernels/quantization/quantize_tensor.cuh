@@ -10,6 +10,7 @@
 
 #include "common/row_pass.cuh"
 #include "quantization/flat.cuh"
+#include "quantization/scaled.cuh"
 
 namespace ridgeline {
 
@@ -75,14 +76,9 @@ __global__ void __launch_bounds__(kFlatThreads)
 #pragma unroll
     for (uint32 i = 0; i < kFlatSlots; ++i) {
       // A place before the first row wraps to one behind the last.
-      if (!places[i].exists(rows)) continue;
-      float values[kVec];
-      x[i].to_floats(values);
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) values[j] *= factor;
-      Vec<Q, kVec> y;
-      y.from_floats(values);
-      store(output + places[i].contiguous<kVec>(rows), y);
+      if (places[i].exists(rows)) {
+        store_scaled(output + places[i].contiguous<kVec>(rows), x[i], factor);
+      }
     }
     if (!next.exists(rows)) return;
     fetch();

@@ -61,22 +61,63 @@ __device__ __forceinline__ float2 cos_sin(const CosSinCache& from, int64 positio
   return make_float2(values[0], values[from.num_pairs]);
 }
 
-// Fills the [kVec][num_units] cosines and sines of a warp's token, in the order that Lanes owns
-// them. A lane has two pairs on their way at once.
-template <class Lanes, class CosSin>
-__device__ __forceinline__ void fill_angles(float2* table, uint32 num_pairs,
-                                            const Divider& num_units, const CosSin& cos_sin_of) {
-  const auto angle_of = [&](uint32 i) {
-    const uint32 slot = num_units.quotient(i);
-    return cos_sin_of(Lanes::pair(i - slot * num_units.divisor, slot, num_pairs));
-  };
+// The cosines and sines of a warp's token, in shared memory, in the order in which Lanes owns them.
+// Those of two neighbouring slots of a unit lie together: a lane reads both at once.
+template <int kVec, int kMaxPairs>
+struct AngleTable {
+  static constexpr uint32 kMaxUnits = kMaxPairs / kVec;
+  static constexpr uint32 kTogether = kVec == 1 ? 1 : 2;
+  static constexpr uint32 kUnitBytes = kTogether * sizeof(float2);  // from one unit to the next
+
+  alignas(16) float2 values[kMaxPairs];
+
+  // A lane has two pairs on their way at once.
+  template <class Lanes, class CosSin>
+  __device__ __forceinline__ void fill(uint32 num_pairs, const Divider& num_units,
+                                       const CosSin& cos_sin_of) {
+    const auto unit_of = [&](uint32 i) { return num_units.remainder(i); };
+    const auto slot_of = [&](uint32 i) { return num_units.quotient(i); };
+    const auto angle_of = [&](uint32 i) {
+      return cos_sin_of(Lanes::pair(unit_of(i), slot_of(i), num_pairs));
+    };
+    const auto put = [&](uint32 i, float2 angle) {
+      const uint32 slot = slot_of(i);
+      values[(slot / kTogether * kMaxUnits + unit_of(i)) * kTogether + slot % kTogether] = angle;
+    };
 #pragma unroll 1
-  for (uint32 i = threadIdx.x % kWarpSize; i < num_pairs; i += 2 * kWarpSize) {
-    const uint32 other = i + kWarpSize < num_pairs ? i + kWarpSize : i;
-    const float2 angle = angle_of(i), other_angle = angle_of(other);
-    table[i] = angle;
-    table[other] = other_angle;
+    for (uint32 i = threadIdx.x % kWarpSize; i < num_pairs; i += 2 * kWarpSize) {
+      const uint32 other = i + kWarpSize < num_pairs ? i + kWarpSize : i;
+      const float2 angle = angle_of(i), other_angle = angle_of(other);
+      put(i, angle);
+      put(other, other_angle);
+    }
   }
-}
+
+  // Where read() finds a unit's.
+  __device__ __forceinline__ uint32 address(uint32 unit) const {
+    return static_cast<uint32>(__cvta_generic_to_shared(values + unit * kTogether));
+  }
+
+  // Why not an ordinary load: with many heads there are no registers to keep what it returns.
+  static __device__ __forceinline__ void read(float2 (&angles)[kVec], uint32 address) {
+    constexpr uint32 kStep = kMaxUnits * kUnitBytes;
+#pragma unroll
+    for (int i = 0; i < kVec; i += kTogether) {
+      float2& a = angles[i];
+      if constexpr (kTogether == 1) {
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                     : "=f"(a.x), "=f"(a.y)
+                     : "r"(address)
+                     : "memory");
+      } else {
+        float2& b = angles[i + 1];
+        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(a.x), "=f"(a.y), "=f"(b.x), "=f"(b.y)
+                     : "r"(address + i / kTogether * kStep)
+                     : "memory");
+      }
+    }
+  }
+};
 
 }  // namespace ridgeline

@@ -36,11 +36,12 @@ struct RopeHeadPointers {
 };
 
 template <class T, int kVec, class Pairing, class Positions, class Angles>
-__global__ void __launch_bounds__(kRopeWarps * 32, 5)
+__global__ void __launch_bounds__(kRopeWarps * 32, 6)
     apply_rope(const __grid_constant__ RopeParams<Positions, Angles> params) {
   using Lanes = typename Pairing::template Lanes<kVec>;
   constexpr bool kHasTable = sizeof(Angles) == sizeof(CosSinCache);
-  __shared__ float2 tables[kRopeWarps][kRopeMaxPairs];  // [kVec][num_units]
+  using Table = AngleTable<kVec, kRopeMaxPairs>;
+  __shared__ Table tables[kRopeWarps];
   __shared__ Turns<kHasTable ? 1 : kRopeMaxPairs> turns;
   const RopeShape& shape = params.shape;
   const uint32 warp = blockIdx.x * kRopeWarps + threadIdx.x / kWarpSize;
@@ -87,9 +88,9 @@ __global__ void __launch_bounds__(kRopeWarps * 32, 5)
   }
   if (!has_token) return;
 
-  float2* table = tables[threadIdx.x / kWarpSize];
+  Table& table = tables[threadIdx.x / kWarpSize];
   const int64 position = position_of.get(params.positions, token);
-  fill_angles<Lanes>(table, shape.num_pairs, shape.num_units, [&](uint32 pair) {
+  table.template fill<Lanes>(shape.num_pairs, shape.num_units, [&](uint32 pair) {
     if constexpr (kHasTable) {
       return cos_sin(params.angles, position, pair);
     } else {
@@ -103,8 +104,7 @@ __global__ void __launch_bounds__(kRopeWarps * 32, 5)
   for (uint32 unit = lane; unit < num_units; unit += shape.team_size) {
     if (unit != lane) load_unit(unit);
     float2 angles[kVec];
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) angles[i] = table[i * num_units + unit];
+    Table::read(angles, table.address(unit));
 #pragma unroll
     for (uint32 i = 0; i < kRopeHeads; ++i) {
       const uint32 head = first_head + i * heads_at_once;

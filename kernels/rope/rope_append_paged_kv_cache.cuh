@@ -9,12 +9,11 @@
 // lanes owns a head, lane i of it units i, i + team_size, ... of two vectors each (HeadUnits).
 // Warps never wait for each other: each makes its token's angles itself, in shared memory, while
 // its heads are on their way. Tokens without a place in the pool are not appended; their q is
-// written. Launch: kRopeAppendWarps warps a block, a warp for each slice. All SMs; head dims up to
-// kRopeAppendMaxHeadDim.
+// written. Launch: a block of kRopeAppendWarps warps for each slice of as many tokens. All SMs;
+// head dims up to kRopeAppendMaxHeadDim.
 #pragma once
 
 #include "common/arch.cuh"
-#include "common/opaque.cuh"
 #include "common/paging.cuh"
 #include "common/pdl.cuh"
 #include "common/reduce.cuh"
@@ -26,23 +25,21 @@
 
 namespace ridgeline {
 
-// Where the two vectors of a unit begin in their head, how many of them exist, and whether they
-// turn.
+// Where the two vectors of a unit begin in their head, and how many of them exist.
 struct Unit {
   uint32 first, second;
   uint32 count;
-  bool turns;
 };
 
 template <class Lanes, int kVec>
 __device__ __forceinline__ Unit unit_of(const HeadUnits& units, uint32 num_pairs, uint32 idx) {
   if (idx < units.num_turning) {
-    return {Lanes::first(idx), Lanes::second(idx, num_pairs), 2, true};
+    return {Lanes::first(idx), Lanes::second(idx, num_pairs), 2};
   }
   const uint32 rest = idx - units.num_turning;
   const uint32 first = units.rotary_dim + rest * kVec;
   const uint32 count = (rest < units.num_rest) + (rest + units.num_rest < units.rest_vecs);
-  return {first, first + units.num_rest * kVec, count, false};
+  return {first, first + units.num_rest * kVec, count};
 }
 
 // A lane's part of a head.
@@ -166,19 +163,26 @@ template <class T, int kVec, class Pairing>
 struct Turn {
   using Part = HeadPart<T, kVec>;
   using Lanes = typename Pairing::template Lanes<kVec>;
+  using Table = AngleTable<kVec, kRopeAppendMaxPairs>;
   static constexpr int kUnits = Part::kUnits;
 
   const RopeAppendParams& params;
   const void* weight;  // [head_dim]; null: no norm
-  float2* table;       // the warp's, [kRopeAppendMaxPairs]
+  Table& table;        // the warp's
   float* weights;      // the warp's, [kRopeAppendMaxHeadDim]
   uint32 lane;
+  uint32 angles_at;  // in shared memory, of the first unit
   Unit units[kUnits];
   NormWeights<T, kVec> loaded;
 
   __device__ __forceinline__ Turn(const RopeAppendParams& params, const void* weight, uint32 lane,
-                                  float2* table, float* weights)
-      : params(params), weight(weight), table(table), weights(weights), lane(lane) {
+                                  Table& table, float* weights)
+      : params(params),
+        weight(weight),
+        table(table),
+        weights(weights),
+        lane(lane),
+        angles_at(table.address(lane)) {
     const RopeAppendShape& shape = params.shape;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
@@ -193,7 +197,7 @@ struct Turn {
   // By all lanes of the warp, when the loads of their heads are on their way.
   __device__ __forceinline__ void prepare(const uint64* turns, int64 position) {
     const RopeAppendShape& shape = params.shape;
-    fill_angles<Lanes>(table, shape.num_pairs, shape.turning_units, [&](uint32 pair) {
+    table.template fill<Lanes>(shape.num_pairs, shape.turning_units, [&](uint32 pair) {
       return params.cache.values ? cos_sin(params.cache, position, pair)
                                  : cos_sin(turns[pair], position);
     });
@@ -222,7 +226,7 @@ struct Turn {
         scale_by_weights(x, norm, units[u].count > 0 ? units[u].first : 0);
         scale_by_weights(y, norm, units[u].count > 1 ? units[u].second : 0);
       }
-      if (units[u].turns) rotate(u, x, y);
+      if (lane + u * params.shape.team_size < params.shape.qk_units.num_turning) rotate(u, x, y);
       if constexpr (sizeof(T) != sizeof(To)) {
         Part::scale_by(x, scale);
         Part::scale_by(y, scale);
@@ -230,13 +234,9 @@ struct Turn {
     });
   }
 
-  // Why opaque: each head reads the angles anew, for they have no registers.
   __device__ __forceinline__ void rotate(int u, float (&x)[kVec], float (&y)[kVec]) const {
-    const RopeAppendShape& shape = params.shape;
-    const float2* own = table + opaque(static_cast<int>(lane + u * shape.team_size));
     float2 angles[kVec];
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) angles[i] = own[i * shape.qk_units.num_turning];
+    Table::read(angles, angles_at + u * params.shape.team_size * Table::kUnitBytes);
     Lanes::rotate(x, y, angles);
   }
 
@@ -252,24 +252,30 @@ struct Turn {
 // A warp's place in the launch.
 struct RopeAppendSlice {
   uint32 token;
+  bool is_token;  // no: the last one stands in, and nothing of it is done
   uint32 slice;
   uint32 lane;           // in the team
   uint32 row;            // the team in the warp
   uint32 heads_at_once;  // teams of the warp
+
+  __device__ __forceinline__ uint32 end(uint32 begin, uint32 count, uint32 num_heads) const {
+    return is_token ? min(begin + count, num_heads) : 0;
+  }
 };
 
 template <class T, class KV, int kVec, class Pairing>
 __device__ __forceinline__ void rotate_queries(const RopeAppendParams& params,
                                                const RopeAppendSlice& at,
-                                               Turns<kRopeAppendMaxPairs>& turns, float2* table,
+                                               Turns<kRopeAppendMaxPairs>& turns,
+                                               AngleTable<kVec, kRopeAppendMaxPairs>& table,
                                                float* weights) {
   using Part = HeadPart<T, kVec>;
   constexpr int kHeads = rope_append_heads(kVec);
   const RopeAppendShape& shape = params.shape;
-  const int64 angle_position = load_index(params.pos_ids, at.token);
+  const LoadedIndex angle_position(params.pos_ids, at.token);
   Turn<T, kVec, Pairing> turn(params, params.norm.q_weight, at.lane, table, weights);
   const uint32 begin = at.slice * shape.q_heads_per_slice;
-  const uint32 end = min(begin + shape.q_heads_per_slice, shape.num_q_heads);
+  const uint32 end = at.end(begin, shape.q_heads_per_slice, shape.num_q_heads);
   const T* source = static_cast<const T*>(params.q.input) + at.token * params.q.input_token_stride;
   T* target = static_cast<T*>(params.q.output) + at.token * params.q.output_token_stride;
   Part parts[kHeads];
@@ -281,7 +287,7 @@ __device__ __forceinline__ void rotate_queries(const RopeAppendParams& params,
   turn.load_weights();
   turns.fill(params.frequencies, shape.num_pairs);
   __syncthreads();
-  turn.prepare(turns.values, angle_position);
+  turn.prepare(turns.values, angle_position.get(params.pos_ids));
   pdl_launch_dependents();
   float norms[kHeads];
   turn.norms_of(norms, parts);
@@ -298,14 +304,16 @@ template <class T, class KV, int kVec, class Pairing>
 __device__ __forceinline__ void append_keys_and_values(const RopeAppendParams& params,
                                                        const RopeAppendSlice& at,
                                                        Turns<kRopeAppendMaxPairs>& turns,
-                                                       float2* table, float* weights) {
+                                                       AngleTable<kVec, kRopeAppendMaxPairs>& table,
+                                                       float* weights) {
   using Part = HeadPart<T, kVec>;
   constexpr int kUnits = Part::kUnits;
   constexpr int kHeads = rope_append_heads(kVec) / 2;  // of k and of v each
   const RopeAppendShape& shape = params.shape;
-  const int64 request = load_index(params.batch_indices, at.token);
-  const int64 position = load_index(params.positions, at.token);
-  const int64 angle_position = load_index(params.pos_ids, at.token);
+  const LoadedIndex request(params.batch_indices, at.token);
+  const LoadedIndex position(params.positions, at.token);
+  const LoadedIndex angle_position(params.pos_ids, at.token);
+  const GuessedPages guess(params.table, at.token);
   Turn<T, kVec, Pairing> turn(params, params.norm.k_weight, at.lane, table, weights);
   Unit v_units[kUnits];
 #pragma unroll
@@ -314,7 +322,7 @@ __device__ __forceinline__ void append_keys_and_values(const RopeAppendParams& p
         shape.v_units, 0, at.lane + u * shape.team_size);
   }
   const uint32 begin = (at.slice - shape.num_q_slices) * shape.kv_heads_per_slice;
-  const uint32 end = min(begin + shape.kv_heads_per_slice, shape.num_kv_heads);
+  const uint32 end = at.end(begin, shape.kv_heads_per_slice, shape.num_kv_heads);
   const T* k_source =
       static_cast<const T*>(params.k.source) + at.token * params.k.source_token_stride;
   const T* v_source =
@@ -330,9 +338,11 @@ __device__ __forceinline__ void append_keys_and_values(const RopeAppendParams& p
   turn.load_weights();
   turns.fill(params.frequencies, shape.num_pairs);
   __syncthreads();
-  const PageEntry entry = page_entry_of(params.table, request, position);
-  turn.prepare(turns.values, angle_position);
-  const TokenPlace place = place_of(params.table, entry);
+  const PageEntry entry = page_entry_of(params.table, request.get(params.batch_indices),
+                                        position.get(params.positions), guess);
+  const uint32 page = fetch_page(params.table, entry);
+  turn.prepare(turns.values, angle_position.get(params.pos_ids));
+  const TokenPlace place = place_of(params.table, entry, page);
   pdl_launch_dependents();
 
   // All but the stores while the page is looked up. Values first: of fewer bits they take fewer
@@ -373,21 +383,23 @@ inline constexpr int kRopeAppendBlocks = kSm >= 90 ? 12 : 8;
 template <class T, class KV, int kVec, class Pairing>
 __global__ void __launch_bounds__(kRopeAppendWarps * 32, (kRopeAppendBlocks<T, KV>))
     rope_append_paged_kv_cache(const __grid_constant__ RopeAppendParams params) {
-  __shared__ float2 tables[kRopeAppendWarps][kRopeAppendMaxPairs];
+  __shared__ AngleTable<kVec, kRopeAppendMaxPairs> tables[kRopeAppendWarps];
   alignas(16) __shared__ float weights[kRopeAppendWarps][kRopeAppendMaxHeadDim];
   __shared__ Turns<kRopeAppendMaxPairs> turns;
   const RopeAppendShape& shape = params.shape;
   const uint32 warp_in_block = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const uint32 warp = blockIdx.x * kRopeAppendWarps + warp_in_block;
-  const uint32 token = shape.num_slices.quotient(warp);
+  // Why blocks of one slice: what it is decides which way the whole block goes.
+  const uint32 group = shape.num_slices.quotient(blockIdx.x);
+  const uint32 token = group * kRopeAppendWarps + warp_in_block;
   const uint32 team_log2 = 31 - __clz(shape.team_size);
-  const RopeAppendSlice at{token, warp - token * shape.num_slices.divisor,
-                           lane & (shape.team_size - 1), lane >> team_log2, kWarpSize >> team_log2};
+  const RopeAppendSlice at{min(token, shape.nnz - 1),
+                           token < shape.nnz,
+                           blockIdx.x - group * shape.num_slices.divisor,
+                           lane & (shape.team_size - 1),
+                           lane >> team_log2,
+                           kWarpSize >> team_log2};
   pdl_wait();
-  if (token >= shape.nnz) {
-    turns.fill(params.frequencies, shape.num_pairs);
-    __syncthreads();
-  } else if (at.slice < shape.num_q_slices) {
+  if (at.slice < shape.num_q_slices) {
     rotate_queries<T, KV, kVec, Pairing>(params, at, turns, tables[warp_in_block],
                                          weights[warp_in_block]);
   } else {

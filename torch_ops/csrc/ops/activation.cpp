@@ -50,8 +50,8 @@ auto gated_name(const GatedOp& op, bool quantizes) {
 std::vector<Row> gated_rows() {
   std::vector<Row> rows;
   for (const GatedOp& op : kGatedOps) {
-    add_access_rows(rows, op.op, gated_name(op, false), kGatedThreads);
-    add_access_rows(rows, op.quant_op, gated_name(op, true), kGatedThreads);
+    add_access_rows(rows, op.op, gated_name(op, false), gated_threads(false));
+    add_access_rows(rows, op.quant_op, gated_name(op, true), gated_threads(true));
   }
   return rows;
 }
@@ -113,21 +113,18 @@ void run_gated(const AccessKernels& kernels, const Arg& input, const Arg& out,
   check_counts(input.op, rows);
 
   const int vec_size = access_width({&input, &out}, {hidden});
-  const GatedPlan plan = gated_plan(rows.num_rows, hidden, vec_size);
+  const uint32 threads = gated_threads(out.dtype == kFp8);
+  const RangePlan plan = range_plan(rows.num_rows, hidden / vec_size, threads);
   const GatedParams params{.input = input.tensor.const_data_ptr(),
                            .hidden = static_cast<uint32>(hidden),
-                           .num_rows = static_cast<uint32>(rows.num_rows),
-                           .rows_per_range = plan.rows_per_range,
-                           .vecs_per_range = plan.vecs_per_range,
-                           .vecs_per_row = make_divider(static_cast<uint32>(hidden / vec_size)),
+                           .ranges = plan.ranges,
                            .num_inner = make_divider(static_cast<uint32>(rows.num_inner)),
                            .input_strides = {rows.outer_stride, rows.inner_stride},
                            .output_strides = {out_rows.outer_stride, out_rows.inner_stride},
                            .output = out.tensor.mutable_data_ptr(),
                            .scale = scale};
   launch(kernels.of(input.tensor.scalar_type(), vec_size), gpu,
-         {.grid_x = plan.grid_x, .grid_y = plan.grid_y, .block = kGatedThreads, .pdl = pdl},
-         &params);
+         {.grid_x = plan.grid_x, .grid_y = plan.grid_y, .block = threads, .pdl = pdl}, &params);
 }
 
 // The kernels of an op, made at its first call.

@@ -23,26 +23,31 @@ constexpr int64_t kMaxRows = (int64_t{1} << 31) - 1;
 constexpr const char* kMergeState = "attention/merge_state.cuh:merge_state";
 constexpr const char* kMergeStates = "attention/merge_states.cuh:merge_states";
 
-const char* entry_of(const std::string& op) {
-  return op == "merge_states" ? kMergeStates : kMergeState;
+std::string pair_name(const Access& access) {
+  return kernel_name(kMergeState, device_type(access.dtype), access.vec_size);
 }
 
-auto merge_name(const char* entry) {
+// Of at most kFewStates states, or of any number.
+auto states_name(int ahead) {
   return [=](const Access& access) {
-    return kernel_name(entry, device_type(access.dtype), access.vec_size);
+    return kernel_name(kMergeStates, device_type(access.dtype), access.vec_size, ahead);
   };
 }
 
 std::vector<Row> merge_rows() {
   std::vector<Row> rows;
-  for (const char* op : {"merge_state", "merge_state_in_place", "merge_states"}) {
-    add_access_rows(rows, op, merge_name(entry_of(op)), kMergeThreads);
+  for (const char* op : {"merge_state", "merge_state_in_place"}) {
+    add_access_rows(rows, op, pair_name, kMergeThreads);
+  }
+  for (const int ahead : {kFewStates, kManyStates}) {
+    add_access_rows(rows, "merge_states", states_name(ahead), kMergeThreads);
   }
   return rows;
 }
 
 Choice merge_choose(const std::string& op, const Config& config, int) {
-  return choose_access(config, merge_name(entry_of(op)));
+  if (op != "merge_states") return choose_access(config, pair_name);
+  return choose_access(config, states_name(kManyStates));
 }
 
 const RegisterFamily family({{"merge_state", "merge_state_in_place", "merge_states"},
@@ -100,7 +105,7 @@ void launch_merge(const AccessKernels& kernels, const Arg& v, int vec_size, cons
 
 void run_merge_state(const Arg& v_a, const Arg& s_a, const Arg& v_b, const Arg& s_b, const Arg& v,
                      const Arg& s, const Tensor* mask) {
-  static const AccessKernels kernels(merge_name(kMergeState));
+  static const AccessKernels kernels(pair_name);
   const int64_t num_heads = v.sizes[1];
   if (v.sizes[0] == 0 || num_heads == 0) return;
   const int vec_size = access_width({&v, &v_a, &v_b}, {v.sizes[2]});
@@ -151,7 +156,7 @@ void merge_state_in_place(const Tensor& v, const Tensor& s, const Tensor& v_othe
 }
 
 std::tuple<Tensor, Tensor> merge_states(const Tensor& v, const Tensor& s) {
-  static const AccessKernels kernels(merge_name(kMergeStates));
+  static const AccessKernels few(states_name(kFewStates)), many(states_name(kManyStates));
   constexpr const char* kOp = "merge_states";
   const Arg states{kOp, "v", v}, lse{kOp, "s", s};
   check_values(states, 4);
@@ -159,6 +164,10 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& v, const Tensor& s) {
   const std::array shape{states.sizes[0], states.sizes[2], states.sizes[3]};
   const Tensor merged_v = empty(states.gpu, shape, states.dtype);
   const Tensor merged_s = empty(states.gpu, std::span(shape).first(2), Dtype::Float);
+  if (states.sizes[1] > kMaxRows) {
+    fail(kOp, "v", "fewer than 2^31 states", std::to_string(states.sizes[1]),
+         "Merge them in parts");
+  }
   if (shape[0] == 0 || shape[1] == 0) return {merged_v, merged_s};
   const Arg merged{kOp, "merged_v", merged_v};
   const int vec_size = access_width({&states, &merged}, {shape[2]});
@@ -170,9 +179,10 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& v, const Tensor& s) {
                                  .s_strides = strides_of(lse, 2),
                                  .v_state_stride = states.strides[1],
                                  .s_state_stride = lse.strides[1],
-                                 .num_states = states.sizes[1],
+                                 .num_states = static_cast<uint32>(states.sizes[1]),
                                  .shape = merge_shape(states, shape[1], vec_size)};
-  launch_merge(kernels, states, vec_size, params.shape, &params);
+  launch_merge(params.num_states <= kFewStates ? few : many, states, vec_size, params.shape,
+               &params);
   return {merged_v, merged_s};
 }
 

@@ -18,7 +18,8 @@ namespace {
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 constexpr int64_t kMaxSegmentBits = (int64_t{1} << 31) - 1;
 constexpr int64_t kBitsPerBlock = 16 * int64_t{kPackThreads};
-constexpr int64_t kBytesPerBlock = kPackThreads / 32 * kPackRounds * 4;
+// Up to here a warp takes one round, so that there are more warps.
+constexpr int64_t kFewBytes = int64_t{1} << 20;
 constexpr const char* kPackbits = "quantization/packbits.cuh:packbits";
 constexpr const char* kOffsets = "quantization/segment_packbits.cuh:segment_offsets";
 constexpr const char* kSegments = "quantization/segment_packbits.cuh:segment_packbits";
@@ -34,16 +35,24 @@ std::vector<Row> packbits_rows() {
        .block = kPackThreads,
        .why = "views that are not aligned to 16 bytes or have gaps"},
       {.op = "segment_packbits",
+       .kernel = kernel_name(kSegments, "true"),
+       .block = kPackThreads,
+       .why = "up to 256 segments, in one launch"},
+      {.op = "segment_packbits",
        .kernel = kOffsets,
        .block = kScanThreads,
-       .why = "where each segment's bytes begin"},
-      {.op = "segment_packbits", .kernel = kSegments, .block = kPackThreads, .why = "the bits"},
+       .why = "more: where each segment's bytes begin"},
+      {.op = "segment_packbits",
+       .kernel = kernel_name(kSegments, "false"),
+       .block = kPackThreads,
+       .why = "more: the bits"},
   };
 }
 
 Choice packbits_choose(const std::string& op, const Config&, int) {
   if (op == "packbits") return {{kernel_name(kPackbits, 16)}, {}};
-  return {{kOffsets, kSegments}, {}};
+  // What is called follows from the number of segments.
+  return {{kernel_name(kSegments, "true"), kOffsets, kernel_name(kSegments, "false")}, {}};
 }
 
 const RegisterFamily family({{"packbits", "segment_packbits"}, packbits_rows, packbits_choose});
@@ -77,7 +86,8 @@ Tensor packbits(const Tensor& x, bool big) {
 std::tuple<Tensor, Tensor> segment_packbits(const Tensor& x, const Tensor& indptr, bool big) {
   constexpr const char* kOp = "segment_packbits";
   static Kernel& offsets = kernel(kOffsets);
-  static Kernel& segments = kernel(kSegments);
+  static const std::array segments = {&kernel(kernel_name(kSegments, "false")),
+                                      &kernel(kernel_name(kSegments, "true"))};
   const Arg arg{kOp, "x", x}, indptr_arg{kOp, "indptr", indptr};
   check_bits(arg);
   check_same_device(indptr_arg, arg);
@@ -104,12 +114,16 @@ std::tuple<Tensor, Tensor> segment_packbits(const Tensor& x, const Tensor& indpt
                                      static_cast<uint32>(num_bits),
                                      static_cast<uint32>(num_segments),
                                      static_cast<uint32>(num_bytes),
+                                     num_bytes <= kFewBytes ? 1 : kPackRounds,
                                      big};
   const Device& gpu = device(x.get_device_index());
-  launch(offsets, gpu, {.grid_x = 1, .block = kScanThreads}, &params);
-  launch(segments, gpu,
-         {.grid_x = static_cast<uint32>((num_bytes + kBytesPerBlock - 1) / kBytesPerBlock),
-          .block = kPackThreads},
+  const bool few = num_segments <= kFewSegments;
+  if (!few) launch(offsets, gpu, {.grid_x = 1, .block = kScanThreads}, &params);
+  const int64_t bytes_per_block = int64_t{kPackThreads / 32} * kPackBytes * params.num_rounds;
+  // At least one block, for new_indptr.
+  const int64_t num_blocks =
+      std::max<int64_t>((num_bytes + bytes_per_block - 1) / bytes_per_block, 1);
+  launch(*segments[few], gpu, {.grid_x = static_cast<uint32>(num_blocks), .block = kPackThreads},
          &params);
   return {packed, new_indptr};
 }

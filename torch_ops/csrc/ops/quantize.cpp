@@ -61,7 +61,7 @@ std::vector<Row> quantize_rows() {
       add_access_rows(rows, op, quant_name(kQuantize, format), kRowMaxThreads);
     }
     add_access_rows(rows, "quantize", quant_name(kQuantizeTensor, format), kFlatThreads);
-    add_access_rows(rows, "dequantize", quant_name(kDequantize, format), kFlatThreads);
+    add_access_rows(rows, "dequantize", quant_name(kDequantize, format), kDequantizeThreads);
   }
   add_access_rows(rows, "quantize", max_name, kFlatThreads);
   return rows;
@@ -116,7 +116,7 @@ void launch_groups(Dtype format, const Arg& input, const Rows& rows, const Arg& 
   }
   const int64_t group_size = rows.hidden / num_groups;
   const int vec_size = access_width({&input, &out}, {group_size});
-  const RowPlan plan = row_plan(group_size, vec_size);
+  const RowPlan plan = maxima_plan(group_size, vec_size);
   const QuantizeParams params{
       .input = input.tensor.const_data_ptr(),
       .output = out.tensor.mutable_data_ptr(),
@@ -138,6 +138,12 @@ void run_groups(Dtype format, const Arg& input, const Arg& out, int64_t num_grou
   launch_groups(format, input, rows, out, out_rows, num_groups, scale);
 }
 
+void check_counts(const Arg& input, const Rows& rows) {
+  if (rows.num_rows <= kMaxCount && rows.hidden <= kMaxCount) return;
+  fail(input.op, "input", "fewer than 2^31 rows of fewer than 2^31 elements",
+       std::to_string(rows.num_rows) + " of " + std::to_string(rows.hidden), "Split the call");
+}
+
 // A grid that walks all vectors of a tensor, and what its threads need to know.
 struct Flat {
   unsigned blocks;
@@ -146,10 +152,7 @@ struct Flat {
 
 // At most `most` blocks; at first one vector a thread, so that few of them are spread widely.
 Flat flat_of(const Arg& input, const Rows& rows, int vec_size, int64_t most) {
-  if (rows.num_rows > kMaxCount || rows.hidden > kMaxCount) {
-    fail(input.op, "input", "fewer than 2^31 rows of fewer than 2^31 elements",
-         std::to_string(rows.num_rows) + " of " + std::to_string(rows.hidden), "Split the call");
-  }
+  check_counts(input, rows);
   const int64_t vecs_per_row = std::max<int64_t>(rows.hidden / vec_size, 1);
   const int64_t num_rows = rows.hidden == 0 ? 0 : rows.num_rows;
   const int64_t wanted = (num_rows * vecs_per_row + kFlatThreads - 1) / kFlatThreads;
@@ -272,20 +275,21 @@ Tensor dequantize(const Tensor& input, const Tensor& scale, Dtype dtype) {
   const Arg out_arg{arg.op, "out", out};
   const int64_t group_size = rows.hidden / num_groups;
   const int vec_size = access_width({&out_arg, &arg}, {group_size});
-  const Device& gpu = device(input.get_device_index());
-  const int64_t all_held = (arg.numel() / vec_size + kFlatThreads * kFlatSlots - 1) /
-                           (int64_t{kFlatThreads} * kFlatSlots);
-  const int64_t most = std::min(std::max(all_held, flat_places(gpu)), kMaxCount / kFlatThreads);
-  const Flat flat = flat_of(arg, rows, vec_size, most);
-  const DequantizeParams params{input.const_data_ptr(),
-                                out.mutable_data_ptr(),
-                                scales.given,
-                                flat.rows,
-                                make_divider(static_cast<uint32>(group_size / vec_size)),
-                                static_cast<uint32>(num_groups),
-                                static_cast<uint32>(scales.stride)};
-  launch(kernels.of(arg.dtype, dtype, vec_size), gpu,
-         {.grid_x = flat.blocks, .block = kFlatThreads}, &params);
+  check_counts(arg, rows);
+  const RangePlan plan = range_plan(rows.num_rows, rows.hidden / vec_size,
+                                    kDequantizeThreads * dequantize_slots(vec_size));
+  const DequantizeParams params{
+      .input = input.const_data_ptr(),
+      .strides = {rows.outer_stride, rows.inner_stride},
+      .num_inner = make_divider(static_cast<uint32>(rows.num_inner)),
+      .ranges = plan.ranges,
+      .scales = scales.given,
+      .num_groups = static_cast<uint32>(num_groups),
+      .scale_stride = static_cast<uint32>(scales.stride),
+      .vecs_per_group = make_divider(static_cast<uint32>(group_size / vec_size)),
+      .output = out.mutable_data_ptr()};
+  launch(kernels.of(arg.dtype, dtype, vec_size), device(input.get_device_index()),
+         {.grid_x = plan.grid_x, .grid_y = plan.grid_y, .block = kDequantizeThreads}, &params);
   return out;
 }
 

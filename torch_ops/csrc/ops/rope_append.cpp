@@ -266,9 +266,9 @@ void run(const Arg& q, const std::array<Side, 2>& sides, const Tensor& batch_ind
                   .num_q_slices = plan.num_q_slices,
                   .num_slices = make_divider(plan.num_slices),
                   .turning_units = make_divider(qk_units.num_turning)};
-  const auto blocks = static_cast<unsigned>((num_warps + kRopeAppendWarps - 1) / kRopeAppendWarps);
+  const auto token_groups = static_cast<unsigned>((nnz + kRopeAppendWarps - 1) / kRopeAppendWarps);
   launch(append_kernel(q.dtype, conversion, wide, interleave), device(k.target.gpu),
-         {.grid_x = blocks, .block = kRopeAppendWarps * 32}, &params);
+         {.grid_x = token_groups * plan.num_slices, .block = kRopeAppendWarps * 32}, &params);
 }
 
 void rope_append_full(const Tensor& q, const Tensor& k, const Tensor& v,
