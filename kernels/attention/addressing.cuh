@@ -1,9 +1,12 @@
 // Where the keys and values of a token lie. An addressing type names the element type of the cache
-// and is made once for a work item. look_up(first_token, end) reads what the addresses of a step
-// depend on; turn_to() with the answer makes it the step that keys(first_token, end) and
-// values(...) are asked for. These answer with an object whose at(lane_row, row, pass, element) is
-// the address in token first_token + lane_row + row: lane_row is the calling thread's row in the
-// first pass, row what the pass adds to it. Nothing is read of tokens from `end` on.
+// and is made once for a work item. look_up<kRows, kLoaders>(first_token, end) reads what the
+// addresses of a step of kRows rows depend on, which kLoaders threads copy, eight of them a row;
+// turn_to() with the answer makes it the step that keys<kRows, kLoaders>(first_token, end, element)
+// and values(...) are asked for. These answer with Rows: at(pass) is the address of `element`
+// in the calling thread's row of a pass, first_token + thread / 8 + pass * kLoaders / 8. Nothing is
+// read of tokens from `end` on. kCopiesAt: beside which read of values the copies of
+// the next step start in the tall tile of sm_90, as early as registers are left for their addresses
+// (kCopiesAtOfFull: where all exponentials are taken before).
 #pragma once
 
 #include "attention/batch_params.h"
@@ -13,17 +16,25 @@
 
 namespace ridgeline {
 
+// The calling thread's row in the first pass of kLoaders threads.
+template <int kLoaders>
+__device__ __forceinline__ uint32 lane_row() {
+  return threadIdx.x % kLoaders / 8;
+}
+
 // Rows at one stride.
 template <typename T>
 struct StridedRows {
-  const T* base;
-  int64 stride;
-  int first;
+  uint64 address;  // of the calling thread's first row
+  uint64 step;     // bytes from a pass to the next
 
-  // Why two sums: the first is the same in every pass, the second in every lane.
-  __device__ __forceinline__ const T* at(int lane_row, int row, int /*pass*/, int element) const {
-    const T* lane_base = base + (first + lane_row) * stride + uint32(element);
-    return lane_base + row * stride;
+  __device__ __forceinline__ StridedRows(uint64 base, int64 stride, uint32 row, uint32 element,
+                                         int rows_per_pass)
+      : address(base + element * uint32(sizeof(T)) + row * uint64(stride * int(sizeof(T)))),
+        step(uint64(stride) * (rows_per_pass * int(sizeof(T)))) {}
+
+  __device__ __forceinline__ const T* at(int pass) const {
+    return reinterpret_cast<const T*>(address + pass * step);
   }
 };
 
@@ -32,6 +43,9 @@ struct StridedRows {
 template <typename T>
 struct StridedKv {
   using Element = T;
+  using Rows = StridedRows<T>;
+  static constexpr int kCopiesAt = 12;
+  static constexpr int kCopiesAtOfFull = 0;
 
   const AttentionParams& params;
   int kv_head;
@@ -45,15 +59,24 @@ struct StridedKv {
   }
   __device__ __forceinline__ void turn_to(uint32 /*answer*/) {}
 
-  template <int kLoaders>
-  __device__ __forceinline__ StridedRows<T> keys(int first_token, int /*end*/) const {
-    return {static_cast<const T*>(params.k) + opaque(kv_head) * params.k_stride_head,
-            params.k_stride_token, first_token};
+  template <int /*kRows*/, int kLoaders>
+  __device__ __forceinline__ StridedRows<T> keys(int first_token, int /*end*/,
+                                                 uint32 element) const {
+    return {reinterpret_cast<uint64>(params.k) + head_offset(params.k_stride_head),
+            params.k_stride_token, uint32(first_token) + lane_row<kLoaders>(), element,
+            kLoaders / 8};
   }
-  template <int kLoaders>
-  __device__ __forceinline__ StridedRows<T> values(int first_token, int /*end*/) const {
-    return {static_cast<const T*>(params.v) + opaque(kv_head) * params.v_stride_head,
-            params.v_stride_token, first_token};
+  template <int /*kRows*/, int kLoaders>
+  __device__ __forceinline__ StridedRows<T> values(int first_token, int /*end*/,
+                                                   uint32 element) const {
+    return {reinterpret_cast<uint64>(params.v) + head_offset(params.v_stride_head),
+            params.v_stride_token, uint32(first_token) + lane_row<kLoaders>(), element,
+            kLoaders / 8};
+  }
+
+ private:
+  __device__ __forceinline__ uint64 head_offset(int64 stride) const {
+    return uint32(opaque(kv_head)) * uint64(stride * int(sizeof(T)));
   }
 };
 
@@ -61,6 +84,9 @@ struct StridedKv {
 template <typename T>
 struct RaggedKv {
   using Element = T;
+  using Rows = StridedRows<T>;
+  static constexpr int kCopiesAt = 8;
+  static constexpr int kCopiesAtOfFull = 8;
 
   const BatchAttentionParams& params;
   const BatchItem& item;
@@ -74,15 +100,17 @@ struct RaggedKv {
   }
   __device__ __forceinline__ void turn_to(uint32 /*answer*/) {}
 
-  template <int kLoaders>
-  __device__ __forceinline__ StridedRows<T> keys(int first_token, int /*end*/) const {
-    return {static_cast<const T*>(params.attention.k) + item.key_offset,
-            params.attention.k_stride_token, first_token};
+  template <int /*kRows*/, int kLoaders>
+  __device__ __forceinline__ StridedRows<T> keys(int first_token, int /*end*/,
+                                                 uint32 element) const {
+    return {item.key_address, params.attention.k_stride_token,
+            uint32(first_token) + lane_row<kLoaders>(), element, kLoaders / 8};
   }
-  template <int kLoaders>
-  __device__ __forceinline__ StridedRows<T> values(int first_token, int /*end*/) const {
-    return {static_cast<const T*>(params.attention.v) + item.value_offset,
-            params.attention.v_stride_token, first_token};
+  template <int /*kRows*/, int kLoaders>
+  __device__ __forceinline__ StridedRows<T> values(int first_token, int /*end*/,
+                                                   uint32 element) const {
+    return {item.value_address, params.attention.v_stride_token,
+            uint32(first_token) + lane_row<kLoaders>(), element, kLoaders / 8};
   }
 };
 
@@ -90,13 +118,13 @@ struct RaggedKv {
 // together; the p-th of them knows the place of their row in pass p.
 template <typename T>
 struct PooledRows {
-  const T* pool;
+  uint64 base;
   uint32 place;  // units from the pool's begin to this lane's row
-  uint32 unit;   // elements
+  uint32 unit;   // bytes
 
-  __device__ __forceinline__ const T* at(int /*lane_row*/, int /*row*/, int pass,
-                                         int element) const {
-    return pool + uint64(__shfl_sync(0xffffffffu, place, pass, 8)) * unit + uint32(element);
+  __device__ __forceinline__ const T* at(int pass) const {
+    return reinterpret_cast<const T*>(base +
+                                      uint64(__shfl_sync(0xffffffffu, place, pass, 8)) * unit);
   }
 };
 
@@ -105,6 +133,9 @@ struct PooledRows {
 template <typename T>
 struct PagedKv {
   using Element = T;
+  using Rows = PooledRows<T>;
+  static constexpr int kCopiesAt = 0;
+  static constexpr int kCopiesAtOfFull = 0;
 
   const BatchAttentionParams& params;
   const BatchItem& item;
@@ -115,39 +146,42 @@ struct PagedKv {
 
   template <int kRows, int kLoaders>
   __device__ __forceinline__ uint32 look_up(int first_token, int end) const {
-    static_assert(kRows <= kLoaders, "a warp has a lane for each of its rows");
-    const int row = lane_row<kLoaders>();
-    if (row >= kRows) return 0;
-    const int token = min(first_token + row, end - 1);
-    return __ldg(params.kv_indices + item.kv_origin + params.page_size.quotient(token));
+    const uint32 token = own_token<kRows, kLoaders>(first_token, end);
+    return __ldg(reinterpret_cast<const uint32*>(item.table_address) +
+                 params.page_size.quotient(token));
   }
   __device__ __forceinline__ void turn_to(uint32 answer) { page = answer; }
 
-  template <int kLoaders>
-  __device__ __forceinline__ PooledRows<T> keys(int first_token, int end) const {
-    return {static_cast<const T*>(params.attention.k) + item.key_offset,
-            place(min(first_token + lane_row<kLoaders>(), end - 1), params.k_page_units,
+  template <int kRows, int kLoaders>
+  __device__ __forceinline__ Rows keys(int first_token, int end, uint32 element) const {
+    return {item.key_address + element * uint32(sizeof(T)),
+            place(own_token<kRows, kLoaders>(first_token, end), params.k_page_units,
                   params.k_token_units),
-            params.k_unit};
+            params.k_unit * uint32(sizeof(T))};
   }
-  template <int kLoaders>
-  __device__ __forceinline__ PooledRows<T> values(int first_token, int end) const {
-    return {static_cast<const T*>(params.attention.v) + item.value_offset,
-            place(min(first_token + lane_row<kLoaders>(), end - 1), params.v_page_units,
+  template <int kRows, int kLoaders>
+  __device__ __forceinline__ Rows values(int first_token, int end, uint32 element) const {
+    return {item.value_address + element * uint32(sizeof(T)),
+            place(own_token<kRows, kLoaders>(first_token, end), params.v_page_units,
                   params.v_token_units),
-            params.v_unit};
+            params.v_unit * uint32(sizeof(T))};
   }
 
  private:
-  // This lane's row of a step, whose rows kLoaders threads load.
-  template <int kLoaders>
-  static __device__ __forceinline__ int lane_row() {
-    const uint32 loader = uint32(opaque(int(threadIdx.x))) % kLoaders;
-    return loader % 8 * (kLoaders / 8) + loader / 8;
+  // The token of this lane's row of a step, whose rows kLoaders threads load. Nothing is read of
+  // tokens from `end` on.
+  template <int kRows, int kLoaders>
+  static __device__ __forceinline__ uint32 own_token(int first_token, int end) {
+    constexpr uint32 kRowsPerPass = kLoaders / 8;
+    static_assert(kRows <= kLoaders, "a warp has a lane for each of its rows");
+    const uint32 loader = threadIdx.x % kLoaders;
+    const uint32 row = loader % (kRows / kRowsPerPass) * kRowsPerPass + loader / 8;
+    return min(first_token + int(row), end - 1);
   }
 
   // A page number beyond the pool means the last page.
-  __device__ __forceinline__ uint32 place(int token, uint32 page_units, uint32 token_units) const {
+  __device__ __forceinline__ uint32 place(uint32 token, uint32 page_units,
+                                          uint32 token_units) const {
     const uint32 entry = params.page_size.remainder(token);
     return min(page, uint32(params.num_pages - 1)) * page_units + entry * token_units;
   }

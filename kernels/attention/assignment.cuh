@@ -22,7 +22,8 @@ struct Assignment {
   WorkRecord next;
 };
 
-// A record as a CTA's item whose fields are in their ranges.
+// A record as a CTA's item whose fields are in their ranges, in a cache of elements T.
+template <typename T>
 __device__ __forceinline__ BatchItem checked_item(const BatchAttentionParams& params,
                                                   const WorkRecord& record, int lane) {
   BatchItem item = {};
@@ -34,20 +35,25 @@ __device__ __forceinline__ BatchItem checked_item(const BatchAttentionParams& pa
   item.request.qo_len = held_to(record.qo_len, 1, params.num_tokens - item.work.q_begin);
   const int num_rows = item.request.qo_len * int(params.attention.group_size.divisor);
   item.work.q_row_begin = held_to(record.q_row_begin, 0, num_rows - 1);
+  int kv_origin = 0;
   int64 most_keys = 0;
   if (params.form == KvForm::kPadded) {
-    item.kv_origin = held_to(record.kv_origin, 0, params.num_indices - 1);
+    kv_origin = held_to(record.kv_origin, 0, params.num_indices - 1);
     most_keys = params.max_kv_len;
   } else {
-    item.kv_origin = held_to(record.kv_origin, 0, params.num_indices);
-    most_keys = int64(params.num_indices - item.kv_origin);
+    kv_origin = held_to(record.kv_origin, 0, params.num_indices);
+    most_keys = int64(params.num_indices - kv_origin);
     if (is_paged(params.form)) most_keys *= params.page_size.divisor;
   }
-  const int64 origin = is_paged(params.form) ? 0 : item.kv_origin;
-  item.key_offset =
-      item.work.kv_head * params.attention.k_stride_head + origin * params.k_origin_stride;
-  item.value_offset =
-      item.work.kv_head * params.attention.v_stride_head + origin * params.v_origin_stride;
+  item.table_address =
+      reinterpret_cast<uint64>(params.kv_indices) + kv_origin * uint64(sizeof(int));
+  const int64 origin = is_paged(params.form) ? 0 : kv_origin;
+  item.key_address = reinterpret_cast<uint64>(params.attention.k) +
+                     sizeof(T) * (item.work.kv_head * params.attention.k_stride_head +
+                                  origin * params.k_origin_stride);
+  item.value_address = reinterpret_cast<uint64>(params.attention.v) +
+                       sizeof(T) * (item.work.kv_head * params.attention.v_stride_head +
+                                    origin * params.v_origin_stride);
   const int kv_len = record.kv_len;
   item.request.kv_len = kv_len < 0 ? 0 : kv_len < most_keys ? kv_len : int(most_keys);
   item.work.kv_end = held_to(record.kv_end, 0, item.request.kv_len);

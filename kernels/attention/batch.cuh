@@ -49,6 +49,8 @@ template <typename T, typename Dims, int kHeight, typename Kv, typename Variant>
 struct BatchKernel<T, Dims, Heights<kHeight>, Kv, Variant> {
   static constexpr int kLow = kHeight;
   static constexpr int kHigh = kHeight;
+  static constexpr bool kCountsArrivals =
+      TileTraits<T, Dims, kHeight, Kv, Variant>::kCountsArrivals;
   template <bool kStreams>
   static __device__ __forceinline__ void run(const BatchAttentionParams& params,
                                              BatchItem (&items)[2], Assignment& assignment,
@@ -62,6 +64,7 @@ template <typename T, typename Dims, int low, int high, typename Kv, typename Va
 struct BatchKernel<T, Dims, Heights<low, high>, Kv, Variant> {
   static constexpr int kLow = low;
   static constexpr int kHigh = high;
+  static constexpr bool kCountsArrivals = TileTraits<T, Dims, high, Kv, Variant>::kCountsArrivals;
   template <bool kStreams>
   static __device__ __forceinline__ void run(const BatchAttentionParams& params,
                                              BatchItem (&items)[2], Assignment& assignment,
@@ -94,9 +97,10 @@ __global__ void __launch_bounds__(
   pdl_wait();
   if (threadIdx.x == 0) {
     const Assignment own = read_assignment(params, Kernel::kHigh > 16);
-    items[0] = checked_item(params, own.next, own.lane);
+    items[0] = checked_item<T>(params, own.next, own.lane);
     assignment = own;
     cuts.index[0] = cuts.index[1] = -1;
+    if constexpr (Kernel::kCountsArrivals) tile_arrivals().init(kWarps * 32);
     if (finishes && own.index < own.end) keep_cut(params, own.next, 0, cuts);
   }
   if (finishes && threadIdx.x >= 32) {
@@ -109,7 +113,7 @@ __global__ void __launch_bounds__(
                                               smem + opaque(0));
     __syncthreads();
     if (threadIdx.x == 0 && ++assignment.index < assignment.end) {
-      items[0] = checked_item(params, assignment.next, assignment.lane);
+      items[0] = checked_item<T>(params, assignment.next, assignment.lane);
       if (finishes) keep_cut(params, assignment.next, 1, cuts);
     }
     __syncthreads();

@@ -24,6 +24,7 @@ struct PairKernel<T, Dims, Segment<HeightsA, KvA>, Segment<HeightsB, KvB>, Varia
   using B = BatchKernel<T, Dims, HeightsB, KvB, Variant>;
   static constexpr int kLow = min_int(A::kLow, B::kLow);
   static constexpr int kHigh = max_int(A::kHigh, B::kHigh);
+  static constexpr bool kCountsArrivals = A::kCountsArrivals || B::kCountsArrivals;
   static_assert(attention_block_size(Dims::kQk, Dims::kVo, A::kHigh, kSm) ==
                     attention_block_size(Dims::kQk, Dims::kVo, B::kHigh, kSm),
                 "both segments' tiles have the CTA's threads");
@@ -31,11 +32,12 @@ struct PairKernel<T, Dims, Segment<HeightsA, KvA>, Segment<HeightsB, KvB>, Varia
 
 // A record's item. A segment without queries has no records: one that claims to be of it is not the
 // scheduler's, and held to the other.
+template <typename T>
 __device__ __forceinline__ BatchItem checked_item(const BatchPairParams& params,
                                                   const WorkRecord& record, int lane) {
   const int told = record.segment_height >> 8 & 1;
   const int segment = params.segments[told].num_tokens > 0 ? told : 1 - told;
-  BatchItem item = checked_item(params.segments[segment], record, lane);
+  BatchItem item = checked_item<T>(params.segments[segment], record, lane);
   item.work.segment = segment;
   return item;
 }
@@ -54,8 +56,9 @@ __global__ void __launch_bounds__(
   pdl_wait();
   if (threadIdx.x == 0) {
     const Assignment own = read_assignment(params.segments[0], Kernel::kHigh > 16);
-    items[0] = checked_item(params, own.next, own.lane);
+    items[0] = checked_item<T>(params, own.next, own.lane);
     assignment = own;
+    if constexpr (Kernel::kCountsArrivals) tile_arrivals().init(blockDim.x);
   }
   __syncthreads();
   while (assignment.index < assignment.end) {
@@ -68,7 +71,7 @@ __global__ void __launch_bounds__(
     }
     __syncthreads();
     if (threadIdx.x == 0 && ++assignment.index < assignment.end) {
-      items[0] = checked_item(params, assignment.next, assignment.lane);
+      items[0] = checked_item<T>(params, assignment.next, assignment.lane);
     }
     __syncthreads();
   }

@@ -50,7 +50,7 @@ __device__ __forceinline__ bool joins_next(const BatchAttentionParams& params,
   const WorkRecord record = assignment.next;
   if (num_steps<Traits>(item.work) < kLeast) return false;
   BatchItem& next = items[1 - current];
-  next = checked_item(params, record, assignment.lane);
+  next = checked_item<typename Traits::Element>(params, record, assignment.lane);
   if (num_steps<Traits>(next.work) < kLeast) return false;
   if (cuts != nullptr) keep_cut(params, record, 1, *cuts);
   fetch_record(params, assignment, 2);
@@ -91,8 +91,9 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
     if (place.steps_left > 0) {
       Kv kv(batch, items[place.item]);
       kv.turn_to(answer);
-      load_keys<Traits>(params, kv, key_address + stage * Traits::kKeyBytes, loader,
-                        place.first_key, items[place.item].work.kv_end);
+      key_copies<Traits>(params, kv, key_address + stage * Traits::kKeyBytes, loader,
+                         place.first_key, items[place.item].work.kv_end)
+          .copy_all();
     }
     cp_async_commit();
   };
@@ -100,8 +101,9 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
     if (place.steps_left > 0) {
       Kv kv(batch, items[place.item]);
       kv.turn_to(answer);
-      load_values<Traits>(params, kv, value_address + stage * Traits::kValueBytes, loader,
-                          place.first_key, items[place.item].work.kv_end);
+      value_copies<Traits>(params, kv, value_address + stage * Traits::kValueBytes, loader,
+                           place.first_key, items[place.item].work.kv_end)
+          .copy_all();
     }
     cp_async_commit();
   };
@@ -158,8 +160,8 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
           row_keys<Traits>(params, item.request, item.work, 0).end};
       joins = joins_next<Traits>(batch, items, current, assignment, cuts);
     }
-    const QueryFragments<Traits> query(
-        down_first_lane_address<Traits::kQueryRowBytes>(query_address));
+    const QueryFragments<Traits> query(query_address,
+                                       down_first_lane_offset<Traits::kQueryRowBytes>());
     RowState<Traits> state;
     __syncthreads();
     const bool goes_on = joins;
@@ -183,9 +185,8 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
         __syncwarp();
       }
       Logits<Traits> logits;
-      multiply_keys<Traits>(
-          logits, query,
-          right_first_lane_address<Traits::kKeyRowBytes>(key_address + stage * Traits::kKeyBytes));
+      multiply_keys<Traits>(logits, query, key_address + stage * Traits::kKeyBytes,
+                            right_first_lane_offset<Traits::kKeyRowBytes>(), [](int) {});
 
       float offset[Traits::kMFrags][2];
       if (Variant::transforms_logits(params)) {
@@ -211,8 +212,8 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
       if (starts_next) start_query(items[1 - current]);
       start_keys(loads, answer, stage);
       multiply_values<Traits>(state, exponentials, logits, offset, scale,
-                              down_first_lane_address<Traits::kValueRowBytes>(
-                                  value_address + stage * Traits::kValueBytes));
+                              value_address + stage * Traits::kValueBytes,
+                              down_first_lane_offset<Traits::kValueRowBytes>(), [](int) {});
       stage = stage == kStages - 1 ? 0 : stage + 1;
       step_key += Traits::kKvTile;
     }

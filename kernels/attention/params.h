@@ -94,8 +94,9 @@ struct TileConfig {
 // Why these: 16 rows read K and V once and want bytes in flight, so the warps split the keys, each
 // with a pipeline of its own that waits for no other warp. 128 rows give a warp 32 rows where the
 // accumulators leave room (up to 128 wide): each fragment of K or V that comes from shared memory,
-// the narrowest pipe here, then feeds two products. Shared memory stays within 99 KiB from sm_80
-// on, so that one table serves sm_80 to sm_90, and within 64 KiB on sm_75, whose copies do not
+// the narrowest pipe here, then feeds two products; from sm_90 on, which has room for two CTAs with
+// two stages, warps meet at no barrier (tile_arrivals.cuh). Shared memory stays within 99 KiB from
+// sm_80 on, so that one table serves sm_80 to sm_89, and within 64 KiB on sm_75, whose copies do not
 // overlap with arithmetic: there one stage does, and small KV tiles leave room for a second CTA.
 constexpr TileConfig attention_tile(int head_dim_qk, int head_dim_vo, int tile_q, int sm) {
   if (head_dim_qk == 64 && head_dim_vo == 64) {
@@ -106,7 +107,9 @@ constexpr TileConfig attention_tile(int head_dim_qk, int head_dim_vo, int tile_q
   if (head_dim_qk == 128 && head_dim_vo == 128) {
     if (tile_q == 16) return {4, 4, 64, sm == 75 ? 1 : 2, sm == 75 ? 3 : 2, true};
     if (tile_q == 64) return {4, 1, sm == 75 ? 32 : 64, 1, 2, true};
-    if (tile_q == 128) return {4, 1, sm == 75 ? 32 : 64, 1, sm == 75 ? 1 : 2, false};
+    if (tile_q == 128) {
+      return {4, 1, sm == 75 ? 32 : 64, sm >= 90 ? 2 : 1, sm == 75 ? 1 : 2, false};
+    }
   }
   if (head_dim_qk == 192 && head_dim_vo == 128) {
     if (tile_q == 16) return {4, 4, 64, sm == 75 ? 1 : 2, 2, true};

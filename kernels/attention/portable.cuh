@@ -46,6 +46,10 @@ __global__ void __launch_bounds__(attention_block_size(Dims::kQk, Dims::kVo, kTi
     attention(const __grid_constant__ AttentionParams params) {
   using Traits = TileTraits<T, Dims, kTileQ, Kv, Variant>;
   extern __shared__ __align__(1024) unsigned char smem[];
+  if constexpr (Traits::kCountsArrivals) {
+    if (threadIdx.x == 0) tile_arrivals().init(Traits::kNumThreads);
+    __syncthreads();
+  }
   pdl_wait();
   const auto get_work = [&](int index) {
     return single_request_item<Variant, kTileQ, Traits::kKvTile>(params, index);

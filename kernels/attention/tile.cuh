@@ -1,12 +1,19 @@
 // One query tile against a range of keys: out = softmax(scale * Q K^T + mask) V by online softmax.
 //
-// Two tiles of shared memory per stage, K and V, each arriving in a group of its own. A step n
+// Two tiles of shared memory per stage, K and V. Where barriers part reads and copies (sm_75 to 89,
+// and tiles that leave no room for more), each arrives in a group of its own. A step n
 //     waits for K(n), starts the load of V(n + stages - 1), computes P = softmax(Q K(n)^T),
 //     waits for V(n), starts the load of K(n + stages), adds P V(n),
 // so every load has at least half a step to arrive, with one stage too, and a barrier stands
-// between the last read of a tile and the load that overwrites it.
+// between the last read of a tile and the load that overwrites it. Where arrivals are counted
+// (tile_arrivals.cuh), a step
+//     waits for K(n) and V(n), computes Q K(n)^T, in the middle of which it waits until all warps
+//     have read step n - 1, computes P, adds P V(n) and starts among these products the loads of
+//     K(n + 1) and V(n + 1),
+// and no warp stops for another that is less than half a step behind.
 #pragma once
 
+#include "attention/tile_arrivals.cuh"
 #include "attention/tile_loads.cuh"
 #include "attention/tile_math.cuh"
 #include "attention/tile_output.cuh"
@@ -19,14 +26,12 @@ namespace ridgeline {
 // two 8x8 matrices further down come before those to the right; for B from rows that are its
 // columns (keys) the other way round.
 template <int kRowBytes>
-__device__ __forceinline__ uint32 down_first_lane_address(uint32 tile) {
-  const int lane = threadIdx.x % 32;
-  return tile + swizzled_offset<kRowBytes>(lane % 16, lane / 16);
+__device__ __forceinline__ uint32 down_first_lane_offset(int lane = threadIdx.x % 32) {
+  return swizzled_offset<kRowBytes>(lane % 16, lane / 16);
 }
 template <int kRowBytes>
-__device__ __forceinline__ uint32 right_first_lane_address(uint32 tile) {
-  const int lane = threadIdx.x % 32;
-  return tile + swizzled_offset<kRowBytes>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+__device__ __forceinline__ uint32 right_first_lane_offset(int lane = threadIdx.x % 32) {
+  return swizzled_offset<kRowBytes>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
 
 // Rows of the tile that exist.
@@ -54,9 +59,11 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   const int pipeline = Traits::kSplitsKeys ? warp : 0;
   const int loader = Traits::kSplitsKeys ? threadIdx.x % 32 : threadIdx.x;
   const int warp_row = Traits::kSplitsKeys ? 0 : warp * Traits::kMFrags * 16;
-  const int first_key = work.kv_begin + pipeline * Traits::kKeys;
-  const int num_steps =
-      max(0, (work.kv_end - work.kv_begin + Traits::kKvTile - 1) / Traits::kKvTile);
+  const int first_step = Traits::kCountsArrivals ? tile_arrivals().first_round : 0;
+  const int first_key =
+      work.kv_begin + pipeline * Traits::kKeys - first_step * Traits::kKvTile;  // of step 0
+  const int end_step =
+      first_step + max(0, (work.kv_end - work.kv_begin + Traits::kKvTile - 1) / Traits::kKvTile);
   const int num_rows = tile_rows<Traits>(params, request, work);
 
   unsigned char* key_tiles = smem + Traits::kQueryBytes + pipeline * Traits::kPipelineBytes;
@@ -67,55 +74,69 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   const uint32 value_address = shared_address(value_tiles);
   typename Traits::Kv kv = make_kv(work);
 
+  const auto keys_of = [&](int step, int stage) {
+    return key_copies<Traits>(params, kv, key_address + stage * Traits::kKeyBytes, loader,
+                              first_key + step * Traits::kKvTile, work.kv_end);
+  };
+  const auto values_of = [&](int step, int stage) {
+    return value_copies<Traits>(params, kv, value_address + stage * Traits::kValueBytes, loader,
+                                first_key + step * Traits::kKvTile, work.kv_end);
+  };
   const auto start_keys = [&](int step, int stage) {
-    if (step < num_steps) {
-      load_keys<Traits>(params, kv, key_address + stage * Traits::kKeyBytes, loader,
-                        first_key + step * Traits::kKvTile, work.kv_end);
-    }
+    if (step < end_step) keys_of(step, stage).copy_all();
     cp_async_commit();
   };
-  // What the addresses of a step need from memory, ahead of its keys; its values use it too.
+  // What the addresses of a step need from memory, ahead of its keys; its values use it too. Of the
+  // last token where the step has none.
   const auto look_up = [&](int step) -> uint32 {
-    if (step >= num_steps) return 0;
     return kv.template look_up<Traits::kKeys, Traits::kLoaders>(first_key + step * Traits::kKvTile,
                                                                 work.kv_end);
   };
   const auto start_values = [&](int step, int stage) {
-    if (step < num_steps) {
-      load_values<Traits>(params, kv, value_address + stage * Traits::kValueBytes, loader,
-                          first_key + step * Traits::kKvTile, work.kv_end);
-    }
+    if (step < end_step) values_of(step, stage).copy_all();
     cp_async_commit();
   };
 
   uint32 answers[kStages];
 #pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) answers[stage] = look_up(stage);
+  for (int stage = 0; stage < kStages; ++stage) {
+    answers[stage] = first_step < end_step ? look_up(first_step + stage) : 0;
+  }
   load_query<Traits>(params, work, num_rows, query_address);
   fetch_more();
   cp_async_commit();
   kv.turn_to(answers[0]);
-  start_keys(0, 0);
+  if constexpr (Traits::kCountsArrivals) {
+    start_keys(first_step, first_step);
+    start_values(first_step, first_step);
+    cp_async_wait<2>();
+  } else {
+    start_keys(0, 0);
 #pragma unroll
-  for (int stage = 1; stage < kStages; ++stage) {
-    start_values(stage - 1, stage - 1);
-    kv.turn_to(answers[stage]);
-    start_keys(stage, stage);
+    for (int stage = 1; stage < kStages; ++stage) {
+      start_values(stage - 1, stage - 1);
+      kv.turn_to(answers[stage]);
+      start_keys(stage, stage);
+    }
+    cp_async_wait<kPending + 1>();
   }
 
   if constexpr (Variant::kTransformsKey) {
     Variant::prepare(params, scratch, threadIdx.x, Traits::kNumThreads);
   }
-  cp_async_wait<kPending + 1>();
   __syncthreads();
+  if constexpr (Traits::kCountsArrivals) {
+    if (first_step < end_step) tile_arrivals().there.arrive_after_copies();
+  }
   if constexpr (Variant::kTransformsQuery) {
     Variant::template query<typename Traits::T, Traits::kQk>(
         params, request, scratch, smem, num_rows, threadIdx.x, Traits::kNumThreads,
         [&](int row) { return int(params.group_size.quotient(work.q_row_begin + row)); });
     __syncthreads();
   }
-  const QueryFragments<Traits> query(down_first_lane_address<Traits::kQueryRowBytes>(
-      query_address + warp_row * Traits::kQueryRowBytes));
+  const QueryFragments<Traits> query(
+      query_address + __shfl_sync(0xffffffffu, warp_row, 0) * Traits::kQueryRowBytes,
+      down_first_lane_offset<Traits::kQueryRowBytes>());
   RowState<Traits> state;
 
   // Steps within this range are seen whole by every row.
@@ -123,15 +144,21 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
                                       row_keys<Traits>(params, request, work, 0).end});
   const float scale = Variant::exponent_scale(params);
 
-  int stage = 0;
+  int turn = 0;
 #pragma unroll 1
-  for (int step = 0; step < num_steps; ++step) {
+  for (int step = first_step; step < end_step; ++step) {
+    const int stage = Traits::kCountsArrivals ? step % 2 : turn;
     const int previous_stage = stage == 0 ? kStages - 1 : stage - 1;
     const int step_key = first_key + step * Traits::kKvTile;
-    cp_async_wait<kPending>();
-    pipeline_barrier<Traits>();
-    start_values(step + kStages - 1, previous_stage);
-    kv.turn_to(look_up(step + kStages));
+    if constexpr (Traits::kCountsArrivals) {
+      answers[0] = look_up(step + 1);
+      tile_arrivals().there.wait(step);
+    } else {
+      cp_async_wait<kPending>();
+      pipeline_barrier<Traits>();
+      start_values(step + kStages - 1, previous_stage);
+      kv.turn_to(look_up(step + kStages));
+    }
     if constexpr (Variant::kTransformsKey) {
       Variant::template key<typename Traits::Element, Traits::kQk>(
           params, shared_pointer(query_address + Traits::kScratchOffset),
@@ -140,9 +167,16 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
       pipeline_barrier<Traits>();
     }
     Logits<Traits> logits;
-    multiply_keys<Traits>(
-        logits, query,
-        right_first_lane_address<Traits::kKeyRowBytes>(key_address + stage * Traits::kKeyBytes));
+    const uint32 key_tile = key_address + stage * Traits::kKeyBytes;
+    const uint32 key_lane_offset =
+        right_first_lane_offset<Traits::kKeyRowBytes>(opaque(int(threadIdx.x)) % 32);
+    multiply_keys<Traits>(logits, query, key_tile, key_lane_offset, [&](int k) {
+      // Why so early: the compiler starts no reads of fragments ahead of a wait, and more of them
+      // would have accumulators spilled.
+      if (Traits::kCountsArrivals && k == Traits::kQk / 32 - 1) {
+        tile_arrivals().read.wait(step + 1);
+      }
+    });
 
     // Before the mask, which raises no logit, so that the maxima are found among the last products.
     float offset[Traits::kMFrags][2];
@@ -163,15 +197,32 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
       }
     }
 
-    cp_async_wait<kPending>();
-    pipeline_barrier<Traits>();
-    start_keys(step + kStages, stage);
-    multiply_values<Traits>(state, exponentials, logits, offset, scale,
-                            down_first_lane_address<Traits::kValueRowBytes>(
-                                value_address + stage * Traits::kValueBytes));
-    stage = stage == kStages - 1 ? 0 : stage + 1;
+    if constexpr (!Traits::kCountsArrivals) {
+      cp_async_wait<kPending>();
+      pipeline_barrier<Traits>();
+    }
+    const uint32 value_tile = value_address + stage * Traits::kValueBytes;
+    const uint32 value_lane_offset = down_first_lane_offset<Traits::kValueRowBytes>();
+    if constexpr (!Traits::kCountsArrivals) start_keys(step + kStages, stage);
+    multiply_values<Traits>(
+        state, exponentials, logits, offset, scale, value_tile, value_lane_offset, [&](int i) {
+          if (Traits::kCountsArrivals && i == Traits::kCopiesAt && step + 1 < end_step) {
+            kv.turn_to(answers[0]);
+            keys_of(step + 1, previous_stage).copy_all();
+            values_of(step + 1, previous_stage).copy_all();
+            tile_arrivals().there.arrive_after_copies();
+          }
+        });
+    if constexpr (Traits::kCountsArrivals) {
+      __syncwarp();
+      if (opaque(int(threadIdx.x)) % 32 == 0) tile_arrivals().read.arrive();
+    }
+    turn = turn == kStages - 1 ? 0 : turn + 1;
   }
 
+  if constexpr (Traits::kCountsArrivals) {
+    if (threadIdx.x == 0) tile_arrivals().first_round = end_step % 2;
+  }
   pdl_launch_dependents();
   const WorkItem& target = get_work(opaque(index));
   const int target_rows = tile_rows<Traits>(params, request, target);

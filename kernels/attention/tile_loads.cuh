@@ -9,34 +9,64 @@
 
 namespace ridgeline {
 
-// Copies rows of kDim elements, of which `dim` exist; missing elements and the rows from num_valid
-// on become zeros. Eight neighbouring threads take 128 bytes of a row at a time. A thread's rows
-// are thread / 8 + pass * (kThreads / 8); `pointer(lane_row, row, pass, element)`, with these two
-// summands, is read from where the row is valid. Why opaque: an element that is kept from step to
-// step is kept as 64 bits.
-template <int kRows, int kDim, int kThreads, typename Element, typename Pointer>
-__device__ __forceinline__ void load_rows(uint32 tile, int thread, int dim, int num_valid,
-                                          Pointer pointer) {
-  constexpr int kRowBytes = kDim * int(sizeof(Element));
-  constexpr int kChunk = 16 / int(sizeof(Element));
-  constexpr int kRowsPerPass = kThreads / 8;
-  const int first_row = thread / 8;
-  const int last_row = num_valid - 1 - first_row;  // from first_row on
-  const int lane_element = opaque(thread) % 8 * kChunk;
+// A thread's share of the copy of rows of kDim elements, of which `dim` exist; missing elements and
+// the rows from num_valid on become zeros. Eight neighbouring threads take 128 bytes of a row at a
+// time; a thread's rows are thread / 8 + pass * (kThreads / 8). `rows.at(pass)` is the address of
+// its first element in a pass, and is read from where the row is valid.
+template <int kRows, int kDim, int kThreads, typename Element, typename Rows>
+struct RowCopies {
+  static constexpr int kRowBytes = kDim * int(sizeof(Element));
+  static constexpr int kChunk = 16 / int(sizeof(Element));
+  static constexpr int kRowsPerPass = kThreads / 8;
+  static constexpr int kPasses = kRows / kRowsPerPass;
+  static_assert((kRowsPerPass & (kRowsPerPass - 1)) == 0, "rows of a pass differ in other bits");
+
+  Rows rows;
+  uint32 destination;
+  int last_row;      // from this thread's first on
+  int num_elements;  // from this thread's first on
+
+  __device__ __forceinline__ RowCopies(Rows rows, uint32 tile, int thread, int dim, int num_valid)
+      : rows(rows),
+        destination(tile + swizzled_offset<kRowBytes>(uint32(opaque(thread)) / 8,
+                                                      uint32(opaque(thread)) % 8)),
+        last_row(num_valid - 1 - int(uint32(opaque(thread)) / 8)),
+        num_elements(dim - lane_element(thread)) {}
+
+  // The first element of a row that a thread copies. Why opaque: kept from step to step it would
+  // be kept as 64 bits.
+  static __device__ __forceinline__ uint32 lane_element(int thread) {
+    return uint32(opaque(thread)) % 8 * kChunk;
+  }
+
+  __device__ __forceinline__ void copy_all() const {
 #pragma unroll
-  for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
-    const int row = pass * kRowsPerPass;
-    const bool valid = row <= last_row;
-    const Element* source = pointer(first_row, row, pass, lane_element);
-    const uint32 destination = tile + swizzled_offset<kRowBytes>(first_row + row, thread % 8);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = pass * kRowsPerPass;
+      const bool exists = row <= last_row;
+      const Element* source = rows.at(pass);
+      // Of row thread / 8 + row: the summands share no bit of the last three.
+      const uint32 target = (destination ^ ((row & 7) << 4)) + row * kRowBytes;
 #pragma unroll
-    for (int line = 0; line < kRowBytes / 128; ++line) {
-      const int element = line * 8 * kChunk;
-      cp_async_16(destination + line * 128, source + element,
-                  valid && lane_element < dim - element);
+      for (int line = 0; line < kRowBytes / 128; ++line) {
+        const int element = line * 8 * kChunk;
+        cp_async_16(target + line * 128, source + element, exists && element < num_elements);
+      }
     }
   }
-}
+};
+
+// Rows of the query tile, whose places the lanes of a warp know: eight lanes load a row of a pass
+// together, and the pass's places are those of lanes pass * 4 and following.
+template <typename T>
+struct QueryRows {
+  const T* base;
+  int64 offset;
+
+  __device__ __forceinline__ const T* at(int pass) const {
+    return base + __shfl_sync(0xffffffffu, offset, pass * 4 + threadIdx.x % 32 / 8);
+  }
+};
 
 // A warp loads four rows of a pass: each lane finds the place of one row of its warp's, and tells
 // the others.
@@ -50,36 +80,34 @@ __device__ __forceinline__ void load_query(const AttentionParams& params, const 
   const int row = lane / 4 * kRowsPerPass + threadIdx.x / 32 * 4 + lane % 4;
   const RowTarget target = row_target(params, work, min(row, num_rows - 1));
   const int64 offset = target.token * params.q_stride_token + target.head * params.q_stride_head;
-  load_rows<Traits::kTileQ, Traits::kQk, Traits::kNumThreads, T>(
-      tile, threadIdx.x, params.head_dim_qk, num_rows,
-      [&](int /*lane_row*/, int /*row*/, int pass, int element) {
-        return static_cast<const T*>(params.q) +
-               __shfl_sync(0xffffffffu, offset, pass * 4 + lane / 8) + element;
-      });
+  using Copies = RowCopies<Traits::kTileQ, Traits::kQk, Traits::kNumThreads, T, QueryRows<T>>;
+  const QueryRows<T> rows = {static_cast<const T*>(params.q) + Copies::lane_element(threadIdx.x),
+                             offset};
+  Copies(rows, tile, threadIdx.x, params.head_dim_qk, num_rows).copy_all();
 }
 
 template <typename Traits>
-__device__ __forceinline__ void load_keys(const AttentionParams& params,
-                                          const typename Traits::Kv& kv, uint32 tile, int thread,
-                                          int first_token, int end) {
-  const auto keys = kv.template keys<Traits::kLoaders>(first_token, end);
-  load_rows<Traits::kKeys, Traits::kQk, Traits::kLoaders, typename Traits::Element>(
-      tile, thread, params.head_dim_qk, end - first_token,
-      [&](int lane_row, int row, int pass, int element) {
-        return keys.at(lane_row, row, pass, element);
-      });
+__device__ __forceinline__ auto key_copies(const AttentionParams& params,
+                                           const typename Traits::Kv& kv, uint32 tile, int thread,
+                                           int first_token, int end) {
+  using Rows = typename Traits::Kv::Rows;
+  using Copies =
+      RowCopies<Traits::kKeys, Traits::kQk, Traits::kLoaders, typename Traits::Element, Rows>;
+  return Copies(kv.template keys<Traits::kKeys, Traits::kLoaders>(first_token, end,
+                                                                  Copies::lane_element(thread)),
+                tile, thread, params.head_dim_qk, end - first_token);
 }
 
 template <typename Traits>
-__device__ __forceinline__ void load_values(const AttentionParams& params,
-                                            const typename Traits::Kv& kv, uint32 tile, int thread,
-                                            int first_token, int end) {
-  const auto values = kv.template values<Traits::kLoaders>(first_token, end);
-  load_rows<Traits::kKeys, Traits::kVo, Traits::kLoaders, typename Traits::Element>(
-      tile, thread, params.head_dim_vo, end - first_token,
-      [&](int lane_row, int row, int pass, int element) {
-        return values.at(lane_row, row, pass, element);
-      });
+__device__ __forceinline__ auto value_copies(const AttentionParams& params,
+                                             const typename Traits::Kv& kv, uint32 tile, int thread,
+                                             int first_token, int end) {
+  using Rows = typename Traits::Kv::Rows;
+  using Copies =
+      RowCopies<Traits::kKeys, Traits::kVo, Traits::kLoaders, typename Traits::Element, Rows>;
+  return Copies(kv.template values<Traits::kKeys, Traits::kLoaders>(first_token, end,
+                                                                    Copies::lane_element(thread)),
+                tile, thread, params.head_dim_vo, end - first_token);
 }
 
 }  // namespace ridgeline

@@ -45,11 +45,12 @@ template <typename Traits>
 struct QueryFragments {
   static constexpr int kHeld = Traits::kQueryInRegisters ? Traits::kQk / 16 : 1;
 
-  uint32 lane_address;
+  uint32 tile;
+  uint32 lane_offset;
   uint32 held[kHeld][Traits::kMFrags][4];
 
-  __device__ __forceinline__ explicit QueryFragments(uint32 lane_address)
-      : lane_address(lane_address) {
+  __device__ __forceinline__ QueryFragments(uint32 tile, uint32 lane_offset)
+      : tile(tile), lane_offset(lane_offset) {
     if constexpr (Traits::kQueryInRegisters) {
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) read(held[k], k);
@@ -73,7 +74,7 @@ struct QueryFragments {
 #pragma unroll
     for (int m = 0; m < Traits::kMFrags; ++m) {
       ldmatrix_x4(fragments[m],
-                  fragment_address<Traits::kQueryRowBytes>(lane_address, m * 16, 2 * k));
+                  fragment_address<Traits::kQueryRowBytes>(tile, lane_offset, m * 16, 2 * k));
     }
   }
 };
@@ -81,23 +82,24 @@ struct QueryFragments {
 // The step from shared memory to the operand B of two neighbouring products, by the element type of
 // the cache. For 16-bit elements it is the identity; a narrower type is widened to T here.
 template <typename T, typename Element, int kRowBytes>
-__device__ __forceinline__ void key_operand(uint32 (&operand)[4], uint32 lane_address, int key,
-                                            int chunk) {
+__device__ __forceinline__ void key_operand(uint32 (&operand)[4], uint32 tile, uint32 lane_offset,
+                                            int key, int chunk) {
   static_assert(sizeof(Element) == sizeof(T), "elements of another width need a conversion here");
-  ldmatrix_x4(operand, fragment_address<kRowBytes>(lane_address, key, chunk));
+  ldmatrix_x4(operand, fragment_address<kRowBytes>(tile, lane_offset, key, chunk));
 }
 
 template <typename T, typename Element, int kRowBytes>
-__device__ __forceinline__ void value_operand(uint32 (&operand)[4], uint32 lane_address, int key,
-                                              int chunk) {
+__device__ __forceinline__ void value_operand(uint32 (&operand)[4], uint32 tile, uint32 lane_offset,
+                                              int key, int chunk) {
   static_assert(sizeof(Element) == sizeof(T), "elements of another width need a conversion here");
-  ldmatrix_x4_transposed(operand, fragment_address<kRowBytes>(lane_address, key, chunk));
+  ldmatrix_x4_transposed(operand, fragment_address<kRowBytes>(tile, lane_offset, key, chunk));
 }
 
-template <typename Traits>
+// beside(k) runs after the products with the k-th 16 elements of the rows.
+template <typename Traits, typename Beside>
 __device__ __forceinline__ void multiply_keys(Logits<Traits>& logits,
-                                              const QueryFragments<Traits>& query,
-                                              uint32 key_lane_address) {
+                                              const QueryFragments<Traits>& query, uint32 key_tile,
+                                              uint32 key_lane_offset, Beside beside) {
   using T = typename Traits::T;
   constexpr bool kFp16 = Traits::Variant::kFp16Logits;
   uint32 halves[Traits::kMFrags][Traits::kKeyFrags][2];
@@ -111,8 +113,9 @@ __device__ __forceinline__ void multiply_keys(Logits<Traits>& logits,
     }
   }
   // Why not all of a row with two fragments of rows: the compiler would start so many reads ahead
-  // that accumulators spill.
-  constexpr bool kWholeRow = Traits::kQueryInRegisters || Traits::kMFrags == 1;
+  // that accumulators spill, where no wait stands between them.
+  constexpr bool kWholeRow =
+      Traits::kQueryInRegisters || Traits::kMFrags == 1 || Traits::kCountsArrivals;
   constexpr int kUnroll = kWholeRow ? Traits::kQk / 16 : 4;
 #pragma unroll kUnroll
   for (int k = 0; k < Traits::kQk / 16; ++k) {
@@ -121,8 +124,8 @@ __device__ __forceinline__ void multiply_keys(Logits<Traits>& logits,
 #pragma unroll
     for (int n = 0; n < Traits::kKeyFrags; n += 2) {
       uint32 b[4];
-      key_operand<T, typename Traits::Element, Traits::kKeyRowBytes>(b, key_lane_address, n * 8,
-                                                                     2 * k);
+      key_operand<T, typename Traits::Element, Traits::kKeyRowBytes>(b, key_tile, key_lane_offset,
+                                                                     n * 8, 2 * k);
 #pragma unroll
       for (int m = 0; m < Traits::kMFrags; ++m) {
         if constexpr (kFp16) {
@@ -134,6 +137,7 @@ __device__ __forceinline__ void multiply_keys(Logits<Traits>& logits,
         }
       }
     }
+    beside(k);
   }
   if constexpr (kFp16) {
 #pragma unroll
@@ -296,13 +300,15 @@ struct Exponentials {
 };
 
 // The products with values. Exponentials from the kEarlyGroups-th group on are taken here, those of
-// a group among the products with the group before.
-template <typename Traits>
+// a group among the products with the group before. beside(i) runs after the products with the i-th
+// fragments that are read.
+template <typename Traits, typename Beside>
 __device__ __forceinline__ void multiply_values(RowState<Traits>& state,
                                                 Exponentials<Traits>& exponentials,
                                                 const Logits<Traits>& logits,
                                                 const float (&offset)[Traits::kMFrags][2],
-                                                float scale, uint32 value_lane_address) {
+                                                float scale, uint32 value_tile,
+                                                uint32 value_lane_offset, Beside beside) {
   using T = typename Traits::T;
   constexpr int kPairs = Exponentials<Traits>::kPairs;
   constexpr int kReads = Traits::kVoFrags / 2;
@@ -312,13 +318,14 @@ __device__ __forceinline__ void multiply_values(RowState<Traits>& state,
     for (int read = 0; read < kReads; ++read) {
       const int n = 2 * read;
       uint32 b[4];
-      value_operand<T, typename Traits::Element, Traits::kValueRowBytes>(b, value_lane_address,
-                                                                         k * 16, n);
+      value_operand<T, typename Traits::Element, Traits::kValueRowBytes>(
+          b, value_tile, value_lane_offset, k * 16, n);
 #pragma unroll
       for (int m = 0; m < Traits::kMFrags; ++m) {
         mma_m16n8k16<T>(state.out[m][n], exponentials.operands[k][m], b[0], b[1]);
         mma_m16n8k16<T>(state.out[m][n + 1], exponentials.operands[k][m], b[2], b[3]);
       }
+      beside(k * kReads + read);
       const int next = k + 1;
       if (next >= Traits::kEarlyGroups && next < Exponentials<Traits>::kGroups) {
 #pragma unroll

@@ -43,6 +43,11 @@ struct TileTraits {
   // one is in registers.
   static constexpr bool kJoins = kSplitsKeys && kQueryInRegisters && kSm >= 80;
 
+  // Whether warps wait for each other by counting arrivals (tile_arrivals.cuh), with two steps'
+  // tiles in shared memory, rather than at barriers.
+  static constexpr bool kCountsArrivals = kSm >= 90 && kMFrags == 2 && kStages == 2;
+  static constexpr int kCopiesAt = kIsFull ? Kv::kCopiesAtOfFull : Kv::kCopiesAt;
+
   // Shared memory: query tile, then of each pipeline the K stages and the V stages, then the
   // variant's scratch.
   static constexpr int kQueryRowBytes = kQk * int(sizeof(T));

@@ -31,10 +31,10 @@ struct BatchItem {
   WorkItem work;
   Request request;
   KeyRange seen_by_all;  // keys that every row of the tile sees
-  int64 key_offset;      // elements from k to what addresses of the item's keys begin with
-  int64 value_offset;
-  int kv_origin;  // where the request's keys begin: entry of kv_indices, token, or row of the batch
-  int height_idx;  // in the kernel's list of tile heights
+  uint64 key_address;    // what addresses of the item's keys begin with
+  uint64 value_address;
+  uint64 table_address;  // of the request's first page number, where there are pages
+  int height_idx;        // in the kernel's list of tile heights
 };
 
 // The keys that a query sees. Query i stands at key i + kv_len - qo_len; causal queries see no key

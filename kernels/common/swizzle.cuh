@@ -16,12 +16,13 @@ __device__ __forceinline__ uint32 swizzled_offset(int row, int chunk) {
 }
 
 // What a lane hands to ldmatrix.x4 for the fragment whose first 16-byte chunk is `chunk` (even),
-// `row` rows (a multiple of 8) further down. `lane_address` is the address for row 0 and chunk 0,
-// in a tile aligned to 128 bytes: the chunk's place within its 128 bytes is XORed in, the rest is
-// added, so one register serves the whole tile.
+// `row` rows (a multiple of 8) further down. `lane_offset` is its offset for row 0 and chunk 0 in a
+// tile aligned to 128 bytes: the chunk's place within its 128 bytes is XORed in, the rest is added,
+// so one register serves all tiles.
 template <int kRowBytes>
-__device__ __forceinline__ uint32 fragment_address(uint32 lane_address, int row, int chunk) {
-  return (lane_address ^ ((chunk & 7) << 4)) + row * kRowBytes + (chunk & ~7) * 16;
+__device__ __forceinline__ uint32 fragment_address(uint32 tile, uint32 lane_offset, int row,
+                                                   int chunk) {
+  return (lane_offset ^ ((chunk & 7) << 4)) + (tile + row * kRowBytes + (chunk & ~7) * 16);
 }
 
 }  // namespace ridgeline
