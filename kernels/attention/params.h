@@ -96,8 +96,9 @@ struct TileConfig {
 // accumulators leave room (up to 128 wide): each fragment of K or V that comes from shared memory,
 // the narrowest pipe here, then feeds two products; from sm_90 on, which has room for two CTAs with
 // two stages, warps meet at no barrier (tile_arrivals.cuh). Shared memory stays within 99 KiB from
-// sm_80 on, so that one table serves sm_80 to sm_89, and within 64 KiB on sm_75, whose copies do not
-// overlap with arithmetic: there one stage does, and small KV tiles leave room for a second CTA.
+// sm_80 on, so that one table serves sm_80 to sm_89, and within 64 KiB on sm_75, whose copies do
+// not overlap with arithmetic: there one stage does, and small KV tiles leave room for a second
+// CTA.
 constexpr TileConfig attention_tile(int head_dim_qk, int head_dim_vo, int tile_q, int sm) {
   if (head_dim_qk == 64 && head_dim_vo == 64) {
     if (tile_q == 16) return {4, 4, 64, sm == 75 ? 1 : 3, 4, true};
