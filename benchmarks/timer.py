@@ -20,6 +20,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -30,6 +31,17 @@ COPIES = 16
 
 def l2_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A call's graph, and the call itself: its graph reads tensors that nobody else may hold."""
+
+    graph: torch.cuda.CUDAGraph
+    call: Call
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 class Timer:
@@ -57,7 +69,7 @@ class Timer:
 
     def prepare(self, call: Call) -> Call:
         """What `together` measures of a call: on a GPU the replay of its graph."""
-        return self._capture(call, 1).replay if self.device.type == "cuda" else call
+        return Replay(self._capture(call, 1), call) if self.device.type == "cuda" else call
 
     def together(self, prepared: Sequence[Call]) -> list[float]:
         """Microseconds of each call with a cold L2: the medians of rounds in which all run."""
