@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 
+#include "ops/tile_sms.h"
 #include "runtime/names.h"
 
 namespace ridgeline {
@@ -158,7 +159,7 @@ void add_rows(std::vector<Row>& rows, const char* op, int candidate_idx, int var
   const bool rotates = variant % 2 == 1;
   for (const bool bf16 : {false, true}) {
     if (bf16 && variant >= 2) continue;
-    for (const auto& [min_sm, max_sm] : {std::pair{75, 79}, std::pair{80, 999}}) {
+    for (const auto& [min_sm, max_sm] : kTileSms) {
       const TileConfig tile = tile_of(candidate, min_sm);
       if (tile.num_warps == 0 || (bf16 && min_sm < 80)) continue;
       rows.push_back({.op = op,

@@ -4,6 +4,7 @@
 #include <array>
 #include <numeric>
 
+#include "ops/tile_sms.h"
 #include "runtime/names.h"
 
 namespace ridgeline {
@@ -173,7 +174,7 @@ void add_rows(std::vector<Row>& rows, const std::string& op, int dims, int kerne
   for (const bool paged : {true, false}) {
     for (const bool bf16 : {false, true}) {
       if (bf16 && variant >= 2) continue;
-      for (const auto& [min_sm, max_sm] : {std::pair{75, 79}, std::pair{80, 999}}) {
+      for (const auto& [min_sm, max_sm] : kTileSms) {
         if (!exists(dims, kernel, min_sm) || (bf16 && min_sm < 80)) continue;
         if (kernel == 3 && exists(dims, 1, min_sm)) continue;
         rows.push_back({.op = op,
@@ -193,7 +194,7 @@ void add_rows(std::vector<Row>& rows, const std::string& op, int dims, int kerne
 void add_pair_rows(std::vector<Row>& rows, int dims, int kernel, int kernel_b) {
   for (const bool paged : {true, false}) {
     for (const bool bf16 : {false, true}) {
-      for (const auto& [min_sm, max_sm] : {std::pair{75, 79}, std::pair{80, 999}}) {
+      for (const auto& [min_sm, max_sm] : kTileSms) {
         if (!pair_exists(dims, kernel, paged, kernel_b == 0, min_sm)) continue;
         if (bf16 && min_sm < 80) continue;
         if (kernel_b == 0 && !low_fits(dims, kernel, min_sm)) continue;
