@@ -4,41 +4,9 @@
 // that one has still to copy.
 #pragma once
 
-#include "common/ldmatrix.cuh"
-#include "common/types.h"
+#include "common/arrival.cuh"
 
 namespace ridgeline {
-
-// Counts arrivals in rounds (an mbarrier). A round that is waited for by its lowest bit.
-struct ArrivalCount {
-  uint64 state;
-
-  __device__ __forceinline__ void init(int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)), "r"(count)
-                 : "memory");
-  }
-  __device__ __forceinline__ void arrive() {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state))
-                 : "memory");
-  }
-  // Arrives when all copies that this thread has started are there.
-  __device__ __forceinline__ void arrive_after_copies() {
-    asm volatile(
-        "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&state))
-        : "memory");
-  }
-  __device__ __forceinline__ void wait(uint32 round) const {
-    asm volatile(
-        "{\n"
-        ".reg .pred ended;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
-        "@!ended bra again;\n"
-        "}" ::"r"(shared_address(&state)),
-        "r"(round & 1)
-        : "memory");
-  }
-};
 
 // A step is a round of both counts. Why the first round of a tile is kept: a count that had been
 // brought back to an even round by more arrivals would have warps that are still waiting for the

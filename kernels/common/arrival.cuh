@@ -5,30 +5,25 @@
 
 namespace ridgeline {
 
-// Counts what comes, in rounds: one thread says once a round how many bytes it brings (or, of none,
-// that it is over), and the round ends when they are there.
-struct Arrival {
+// Counts arrivals in rounds: a round ends when so many as init() was told have come.
+struct ArrivalCount {
   uint64 state;  // an mbarrier
 
   __device__ __forceinline__ uint32 address() const {
     return static_cast<uint32>(__cvta_generic_to_shared(&state));
   }
-  // By one thread; others may use it behind a barrier, this thread's own copies at once.
-  __device__ __forceinline__ void init() {
-    asm volatile(
-        "mbarrier.init.shared::cta.b64 [%0], 1;\n"
-        "fence.mbarrier_init.release.cluster;\n"
-        "fence.proxy.async.shared::cta;" ::"r"(address())
-        : "memory");
-  }
-  __device__ __forceinline__ void expect(uint32 num_bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()),
-                 "r"(num_bytes)
-                 : "memory");
+  // By one thread; others may use it behind a barrier.
+  __device__ __forceinline__ void init(int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address()), "r"(count) : "memory");
   }
   // What the thread wrote before is there for those who wait.
-  __device__ __forceinline__ void end() {
+  __device__ __forceinline__ void arrive() {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address()) : "memory");
+  }
+  // Arrives when all cp.async copies that this thread has started are there.
+  __device__ __forceinline__ void arrive_after_copies() {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address())
+                 : "memory");
   }
   // Until the end of round 0, 1, 2, ..., of which only the lowest bit counts.
   __device__ __forceinline__ void wait(uint32 round) const {
@@ -42,7 +37,25 @@ struct Arrival {
         "r"(round & 1)
         : "memory");
   }
-  // The same, of what other blocks of the cluster send.
+};
+
+// Counts bytes: one thread arrives once a round and says how many it brings, or none, and the round
+// ends when they are there.
+struct Arrival : ArrivalCount {
+  // By one thread; others may use it behind a barrier, this thread's own copies at once.
+  __device__ __forceinline__ void init() {
+    ArrivalCount::init(1);
+    asm volatile(
+        "fence.mbarrier_init.release.cluster;\n"
+        "fence.proxy.async.shared::cta;" ::
+            : "memory");
+  }
+  __device__ __forceinline__ void expect(uint32 num_bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()),
+                 "r"(num_bytes)
+                 : "memory");
+  }
+  // wait(), for what other blocks of the cluster send.
   __device__ __forceinline__ void wait_for_cluster(uint32 round) const {
     asm volatile(
         "{\n"

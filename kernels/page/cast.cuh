@@ -3,7 +3,7 @@
 
 #include "common/fast_math.cuh"
 #include "common/fp8.cuh"
-#include "common/vec.cuh"
+#include "common/scaled.cuh"
 #include "page/params.h"
 
 namespace ridgeline {
@@ -33,13 +33,7 @@ struct Convert {
   static constexpr bool kScales = true;
 
   static __device__ __forceinline__ Vec<T, kVec> apply(const Vec<F, kVec>& x, float inverse_scale) {
-    float values[kVec];
-    x.to_floats(values);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) values[i] *= inverse_scale;
-    Vec<T, kVec> y;
-    y.from_floats(values);
-    return y;
+    return scaled<T>(x, inverse_scale);
   }
 };
 

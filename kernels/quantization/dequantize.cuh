@@ -9,8 +9,8 @@
 
 #include "common/pdl.cuh"
 #include "common/quantized.cuh"
+#include "common/scaled.cuh"
 #include "quantization/params.h"
-#include "quantization/scaled.cuh"
 
 namespace ridgeline {
 
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kDequantizeThreads)
   pdl_launch_dependents();
 #pragma unroll
   for (uint32 i = 0; i < kSlots; ++i) {
-    if (targets[i] != nullptr) store_scaled(targets[i], x[i], scales[i]);
+    if (targets[i] != nullptr) store(targets[i], scaled<T>(x[i], scales[i]));
   }
 }
 

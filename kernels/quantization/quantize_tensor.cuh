@@ -9,8 +9,8 @@
 #pragma once
 
 #include "common/row_pass.cuh"
+#include "common/scaled.cuh"
 #include "quantization/flat.cuh"
-#include "quantization/scaled.cuh"
 
 namespace ridgeline {
 
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kFlatThreads)
     for (uint32 i = 0; i < kFlatSlots; ++i) {
       // A place before the first row wraps to one behind the last.
       if (places[i].exists(rows)) {
-        store_scaled(output + places[i].contiguous<kVec>(rows), x[i], factor);
+        store(output + places[i].contiguous<kVec>(rows), scaled<Q>(x[i], factor));
       }
     }
     if (!next.exists(rows)) return;

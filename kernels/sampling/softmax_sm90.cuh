@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
         // All warps have read those of the row before: they have sent their statistics of this one.
         row_max = summary.max;
         row_scale = softmax_scale(summary);
-        summed.end();
+        summed.arrive();
       }
       __syncwarp();
     }

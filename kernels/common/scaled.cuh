@@ -5,16 +5,16 @@
 
 namespace ridgeline {
 
-// target = x * factor, rounded once.
+// x * factor in float32, rounded once; 8-bit results saturate.
 template <class To, class From, int kVec>
-__device__ __forceinline__ void store_scaled(To* target, const Vec<From, kVec>& x, float factor) {
+__device__ __forceinline__ Vec<To, kVec> scaled(const Vec<From, kVec>& x, float factor) {
   float values[kVec];
   x.to_floats(values);
 #pragma unroll
   for (int i = 0; i < kVec; ++i) values[i] *= factor;
   Vec<To, kVec> y;
   y.from_floats(values);
-  store(target, y);
+  return y;
 }
 
 }  // namespace ridgeline
