@@ -123,7 +123,7 @@ void run_gated(const AccessKernels& kernels, const Arg& input, const Arg& out,
                            .output_strides = {out_rows.outer_stride, out_rows.inner_stride},
                            .output = out.tensor.mutable_data_ptr(),
                            .scale = scale};
-  launch(kernels.of(input.tensor.scalar_type(), vec_size), gpu,
+  launch(kernels.of(input.dtype, vec_size), gpu,
          {.grid_x = plan.grid_x, .grid_y = plan.grid_y, .block = threads, .pdl = pdl}, &params);
 }
 
@@ -138,7 +138,7 @@ template <const GatedOp& op>
 Tensor act_and_mul(const Tensor& input, bool enable_pdl) {
   const Arg input_arg{op.op, "input", input};
   check_input(input_arg);
-  const Tensor out = empty(input, output_shape(input), input.scalar_type());
+  const Tensor out = empty(input, output_shape(input), dtype_of(input));
   run_gated(gated_kernels<op, false>(), input_arg, {op.op, "out", out}, {}, enable_pdl);
   return out;
 }

@@ -159,7 +159,7 @@ void check_weight(const Arg& weight, const Arg& input) {
   check_rank(weight, {1});
   const int64_t hidden = input.tensor.size(input.tensor.dim() - 1);
   check_shape(weight, std::array{hidden}, "[hidden]");
-  if (weight.tensor.scalar_type() != Dtype::Float) check_same_dtype(weight, input);
+  if (weight.dtype != Dtype::Float) check_same_dtype(weight, input);
   check_last_stride(weight);
 }
 

@@ -146,7 +146,7 @@ void append(const std::array<Side, 2>& sides, const Batch& batch) {
   int64_t unit = 1;
   int vec_size;
   if (conversion) {
-    vec_size = wide_elements(k.source.tensor.scalar_type());
+    vec_size = wide_elements(k.source.dtype);
     const int target_bytes = vec_size * static_cast<int>(k.target.tensor.element_size());
     if (source_width.bytes() < 16 || target_width.bytes() < std::min(target_bytes, 16)) {
       vec_size = 1;

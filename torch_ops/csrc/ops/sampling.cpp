@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& input, const Tensor& see
   const Tensor log_probs = empty(input, {num_rows}, Dtype::Float);
   if (num_rows == 0) return {tokens, valid, log_probs};
 
-  const RowKind kind = from_logits ? logits_kind(input.scalar_type()) : RowKind::Probs;
+  const RowKind kind = from_logits ? logits_kind(dtype_of(input)) : RowKind::Probs;
   const Lists lists = lists_for(filters, rows.vocab);
   const RowScratch scratch(input, rows, lists);
   const Device& gpu = device(input.get_device_index());
@@ -233,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> chain_speculative_sampling(const Tensor& draf
                            .num_draft = static_cast<uint32>(num_draft),
                            .vocab = vocab,
                            .index_bits = index_bits_of(vocab),
-                           .wide_tokens = draft_token_ids.scalar_type() == Dtype::Long};
+                           .wide_tokens = dtype_of(draft_token_ids) == Dtype::Long};
   launch(chain, device(draft_probs.get_device_index()),
          {.grid_x = static_cast<unsigned>(batch), .block = kRowThreads}, &params);
   return {tokens, accepted, emitted};

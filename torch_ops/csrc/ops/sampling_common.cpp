@@ -93,7 +93,7 @@ IntSetting integer_of(const RowInteger& value, const Arg& input, int64_t num_row
   const Arg arg{input.op, value.name, *value.tensor};
   const int64_t stride = per_row_stride(arg, input, num_rows);
   check_dtype(arg, {Dtype::Int, Dtype::Long});
-  return {value.tensor->const_data_ptr(), stride, 0, value.tensor->scalar_type() == Dtype::Long};
+  return {value.tensor->const_data_ptr(), stride, 0, dtype_of(*value.tensor) == Dtype::Long};
 }
 
 RandomKeys keys_of(const char* op, const Tensor& seed, const std::optional<Tensor>& offset,
@@ -136,7 +136,7 @@ RowInput row_input(const Arg& input, std::initializer_list<Dtype> dtypes,
     check_rank(arg, {1});
     num_rows = indices->size(0);
     selected = {indices->const_data_ptr(), indices->stride(0), 0,
-                indices->scalar_type() == Dtype::Long};
+                dtype_of(*indices) == Dtype::Long};
     if (num_inputs == 0 && num_rows > 0) {
       fail(input.op, input.name, "at least one row, since 'indices' selects some",
            shape_text(input.tensor), "Pass empty indices with an empty batch");

@@ -45,7 +45,7 @@ Tensor softmax(const Tensor& logits, const std::optional<Tensor>& temperature,
   const Tensor output = empty(logits, {logits.size(0), logits.size(1)}, Dtype::Float);
   if (rows.num_rows == 0) return output;
 
-  const RowKind kind = logits_kind(logits.scalar_type());
+  const RowKind kind = logits_kind(dtype_of(logits));
   const auto idx = static_cast<size_t>(kind);
   const Device& gpu = device(logits.get_device_index());
   const bool wide = access_width({&logits}, {logits.size(1)}) > 1;
@@ -54,7 +54,7 @@ Tensor softmax(const Tensor& logits, const std::optional<Tensor>& temperature,
                        static_cast<float*>(output.mutable_data_ptr()), 0};
   const uint32 cluster = std::bit_ceil((num_segments + kClusterSegments - 1) / kClusterSegments);
   if (wide && gpu.sm >= 90 && cluster <= kMaxCluster) {
-    const auto bytes = kClusterSegments * kSegmentSize * element_size(logits.scalar_type());
+    const auto bytes = kClusterSegments * kSegmentSize * element_size(dtype_of(logits));
     Launch how{
         .block = kClusterThreads, .dynamic_smem = static_cast<unsigned>(bytes), .cluster = cluster};
     how.grid_x =
@@ -136,7 +136,7 @@ Tensor top_k_mask_logits(const Tensor& logits, const std::optional<Tensor>& top_
   const RowInput rows = row_input(arg, kLogitsDtypes, std::nullopt);
   Filters filters = no_filters();
   filters.top_k = integer_of({"top_k", top_k, top_k_val}, arg, rows.num_rows);
-  return filtered(logits_kind(logits.scalar_type()), logits, rows, filters, true);
+  return filtered(logits_kind(dtype_of(logits)), logits, rows, filters, true);
 }
 
 struct GatherKernels {
@@ -166,10 +166,10 @@ std::tuple<Tensor, Tensor> top_k(const Tensor& input, int64_t k, bool sorted) {
   const Arg arg{"top_k", "input", input};
   const RowInput rows = row_input(arg, kLogitsDtypes, std::nullopt);
   check_top_k(rows, k, sorted);
-  const Tensor values = empty(input, {input.size(0), k}, input.scalar_type());
+  const Tensor values = empty(input, {input.size(0), k}, dtype_of(input));
   const Tensor indices = empty(input, {input.size(0), k}, Dtype::Long);
   if (rows.num_rows == 0) return {values, indices};
-  const RowKind kind = logits_kind(input.scalar_type());
+  const RowKind kind = logits_kind(dtype_of(input));
   const Device& gpu = device(input.get_device_index());
   const RowScratch scratch(input, rows, Lists::Candidates);
   Filters filters = no_filters();

@@ -3,6 +3,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <vector>
@@ -33,7 +35,7 @@ void not_yet(const char* op, const char* arg, const std::string& got) {
 }
 
 Arg::Arg(const char* op, const char* name, const Tensor& tensor)
-    : op(op), name(name), tensor(tensor), dtype(tensor.scalar_type()), gpu(-1) {
+    : op(op), name(name), tensor(tensor), dtype(dtype_of(tensor)), gpu(-1) {
   const auto all_sizes = tensor.sizes();
   int64_t* all_strides = nullptr;
   if (aoti_torch_get_strides(tensor.get(), &all_strides) != AOTI_TORCH_SUCCESS) {
@@ -49,6 +51,22 @@ int64_t Arg::numel() const {
   int64_t count = 1;
   for (const int64_t size : sizes) count *= size;
   return count;
+}
+
+Dtype dtype_of(const Tensor& tensor) {
+  static std::array<std::atomic<int>, 64> known{};  // by torch's number; one more than the dtype
+  int32_t number = -1;
+  if (aoti_torch_get_dtype(tensor.get(), &number) != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error("torch gave no dtype of a tensor");
+  }
+  const auto place = static_cast<size_t>(number);
+  if (place >= known.size()) return tensor.scalar_type();
+  int found = known[place].load(std::memory_order_relaxed);
+  if (found == 0) {
+    found = static_cast<int>(tensor.scalar_type()) + 1;
+    known[place].store(found, std::memory_order_relaxed);
+  }
+  return static_cast<Dtype>(found - 1);
 }
 
 int64_t element_size(Dtype dtype) {

@@ -13,6 +13,10 @@ namespace ridgeline {
 using Tensor = torch::stable::Tensor;
 using Dtype = torch::headeronly::ScalarType;
 
+// As Tensor::scalar_type, which compares torch's number of the dtype with that of every other, a
+// call each: 30 ns for bfloat16.
+Dtype dtype_of(const Tensor& tensor);
+
 int64_t element_size(Dtype dtype);                       // bytes, of the real types
 std::string dtype_name(Dtype dtype);                     // "torch.float16"
 std::string device_name(const Tensor& t);                // "cuda:0"
