@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._capture import current_capture, is_capturing
+from ._list_report import ListReport, report_of
 
 # Most work lists kept at a time; a step needs one for each mask that its layers use.
 _MAX_LISTS = 16
@@ -20,13 +21,29 @@ class WorkLists:
 
     def __init__(self) -> None:
         self.eager: dict[Key, Tensor] = {}
+        self.reports: dict[Key, ListReport] = {}  # of some eager ones
         self.captured: dict[Key, Tensor] = {}
         self._capture = -1
 
     def clear(self) -> None:
         """Forget all lists: there is another plan."""
         self.eager = {}
+        self.reports = {}
         self.captured = {}
+
+    def keep_report(self, key: Key) -> None:
+        """Keep what the scheduler is going to tell of an eager list that has just been made."""
+        work = self.eager.get(key)
+        report = None if work is None else report_of(work)
+        if len(self.eager) == 1:
+            self.reports.clear()
+        if report is not None:
+            self.reports[key] = report
+
+    def told(self, key: Key) -> int:
+        """What the ops' `flags` may have beside their own, with an eager list."""
+        report = self.reports.get(key)
+        return 0 if report is None else report.flags()
 
     def find(
         self,

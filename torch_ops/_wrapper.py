@@ -257,6 +257,7 @@ class Wrapper(OlderVerbs):
         if q.dtype != self._q_dtype or self._unvalidated:
             self._check_run(q, k, options)
         compiling = is_compiling()
+        told = 0
         if schedule is None:
             if compiling:
                 schedule = self._make_list(q.shape[0], options.flags, options.window_left)
@@ -264,10 +265,15 @@ class Wrapper(OlderVerbs):
                 key = (q.shape[0], options.flags, options.window_left)
                 # Why looked at here: a call costs 0.1 us, and most runs find their list.
                 if not (self._on_gpu and is_capturing(self._gpu)):
-                    schedule = self._lists.eager.get(key)
+                    lists = self._lists
+                    schedule = lists.eager.get(key)
+                    if lists.reports:
+                        told = lists.told(key)
                 if schedule is None:
                     schedule = self._list_for(key)
         problem = self._problem if options is self._options else self._problem_of(options)
+        if told:
+            problem = (index[0], options.flags | told, *problem[2:])  # type: ignore[index]
         if lse_base != "ln" or lse_layout != "NH":
             one_of(self._where("run"), "lse_base", lse_base, ("ln", "log2"))
             one_of(self._where("run"), "lse_layout", lse_layout, ("NH", "HN"))
@@ -296,7 +302,12 @@ class Wrapper(OlderVerbs):
         The runs of this plan share it, or those of this capture where the driver tells which it is.
         """
         gpu = self._device if self._on_gpu else None
-        return self._lists.find(key, self._make_list, gpu, self._keep_index)
+        work = self._lists.find(key, self._make_list, gpu, self._keep_index)
+        assert self._index is not None
+        # Why not of decodes: they are one launch as they are.
+        if gpu is not None and self._index[0] is not None and self._lists.eager.get(key) is work:
+            self._lists.keep_report(key)
+        return work
 
     def _keep_index(self) -> None:
         """Keep the index tensors: a graph reads them at every replay, whatever is planned later."""

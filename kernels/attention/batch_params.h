@@ -170,6 +170,8 @@ struct ScheduleParams {
   int invariant;
   int slot_rows;  // rows of a partial result
   int tag;
+  int64* report;  // the host's: gets the value where attention will leave nothing behind; or null
+  int64 report_value;
 };
 // Threads of the scheduler. Decodes are few items, and warps with nothing to do cost time.
 constexpr int schedule_threads(bool tall) {

@@ -151,6 +151,17 @@ __device__ __forceinline__ void write_by_tile(const ScheduleParams<kSegments>& p
   }
 }
 
+// Where nothing is cut and no row is padding, tells the host too.
+template <int kSegments>
+__device__ __forceinline__ void write_header(const ScheduleParams<kSegments>& params,
+                                             const ListHeader& header) {
+  *reinterpret_cast<ListHeader*>(params.list) = header;
+  if (kSegments == 1 && params.report != nullptr && header.num_cut_tiles == 0 &&
+      header.num_tokens == params.segments[0].num_tokens) {
+    *params.report = params.report_value;
+  }
+}
+
 template <bool kTall, int kSegments = 1>
 __global__ void __launch_bounds__(schedule_threads(kTall), 1)
     schedule(const __grid_constant__ ScheduleParams<kSegments> params) {
@@ -276,7 +287,7 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
     if (goes_by_tile(params, num_items, cost_before, most_cost)) {
       header.by_tile = 1;
       header.num_records = num_items;
-      if (thread == 0 && blockIdx.x == 0) *reinterpret_cast<ListHeader*>(params.list) = header;
+      if (thread == 0 && blockIdx.x == 0) write_header(params, header);
       write_by_tile<kTall>(params, found, num_items, most_cost, warp_sums);
       return;
     }
@@ -316,7 +327,7 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
   if (thread == 0) {
     first_records[params.num_teams] = header.num_records;
     cut_tiles_before[params.num_teams] = num_cut_tiles;
-    if (blockIdx.x == 0) *reinterpret_cast<ListHeader*>(params.list) = header;
+    if (blockIdx.x == 0) write_header(params, header);
   }
   __syncthreads();
 

@@ -64,7 +64,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeT
                  const MaybeTensor& kv_indptr, const MaybeTensor& kv_lens) {
   constexpr const char* kOp = "attention";
   const Inputs in(kOp, q, k, v, qo_indptr, kv_indptr, kv_indices, kv_lens, schedule);
-  BatchOptions options = {flags, window_left, {}};
+  BatchOptions options = options_of(flags, window_left);
   Cache cache;
   const Lengths of = check_inputs(in, options, max_q_len, cache);
   options.logits.sm_scale = scale_or_default(sm_scale, of.head_dim_qk);
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor> attention_lse(const Tensor& q, const Tensor& k, const
                                          const MaybeTensor& kv_indptr, const MaybeTensor& kv_lens) {
   constexpr const char* kOp = "attention_lse";
   const Inputs in(kOp, q, k, v, qo_indptr, kv_indptr, kv_indices, kv_lens, schedule);
-  BatchOptions options = {flags, window_left, {}};
+  BatchOptions options = options_of(flags, window_left);
   Cache cache;
   const Lengths of = check_inputs(in, options, max_q_len, cache);
   options.logits.sm_scale = scale_or_default(sm_scale, of.head_dim_qk);
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> attention_full(
   refuse_later(kOp, custom_mask, mask_indptr, q_scale, k_scale, v_scale, sinks, extra_tensors,
                extra_scalars);
   const Inputs in(kOp, q, k, v, qo_indptr, kv_indptr, kv_indices, kv_lens, schedule);
-  BatchOptions options = {flags, window_left, {}};
+  BatchOptions options = options_of(flags, window_left);
   Cache cache;
   const Lengths of = check_inputs(in, options, max_q_len, cache);
   options.logits = logit_options(in.q, scale_or_default(sm_scale, of.head_dim_qk), logits_soft_cap,
@@ -147,7 +147,7 @@ void attention_out(const Tensor& out, const MaybeTensor& lse, const Tensor& q, c
                    bool use_fp16_qk_reduction) {
   constexpr const char* kOp = "attention_out";
   const Inputs in(kOp, q, k, v, qo_indptr, kv_indptr, kv_indices, kv_lens, schedule);
-  BatchOptions options = {flags, window_left, {}};
+  BatchOptions options = options_of(flags, window_left);
   Cache cache;
   const Lengths of = check_inputs(in, options, max_q_len, cache);
   options.logits = logit_options(in.q, scale_or_default(sm_scale, of.head_dim_qk), logits_soft_cap,

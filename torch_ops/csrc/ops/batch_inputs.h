@@ -19,10 +19,19 @@ struct BatchOptions {
   int64_t flags = 0;
   int64_t window_left = -1;
   LogitOptions logits;
-  bool single = false;  // one request with all queries and keys, which are [tokens, heads, dim]
+  int complete_tag = 0;  // of lists that leave nothing to do behind their records
+  bool single = false;   // one request with all queries and keys, which are [tokens, heads, dim]
 
   bool has(Flag flag) const { return (flags & flag) != 0; }
 };
+
+// `flags` as the ops have it: the upper half is a ListReport's.
+inline BatchOptions options_of(int64_t flags, int64_t window_left) {
+  return {.flags = flags & 0xffffffff,
+          .window_left = window_left,
+          .logits = {},
+          .complete_tag = static_cast<int>(flags >> 32)};
+}
 
 // What the scheduler is asked for; from index tensors and head counts.
 struct Lengths {

@@ -100,13 +100,13 @@ unsigned schedule_ctas(const ListLayout& layout, const Lengths& of, const BatchP
 namespace {
 
 void launch_schedule(const Lengths& of, const BatchProblem& problem, const BatchPlan& plan,
-                     const Device& gpu, int* list) {
+                     const Device& gpu, int* list, int tag, const ListReport& report = {}) {
   static Kernel& of_low = kernel(schedule_name(false));
   static Kernel& of_tall = kernel(schedule_name(true));
   const ListLayout layout = list_layout(problem.batch_size, problem.num_tokens, of.group_size(),
                                         problem.num_kv_heads, problem.invariant);
   ScheduleParams<1> params =
-      schedule_params<1>(of, plan, layout, problem.batch_size, list, batch_tag(of, problem, plan));
+      schedule_params<1>(of, plan, layout, problem.batch_size, list, tag, report);
   params.segments[0] = schedule_segment(of, problem, plan.dims, plan.low, plan.high, gpu.sm);
   const bool tall = plan.high > 16;
   launch(tall ? of_tall : of_low, gpu,
@@ -235,8 +235,13 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
 
 void launch_schedule(const Lengths& of, const Device& gpu, const Tensor& list) {
   const BatchProblem problem = problem_of(of);
-  launch_schedule(of, problem, plan_batch(problem, gpu_of(gpu)), gpu,
-                  static_cast<int*>(list.mutable_data_ptr()));
+  const BatchPlan plan = plan_batch(problem, gpu_of(gpu));
+  const int tag = batch_tag(of, problem, plan);
+  auto* made = static_cast<int*>(list.mutable_data_ptr());
+  // Why not of low tiles: most of their calls are one launch anyway. A replay has other lengths.
+  const bool tells = plan.high > 16 && !problem.invariant &&
+                     problem.max_q_len >= problem.num_tokens && !is_captured(current_stream(gpu));
+  launch_schedule(of, problem, plan, gpu, made, tag, new_report(made, tag, tells));
 }
 
 void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& options,
@@ -253,6 +258,7 @@ void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& o
 
   const ListLayout layout = list_layout(of.batch_size, of.num_tokens, of.group_size(),
                                         of.num_kv_heads, problem.invariant);
+  const int tag = batch_tag(of, problem, plan);
   std::optional<Tensor> own_list;
   const int* list = nullptr;
   if (in.schedule) {
@@ -262,12 +268,12 @@ void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& o
   } else {
     own_list = empty(in.q.gpu, {list_length(of)}, Dtype::Int);
     auto* made = static_cast<int*>(own_list->mutable_data_ptr());
-    launch_schedule(of, problem, plan, gpu, made);
+    launch_schedule(of, problem, plan, gpu, made, tag);
     list = made;
   }
 
   BatchAttentionParams params = make_params(in, of, options, cache, plan, layout, results, list);
-  params.tag = batch_tag(of, problem, plan);
+  params.tag = tag;
   AttentionParams& attention = params.attention;
   const Workspace parts(gpu, plan.num_partial_rows * (of.head_dim_vo + 2) * int64_t{sizeof(float)},
                         plan.in_one_launch ? num_batch_counters(plan.num_ctas) : 0);
@@ -282,7 +288,7 @@ void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& o
           .block = static_cast<unsigned>(plan.block),
           .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
          &params);
-  if (attention.counters) return;
+  if (attention.counters || options.complete_tag == tag) return;
   launch(combine_kernel(problem.bf16), gpu,
          {.grid_x = static_cast<unsigned>(2 * gpu.num_sms),
           .block = kCombineThreads,

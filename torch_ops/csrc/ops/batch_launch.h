@@ -5,6 +5,7 @@
 
 #include "ops/batch_choice.h"
 #include "ops/batch_inputs.h"
+#include "ops/list_report.h"
 
 namespace ridgeline {
 
@@ -38,7 +39,7 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
 template <int kSegments>
 ScheduleParams<kSegments> schedule_params(const Lengths& of, const BatchPlan& plan,
                                           const ListLayout& layout, int64_t batch_size, int* list,
-                                          int tag) {
+                                          int tag, const ListReport& report = {}) {
   const int num_teams = plan.num_ctas / plan.team_size;
   const int64_t num_bundles = of.num_kv_heads / plan.team_size;
   return {.segments = {},
@@ -58,7 +59,9 @@ ScheduleParams<kSegments> schedule_params(const Lengths& of, const BatchPlan& pl
           .group_size = make_divider(static_cast<uint32>(of.group_size())),
           .invariant = (of.flags & kInvariant) != 0,
           .slot_rows = plan.slot_rows,
-          .tag = tag};
+          .tag = tag,
+          .report = reinterpret_cast<int64*>(report.place),
+          .report_value = report.value};
 }
 
 // CTAs of the scheduler.

@@ -55,6 +55,7 @@ Driver load() {
   bind(table.ctx_push_current, "cuCtxPushCurrent");
   bind(table.ctx_pop_current, "cuCtxPopCurrent");
   bind(table.pointer_get_attribute, "cuPointerGetAttribute");
+  bind(table.mem_host_alloc, "cuMemHostAlloc");
   bind(table.stream_is_capturing, "cuStreamIsCapturing");
   bind(table.thread_exchange_capture_mode, "cuThreadExchangeStreamCaptureMode");
   bind(table.library_load_data, "cuLibraryLoadData");

@@ -64,6 +64,7 @@ struct Driver {
   CUresult (*ctx_push_current)(CUcontext context);
   CUresult (*ctx_pop_current)(CUcontext* context);
   CUresult (*pointer_get_attribute)(void* value, PointerAttribute attribute, uint64_t address);
+  CUresult (*mem_host_alloc)(void** address, size_t num_bytes, unsigned flags);
   CUresult (*stream_is_capturing)(CUstream stream, CaptureStatus* status);
   CUresult (*thread_exchange_capture_mode)(CaptureMode* mode);
   CUresult (*library_load_data)(CUlibrary* library, const void* code, int* jit_options,
@@ -87,5 +88,17 @@ std::string driver_error(CUresult error);
 
 // Throws std::runtime_error "<what>: <driver's own text>" unless the call succeeded.
 void driver_check(CUresult error, const std::string& what);
+
+// Lets this thread load modules and allocate while one of its streams is being captured.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { driver().thread_exchange_capture_mode(&mode_); }
+  ~RelaxedCapture() { driver().thread_exchange_capture_mode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  CaptureMode mode_ = CaptureMode::kRelaxed;
+};
 
 }  // namespace ridgeline

@@ -22,18 +22,6 @@ namespace {
 // What a launch gets without asking: 48 KiB, less room for what a kernel declares itself.
 constexpr unsigned kDefaultDynamicSmem = 40 * 1024;
 
-// Lets this thread load modules while one of its streams is being captured.
-class RelaxedCapture {
- public:
-  RelaxedCapture() { driver().thread_exchange_capture_mode(&mode_); }
-  ~RelaxedCapture() { driver().thread_exchange_capture_mode(&mode_); }
-  RelaxedCapture(const RelaxedCapture&) = delete;
-  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
-
- private:
-  CaptureMode mode_ = CaptureMode::kRelaxed;
-};
-
 void allow_smem(Kernel& kernel, LoadedKernel& loaded, const Device& device, unsigned bytes) {
   if (bytes <= loaded.dynamic_smem.load(std::memory_order_relaxed)) return;
   driver_check(driver().kernel_set_attribute(FunctionAttribute::kMaxDynamicSharedMemory,
@@ -151,6 +139,13 @@ CUstream current_stream(const Device& device) {
                              std::to_string(device.index));
   }
   return static_cast<CUstream>(stream);
+}
+
+bool is_captured(CUstream stream) {
+  if (stream == nullptr) return false;  // no capture takes the default stream
+  CaptureStatus status = CaptureStatus::kNone;
+  driver_check(driver().stream_is_capturing(stream, &status), "asking for the state of a stream");
+  return status != CaptureStatus::kNone;
 }
 
 }  // namespace ridgeline
