@@ -145,8 +145,7 @@ class _Pool:
             if self._stopped:
                 return None
             process = subprocess.Popen(
-                # Why -S: the worker takes our sys.path, so it need not find packages itself.
-                [sys.executable, "-S", str(_WORKER)],
+                [sys.executable, str(_WORKER)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 encoding="utf-8",
