@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from batch_problem import Batch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ridgeline import _work_lists, _wrapper
+from ridgeline import _list_report, _work_lists, _wrapper
 from support import poison, supports_bf16_attention
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -251,6 +252,27 @@ def test_a_run_leaves_out_what_is_the_default(rng: torch.Generator) -> None:
         assert problem(scale) == ()
     for scale in (128**-0.5 * (1 + 2**-22), 0.0, 1.0, -(128**-0.5)):
         assert problem(scale)[-1] == scale
+
+
+def test_a_run_passes_on_what_the_scheduler_told(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it is there, until the next plan; test_list_report.py has real reports."""
+    inputs = MIXED.inputs(torch.device("cpu"), rng)
+    wrapper = planned("prefill", inputs)
+    flags: list[int] = []
+    monkeypatch.setattr(_wrapper, "NARROW_EAGER", lambda *operands: flags.append(operands[6]))
+    wrapper.run(inputs.q, inputs.cache)
+    place, told = ctypes.c_int64(0), 5 << 32
+    report = _list_report.ListReport(ctypes.addressof(place), 7, told)
+    (key,) = wrapper._lists.eager
+    wrapper._lists.reports[key] = report
+    for place.value in (0, 6, 7, 7):
+        wrapper.run(inputs.q, inputs.cache)
+    plan(wrapper, "prefill", inputs)
+    wrapper.run(inputs.q, inputs.cache)
+    plain = wrapper._options.flags
+    assert flags == [plain, plain, plain, plain | told, plain | told, plain]
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill", "ragged"])
