@@ -133,8 +133,8 @@ def merge_cases(device: torch.device) -> dict[str, list[Arguments]]:
 
 def batch_cases(device: torch.device) -> dict[str, list[Arguments]]:
     rng = torch.Generator().manual_seed(0)
-    ops = ("attention", "attention_plain", "attention_lse", "attention_full", "attention_out")
-    cases: dict[str, list[Arguments]] = {name: [] for name in ops}
+    ops = ("", "_plain", "_lse", "_plain_lse", "_full", "_out")
+    cases: dict[str, list[Arguments]] = {f"attention{name}": [] for name in ops}
     for form in ("paged", "ragged", "padded"):
         inputs = Batch(lengths=((3, 40), (0, 5), (1, 0)), form=form).inputs(device, rng)
         narrow = inputs.operands(flags=2)
@@ -143,6 +143,7 @@ def batch_cases(device: torch.device) -> dict[str, list[Arguments]]:
         if device.type == "cuda":  # the CPU makes no list that would tell it lengths
             plain = inputs.operands(flags=0, schedule=inputs.schedule())[:7]
             cases["attention_plain"].append((plain, {}))
+            cases["attention_plain_lse"].append((plain, {}))
         cases["attention_lse"].append((narrow, {}))
         cases["attention_full"].append(((*narrow, 0.0, 1, 1.0, 1e4, False), {}))
         cases["attention_full"].append(((*narrow[:9], None, *narrow[10:]), {}))

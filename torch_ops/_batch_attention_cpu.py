@@ -240,6 +240,7 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any
 
 
 @fake_impl("attention_lse")
+@fake_impl("attention_plain_lse")
 @fake_impl("attention_full")
 def _attention_full_fake(
     q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any
@@ -415,6 +416,7 @@ def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
 
 
 @cpu_impl("attention_lse")
+@cpu_impl("attention_plain_lse")
 def _attention_lse_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return _attend_checked("attention_lse", q, k, v, *options)
 

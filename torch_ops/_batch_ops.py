@@ -17,6 +17,7 @@ PLAIN_EAGER = find_eager_op("attention_plain")
 SCHEDULE = find_op("attention_schedule")
 LSE = find_op("attention_lse")
 LSE_EAGER = find_eager_op("attention_lse")
+PLAIN_LSE_EAGER = find_eager_op("attention_plain_lse")
 _FULL = find_op("attention_full")
 _OUT = find_op("attention_out")
 
@@ -34,7 +35,7 @@ LogitOptions = tuple[float, int, float, float, bool]
 
 _DEFAULTS: Problem = (None, None, None, 0, -1, -1, None, None, None)
 _NO_LOGIT_OPTIONS: LogitOptions = (0.0, 0, 1.0, 1e4, False)
-# So many of a problem's arguments have a place in the plain op.
+# So many of a problem's arguments have a place in the plain ops.
 PLAIN_LENGTH = 4
 LOG2_E = math.log2(math.e)
 

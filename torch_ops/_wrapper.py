@@ -24,6 +24,7 @@ from ._batch_ops import (
     NARROW_EAGER,
     PLAIN_EAGER,
     PLAIN_LENGTH,
+    PLAIN_LSE_EAGER,
     POS_ENCODING_MODES,
     SCHEDULE,
     LogitOptions,
@@ -282,10 +283,10 @@ class Wrapper(OlderVerbs):
             if plain and out is None and lse is None:
                 if compiling:
                     op = LSE if return_lse else NARROW
-                elif return_lse:
-                    op = LSE_EAGER
+                elif len(problem) <= PLAIN_LENGTH - 2:
+                    op = PLAIN_LSE_EAGER if return_lse else PLAIN_EAGER
                 else:
-                    op = PLAIN_EAGER if len(problem) <= PLAIN_LENGTH - 2 else NARROW_EAGER
+                    op = LSE_EAGER if return_lse else NARROW_EAGER
                 result: Result = op(q, k, v, index[2], schedule, *problem)  # type: ignore[index]
                 return result
             return attend(

@@ -1,6 +1,6 @@
-// attention, attention_plain, attention_lse, attention_full, attention_out, attention_schedule:
-// schemas and what they return. Checks: batch_inputs.cpp. Choice of kernel: batch_choice.cpp.
-// Launches: batch_launch.cpp.
+// attention, attention_plain, attention_lse, attention_plain_lse, attention_full, attention_out,
+// attention_schedule: schemas and what they return. Checks: batch_inputs.cpp. Choice of kernel:
+// batch_choice.cpp. Launches: batch_launch.cpp.
 
 #include <array>
 #include <optional>
@@ -96,6 +96,15 @@ std::tuple<Tensor, Tensor> attention_lse(const Tensor& q, const Tensor& k, const
   return both_results(in, of, options, cache);
 }
 
+std::tuple<Tensor, Tensor> attention_plain_lse(const Tensor& q, const Tensor& k, const Tensor& v,
+                                               const MaybeTensor& kv_indices,
+                                               const MaybeTensor& schedule,
+                                               const MaybeTensor& qo_indptr, int64_t flags) {
+  const MaybeTensor none;
+  return attention_lse(q, k, v, kv_indices, schedule, qo_indptr, flags, -1, -1, std::nullopt, none,
+                       none);
+}
+
 std::tuple<Tensor, Tensor> attention_full(
     const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& kv_indices,
     const MaybeTensor& schedule, const MaybeTensor& qo_indptr, int64_t flags, int64_t max_q_len,
@@ -173,8 +182,8 @@ void attention_out(const Tensor& out, const MaybeTensor& lse, const Tensor& q, c
 
 // Why this order and the defaults: an argument that is passed costs the host 0.1 to 0.3 us, one
 // left out 0.05 to 0.1. With a work list a call needs the first five or six, and takes
-// attention_plain if these are all; the last two, which tell where requests begin and end, are in
-// the list already.
+// attention_plain or attention_plain_lse if these are all; the last two, which tell where requests
+// begin and end, are in the list already.
 static void schemas(Library& m) {
   const std::string plain =
       "Tensor q, Tensor k, Tensor v, Tensor? kv_indices, Tensor? schedule=None, "
@@ -192,6 +201,7 @@ static void schemas(Library& m) {
   m.def(("attention(" + problem + ") -> Tensor").c_str());
   m.def(("attention_plain(" + plain + ") -> Tensor").c_str());
   m.def(("attention_lse(" + problem + ") -> (Tensor, Tensor)").c_str());
+  m.def(("attention_plain_lse(" + plain + ") -> (Tensor, Tensor)").c_str());
   m.def(("attention_full(" + problem + options + later + ") -> (Tensor, Tensor)").c_str());
   m.def(
       ("attention_out(Tensor(a!) out, Tensor(b!)? lse, " + problem + options + ") -> ()").c_str());
@@ -205,6 +215,7 @@ static void kernels(Library& m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_plain", TORCH_BOX(&attention_plain));
   m.impl("attention_lse", TORCH_BOX(&attention_lse));
+  m.impl("attention_plain_lse", TORCH_BOX(&attention_plain_lse));
   m.impl("attention_full", TORCH_BOX(&attention_full));
   m.impl("attention_out", TORCH_BOX(&attention_out));
   m.impl("attention_schedule", TORCH_BOX(&attention_schedule));

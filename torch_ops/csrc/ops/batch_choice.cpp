@@ -241,8 +241,8 @@ std::vector<Row> batch_rows() {
                     .why = tall ? "lengths to a balanced work list, tiles of any height"
                                 : "the same for tiles of 16 rows"});
   }
-  for (const std::string op :
-       {"attention", "attention_plain", "attention_lse", "attention_full", "attention_out"}) {
+  for (const std::string op : {"attention", "attention_plain", "attention_lse",
+                               "attention_plain_lse", "attention_full", "attention_out"}) {
     for (int dims = 0; dims < kNumBatchDims; ++dims) {
       for (int kernel = 0; kernel < kNumBatchKernels; ++kernel) {
         for (int variant = 0; variant < kNumBatchVariants; ++variant) {
@@ -263,9 +263,9 @@ std::vector<Row> batch_rows() {
   return rows;
 }
 
-const RegisterFamily family({{"attention", "attention_plain", "attention_lse", "attention_full",
-                              "attention_out", "attention_schedule", "attention_pair",
-                              "attention_pair_schedule"},
+const RegisterFamily family({{"attention", "attention_plain", "attention_lse",
+                              "attention_plain_lse", "attention_full", "attention_out",
+                              "attention_schedule", "attention_pair", "attention_pair_schedule"},
                              batch_rows,
                              choose_batch});
 
