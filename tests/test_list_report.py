@@ -1,4 +1,4 @@
-"""What a list's scheduler tells the host: prefills that leave nothing to add up are one launch."""
+"""Prefills that leave nothing to add up: one launch, once the host has been told."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def batch(lengths: tuple[tuple[int, int], ...], **changes: Any) -> Batch:
 
 
 def launches(wrapper: Any, inputs: Inputs, count: int = 3) -> tuple[float, list[Any]]:
-    """Kernels of a run once there is a list, and the results."""
+    """Kernels of a run behind the first, and the results."""
     run(wrapper, "prefill", inputs)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -103,17 +103,22 @@ def test_a_capture_is_two_launches(rng: torch.Generator) -> None:
     same([result], wanted)
 
 
-def test_reports_of_lists(rng: torch.Generator) -> None:
-    """A report comes, and nobody takes another's for it."""
+def test_a_place_is_used_again(rng: torch.Generator) -> None:
+    """Nobody takes another's report for its own."""
     inputs = batch(WHOLE).inputs(GPU, rng)
-    work = inputs.schedule()
-    report = _list_report.report_of(work)
-    assert report is not None
+    wrapper = make("prefill", inputs.batch, GPU)
+    plan(wrapper, "prefill", inputs)
+    run(wrapper, "prefill", inputs)
     torch.cuda.synchronize()
-    assert report.flags() != 0
-    later = _list_report.report_of(inputs.schedule())
-    assert later is not None
-    for _ in range(600):
-        inputs.schedule()
+    (own,) = wrapper._lists.reports.values()
+    reports = [_list_report.new_report() for _ in range(1_100)]
+    for report in reports:
+        assert report is not None
+        assert report.flags() & 48 == 16
+    assert own.flags() & 48 == 32
+    plan(wrapper, "prefill", inputs)
+    run(wrapper, "prefill", inputs)
     torch.cuda.synchronize()
-    assert report.flags() == later.flags() == 0, "their places are others' by now"
+    (later,) = wrapper._lists.reports.values()
+    assert later.flags() & 48 == 32
+    assert all(report.flags() & 48 == 16 for report in reports if report)

@@ -254,25 +254,26 @@ def test_a_run_leaves_out_what_is_the_default(rng: torch.Generator) -> None:
         assert problem(scale)[-1] == scale
 
 
-def test_a_run_passes_on_what_the_scheduler_told(
+def test_a_run_asks_for_a_report_and_passes_it_on(
     rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once it is there, until the next plan; test_list_report.py has real reports."""
+    """Of its plan's list; test_list_report.py has real reports."""
     inputs = MIXED.inputs(torch.device("cpu"), rng)
     wrapper = planned("prefill", inputs)
     flags: list[int] = []
     monkeypatch.setattr(_wrapper, "NARROW_EAGER", lambda *operands: flags.append(operands[6]))
     wrapper.run(inputs.q, inputs.cache)
-    place, told = ctypes.c_int64(0), 5 << 32
-    report = _list_report.ListReport(ctypes.addressof(place), 7, told)
+    place = ctypes.c_int64(0)
     (key,) = wrapper._lists.eager
-    wrapper._lists.reports[key] = report
-    for place.value in (0, 6, 7, 7):
+    wrapper._lists.reports[key] = _list_report.ListReport(ctypes.addressof(place), 7)
+    for place.value in (0, -5 << 32 | 6, -5 << 32 | 7, 5 << 32 | 7):
         wrapper.run(inputs.q, inputs.cache)
     plan(wrapper, "prefill", inputs)
     wrapper.run(inputs.q, inputs.cache)
     plain = wrapper._options.flags
-    assert flags == [plain, plain, plain, plain | told, plain | told, plain]
+    asked = plain + 16 + (7 << 32)
+    told = [plain + 32 + (tag << 32) for tag in (-5, 5)]
+    assert flags == [plain, asked, asked, *told, plain]
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill", "ragged"])

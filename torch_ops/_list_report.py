@@ -1,52 +1,56 @@
-"""What the scheduler of a work list tells the host for calls to come (csrc/ops/list_report.h)."""
+"""The word that a work list leaves nothing to add up, from a kernel to the host.
+
+Eager calls with tall tiles are two launches, of which the second often has nothing to do. Calls
+with a list ask it to say so; once it has, later ones leave it out (csrc/ops/list_report.h).
+"""
 
 from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from typing import Any
-
-from torch import Tensor
+from itertools import count
 
 from . import compiler
 
+# In the ops' `flags`, as csrc/ops/batch_inputs.h has them.
+_ASKS, _IS_COMPLETE = 16, 32
+_NUM_PLACES = 512
+_LOWER = (1 << 32) - 1
 
-class _Native(ctypes.Structure):
-    _fields_ = (
-        ("place", ctypes.c_void_p),
-        ("value", ctypes.c_int64),
-        ("flags", ctypes.c_int64),
-    )
+_numbers = count(1)
 
 
 class ListReport:
-    """Of one list: read again and again, since nobody waits for it."""
+    """Of one list: looked at again and again, since nobody waits for it."""
 
-    __slots__ = ("_flags", "_place", "_value")
+    __slots__ = ("_asks", "_number", "_place")
 
-    def __init__(self, place: int, value: int, flags: int) -> None:
+    def __init__(self, place: int, number: int) -> None:
         self._place = ctypes.c_int64.from_address(place)
-        self._value = value
-        self._flags = flags
+        self._number = number
+        self._asks = number << 32 | _ASKS
 
     def flags(self) -> int:
-        """What the ops' `flags` may have by now, beside their own."""
-        return self._flags if self._place.value == self._value else 0
+        """What goes into the ops' `flags` beside their own."""
+        value = self._place.value
+        if value & _LOWER != self._number:
+            return self._asks
+        return value & ~_LOWER | _IS_COMPLETE
+
+
+def new_report() -> ListReport | None:
+    """The report of a list that no call has had yet; None: there is no memory for it."""
+    places = _places()
+    if places is None:
+        return None
+    number = next(_numbers) % (1 << 31)
+    return ListReport(places + 8 * (number % _NUM_PLACES), number) if number else None
 
 
 @lru_cache(maxsize=1)
-def _query() -> Any:
-    """``ridgeline_list_report``: the address of a list to that of its report, or None."""
+def _places() -> int | None:
     # Why [] and not an attribute: this makes an object of our own, with our own types.
-    query = compiler.library().library["ridgeline_list_report"]
-    query.argtypes, query.restype = (ctypes.c_void_p,), ctypes.c_void_p
-    return query
-
-
-def report_of(work: Tensor) -> ListReport | None:
-    """The report of a list that has just been made, where its scheduler makes one."""
-    address = _query()(work.data_ptr())
-    if address is None:
-        return None
-    native = _Native.from_address(address)
-    return ListReport(native.place, native.value, native.flags)
+    function = compiler.library().library["ridgeline_report_places"]
+    function.restype = ctypes.c_void_p
+    address: int | None = function()
+    return address

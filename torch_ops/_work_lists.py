@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._capture import current_capture, is_capturing
-from ._list_report import ListReport, report_of
+from ._list_report import ListReport, new_report
 
 # Most work lists kept at a time; a step needs one for each mask that its layers use.
 _MAX_LISTS = 16
@@ -32,16 +32,15 @@ class WorkLists:
         self.captured = {}
 
     def keep_report(self, key: Key) -> None:
-        """Keep what the scheduler is going to tell of an eager list that has just been made."""
-        work = self.eager.get(key)
-        report = None if work is None else report_of(work)
+        """Ask for the report of an eager list that has just been made."""
+        report = new_report()
         if len(self.eager) == 1:
             self.reports.clear()
         if report is not None:
             self.reports[key] = report
 
     def told(self, key: Key) -> int:
-        """What the ops' `flags` may have beside their own, with an eager list."""
+        """What the ops' `flags` have beside their own, with an eager list."""
         report = self.reports.get(key)
         return 0 if report is None else report.flags()
 

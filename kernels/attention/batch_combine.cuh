@@ -50,6 +50,12 @@ __device__ __forceinline__ void combine_segments(const BatchAttentionParams (&se
     clear_rows<T>(segments[i], i == 0 ? header.num_tokens : header.num_tokens_b, warp_idx,
                   num_warps);
   }
+  // Why here: the word is on its way to the host while attention runs.
+  if (kSegments == 1 && params.report != nullptr && blockIdx.x == 0 && threadIdx.x == 0 &&
+      header.tag == params.tag && header.num_cut_tiles == 0 &&
+      header.num_tokens >= params.num_tokens && params.max_q_len >= params.num_tokens) {
+    *params.report = params.report_value;
+  }
   const float scale = exponent_scale(params.attention.sm_scale, params.attention.logits_soft_cap);
   const auto params_of = [&](int segment) -> const BatchAttentionParams& {
     return segments[kSegments > 1 ? segment & 1 : 0];

@@ -170,8 +170,6 @@ struct ScheduleParams {
   int invariant;
   int slot_rows;  // rows of a partial result
   int tag;
-  int64* report;  // the host's: gets the value where attention will leave nothing behind; or null
-  int64 report_value;
 };
 // Threads of the scheduler. Decodes are few items, and warps with nothing to do cost time.
 constexpr int schedule_threads(bool tall) {
@@ -208,6 +206,9 @@ struct BatchAttentionParams {
   int batch_size;
   int max_q_len;
   int tag;
+  int64*
+      report;  // the host's: gets the value where no tile is cut and no row to be cleared; or null
+  int64 report_value;
 };
 
 // Two segments of one launch, in the order of the line; what the list has is the same in both.

@@ -15,22 +15,28 @@ inline constexpr int64_t kMaxBatchCount = int64_t{1} << 30;  // of tokens, pages
 // The argument `flags`, as torch_ops/_batch_attention_cpu.py has it.
 enum Flag : int64_t { kHnd = 1, kCausal = 2, kInvariant = 4, kLensAreTokens = 8 };
 
+// Beside these, as torch_ops/_list_report.py has it: the upper half is the number of a report that
+// the caller asks for, or the tag of a list that leaves nothing to do behind its records.
+inline constexpr int64_t kAsksForReport = 16, kIsComplete = 32;
+
 struct BatchOptions {
   int64_t flags = 0;
   int64_t window_left = -1;
   LogitOptions logits;
-  int complete_tag = 0;  // of lists that leave nothing to do behind their records
+  int complete_tag = 0;  // 0: not known
+  uint32_t report = 0;   // 0: not asked for
   bool single = false;   // one request with all queries and keys, which are [tokens, heads, dim]
 
   bool has(Flag flag) const { return (flags & flag) != 0; }
 };
 
-// `flags` as the ops have it: the upper half is a ListReport's.
 inline BatchOptions options_of(int64_t flags, int64_t window_left) {
-  return {.flags = flags & 0xffffffff,
+  const auto upper = static_cast<uint32_t>(static_cast<uint64_t>(flags) >> 32);
+  return {.flags = flags & 0xffffffff & ~(kAsksForReport | kIsComplete),
           .window_left = window_left,
           .logits = {},
-          .complete_tag = static_cast<int>(flags >> 32)};
+          .complete_tag = (flags & kIsComplete) != 0 ? static_cast<int>(upper) : 0,
+          .report = (flags & kAsksForReport) != 0 ? upper : 0};
 }
 
 // What the scheduler is asked for; from index tensors and head counts.

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "ops/batch_choice.h"
+#include "ops/list_report.h"
 #include "runtime/alloc.h"
 #include "runtime/kernel.h"
 #include "runtime/workspace.h"
@@ -100,13 +101,12 @@ unsigned schedule_ctas(const ListLayout& layout, const Lengths& of, const BatchP
 namespace {
 
 void launch_schedule(const Lengths& of, const BatchProblem& problem, const BatchPlan& plan,
-                     const Device& gpu, int* list, int tag, const ListReport& report = {}) {
+                     const Device& gpu, int* list, int tag) {
   static Kernel& of_low = kernel(schedule_name(false));
   static Kernel& of_tall = kernel(schedule_name(true));
   const ListLayout layout = list_layout(problem.batch_size, problem.num_tokens, of.group_size(),
                                         problem.num_kv_heads, problem.invariant);
-  ScheduleParams<1> params =
-      schedule_params<1>(of, plan, layout, problem.batch_size, list, tag, report);
+  ScheduleParams<1> params = schedule_params<1>(of, plan, layout, problem.batch_size, list, tag);
   params.segments[0] = schedule_segment(of, problem, plan.dims, plan.low, plan.high, gpu.sm);
   const bool tall = plan.high > 16;
   launch(tall ? of_tall : of_low, gpu,
@@ -236,12 +236,8 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
 void launch_schedule(const Lengths& of, const Device& gpu, const Tensor& list) {
   const BatchProblem problem = problem_of(of);
   const BatchPlan plan = plan_batch(problem, gpu_of(gpu));
-  const int tag = batch_tag(of, problem, plan);
-  auto* made = static_cast<int*>(list.mutable_data_ptr());
-  // Why not of low tiles: most of their calls are one launch anyway. A replay has other lengths.
-  const bool tells = plan.high > 16 && !problem.invariant &&
-                     problem.max_q_len >= problem.num_tokens && !is_captured(current_stream(gpu));
-  launch_schedule(of, problem, plan, gpu, made, tag, new_report(made, tag, tells));
+  launch_schedule(of, problem, plan, gpu, static_cast<int*>(list.mutable_data_ptr()),
+                  batch_tag(of, problem, plan));
 }
 
 void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& options,
@@ -289,6 +285,11 @@ void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& o
           .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
          &params);
   if (attention.counters || options.complete_tag == tag) return;
+  if (options.report != 0) {
+    params.report = reinterpret_cast<int64*>(report_place(options.report));
+    params.report_value =
+        static_cast<int64>(uint64_t{static_cast<uint32_t>(tag)} << 32 | options.report);
+  }
   launch(combine_kernel(problem.bf16), gpu,
          {.grid_x = static_cast<unsigned>(2 * gpu.num_sms),
           .block = kCombineThreads,

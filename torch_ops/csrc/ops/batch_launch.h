@@ -5,7 +5,6 @@
 
 #include "ops/batch_choice.h"
 #include "ops/batch_inputs.h"
-#include "ops/list_report.h"
 
 namespace ridgeline {
 
@@ -39,7 +38,7 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
 template <int kSegments>
 ScheduleParams<kSegments> schedule_params(const Lengths& of, const BatchPlan& plan,
                                           const ListLayout& layout, int64_t batch_size, int* list,
-                                          int tag, const ListReport& report = {}) {
+                                          int tag) {
   const int num_teams = plan.num_ctas / plan.team_size;
   const int64_t num_bundles = of.num_kv_heads / plan.team_size;
   return {.segments = {},
@@ -59,9 +58,7 @@ ScheduleParams<kSegments> schedule_params(const Lengths& of, const BatchPlan& pl
           .group_size = make_divider(static_cast<uint32>(of.group_size())),
           .invariant = (of.flags & kInvariant) != 0,
           .slot_rows = plan.slot_rows,
-          .tag = tag,
-          .report = reinterpret_cast<int64*>(report.place),
-          .report_value = report.value};
+          .tag = tag};
 }
 
 // CTAs of the scheduler.

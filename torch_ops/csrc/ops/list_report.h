@@ -1,21 +1,14 @@
-// What the scheduler tells the host of a work list, for calls to come: that no tile is cut and no
-// row left to clear, so that attention is one launch. It writes to the host's memory, and nobody
-// waits for it: calls that come before are two launches, with the same results.
+// A word to the host from the launch that adds up parts: that a work list leaves nothing for it to
+// do, so that later calls leave it out. It is written to the host's memory, and nobody waits for
+// it.
 #pragma once
 
 #include <cstdint>
 
 namespace ridgeline {
 
-// C layout: Python reads it.
-struct ListReport {
-  int64_t* place;  // `value` appears here
-  int64_t value;   // no other report's
-  int64_t flags;   // what the ops' `flags` may have then, beside their own
-};
-
-// The report of a list that is about to be made. Its place is null where the scheduler is to tell
-// nothing, or there is no memory for that.
-ListReport new_report(const void* list, int tag, bool tells);
+// Where a report comes; null: there is no memory. A place is used again after 512 reports, whose
+// numbers tell them apart.
+int64_t* report_place(uint32_t number);
 
 }  // namespace ridgeline

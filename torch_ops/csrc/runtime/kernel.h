@@ -70,7 +70,4 @@ unsigned resident_clusters(Kernel& kernel, const Device& device, const Launch& h
 // Torch's current stream of the device.
 CUstream current_stream(const Device& device);
 
-// Whether a CUDA graph records what is launched on the stream.
-bool is_captured(CUstream stream);
-
 }  // namespace ridgeline
