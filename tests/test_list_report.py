@@ -114,6 +114,7 @@ def test_a_place_is_used_again(rng: torch.Generator) -> None:
     reports = [_list_report.new_report() for _ in range(1_100)]
     for report in reports:
         assert report is not None
+        assert report.settled is None
         assert report.flags() & 48 == 16
     assert own.flags() & 48 == 32
     plan(wrapper, "prefill", inputs)

@@ -266,14 +266,13 @@ def test_a_run_asks_for_a_report_and_passes_it_on(
     place = ctypes.c_int64(0)
     (key,) = wrapper._lists.eager
     wrapper._lists.reports[key] = _list_report.ListReport(ctypes.addressof(place), 7)
-    for place.value in (0, -5 << 32 | 6, -5 << 32 | 7, 5 << 32 | 7):
+    for place.value in (0, -5 << 32 | 6, -5 << 32 | 7, 0):
         wrapper.run(inputs.q, inputs.cache)
     plan(wrapper, "prefill", inputs)
     wrapper.run(inputs.q, inputs.cache)
     plain = wrapper._options.flags
-    asked = plain + 16 + (7 << 32)
-    told = [plain + 32 + (tag << 32) for tag in (-5, 5)]
-    assert flags == [plain, asked, asked, *told, plain]
+    asked, told = plain + 16 + (7 << 32), plain + 32 + (-5 << 32)
+    assert flags == [plain, asked, asked, told, told, plain]
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill", "ragged"])

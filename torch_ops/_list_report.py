@@ -16,26 +16,41 @@ from . import compiler
 _ASKS, _IS_COMPLETE = 16, 32
 _NUM_PLACES = 512
 _LOWER = (1 << 32) - 1
+# Calls behind which no word is looked for any more: there is something to add up.
+_MOST_CALLS = 64
 
 _numbers = count(1)
 
 
 class ListReport:
-    """Of one list: looked at again and again, since nobody waits for it."""
+    """Of one list: looked for again and again, since nobody waits for it.
 
-    __slots__ = ("_asks", "_number", "_place")
+    Attributes
+    ----------
+    settled : int, optional
+        What goes into the ops' `flags` beside their own, once that does not change any more.
+    """
+
+    __slots__ = ("_asks", "_calls", "_number", "_place", "settled")
 
     def __init__(self, place: int, number: int) -> None:
         self._place = ctypes.c_int64.from_address(place)
         self._number = number
         self._asks = number << 32 | _ASKS
+        self._calls = 0
+        self.settled: int | None = None
 
     def flags(self) -> int:
-        """What goes into the ops' `flags` beside their own."""
+        """What goes into the `flags` of the next call beside their own."""
         value = self._place.value
-        if value & _LOWER != self._number:
-            return self._asks
-        return value & ~_LOWER | _IS_COMPLETE
+        if value & _LOWER == self._number:
+            self.settled = value & ~_LOWER | _IS_COMPLETE
+            return self.settled
+        self._calls += 1
+        if self._calls > _MOST_CALLS:
+            self.settled = 0
+            return 0
+        return self._asks
 
 
 def new_report() -> ListReport | None:

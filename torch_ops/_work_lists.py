@@ -39,11 +39,6 @@ class WorkLists:
         if report is not None:
             self.reports[key] = report
 
-    def told(self, key: Key) -> int:
-        """What the ops' `flags` have beside their own, with an eager list."""
-        report = self.reports.get(key)
-        return 0 if report is None else report.flags()
-
     def find(
         self,
         key: Key,

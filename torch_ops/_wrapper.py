@@ -258,23 +258,27 @@ class Wrapper(OlderVerbs):
         if q.dtype != self._q_dtype or self._unvalidated:
             self._check_run(q, k, options)
         compiling = is_compiling()
-        told = 0
+        report = None
         if schedule is None:
             if compiling:
                 schedule = self._make_list(q.shape[0], options.flags, options.window_left)
             else:
                 key = (q.shape[0], options.flags, options.window_left)
                 # Why looked at here: a call costs 0.1 us, and most runs find their list.
-                if not (self._on_gpu and is_capturing(self._gpu)):
-                    lists = self._lists
-                    schedule = lists.eager.get(key)
-                    if lists.reports:
-                        told = lists.told(key)
+                captured = self._on_gpu and is_capturing(self._gpu)
+                if not captured:
+                    schedule = self._lists.eager.get(key)
                 if schedule is None:
                     schedule = self._list_for(key)
+                if self._lists.reports and not captured:
+                    report = self._lists.reports.get(key)
         problem = self._problem if options is self._options else self._problem_of(options)
-        if told:
-            problem = (index[0], options.flags | told, *problem[2:])  # type: ignore[index]
+        if report is not None:
+            told = report.settled
+            if told is None:
+                told = report.flags()
+            if told:
+                problem = (index[0], options.flags | told, *problem[2:])  # type: ignore[index]
         if lse_base != "ln" or lse_layout != "NH":
             one_of(self._where("run"), "lse_base", lse_base, ("ln", "log2"))
             one_of(self._where("run"), "lse_layout", lse_layout, ("NH", "HN"))
