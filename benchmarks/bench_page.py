@@ -73,7 +73,7 @@ def append_row(session: Session, batch: int, new: int, kv_dtype: torch.dtype) ->
 
 def copy_row(session: Session, count: int, to: str) -> Row:
     source, pages = pool(session, 2 * count), torch.arange(count, device=session.device).int()
-    target = pool(session, 2 * count)
+    target, target_pages = pool(session, 2 * count), pages + count
     if to == "host":
         target = torch.zeros(target.shape, dtype=target.dtype)
         target = target if session.dry_run else target.pin_memory()
@@ -81,7 +81,7 @@ def copy_row(session: Session, count: int, to: str) -> Row:
     return session.case(
         "copy_pages",
         f"{count} pages to {to}",
-        lambda: ridgeline.copy_pages(source, target, pages, pages + count),
+        lambda: ridgeline.copy_pages(source, target, pages, target_pages),
         peers={},
         num_read=size,
         num_written=size,

@@ -1,11 +1,12 @@
 """Tries other tiles and constants for batch attention: `python -m benchmarks.tune_attention`.
 
 Every candidate of tune_candidates.py becomes a library and a folder of kernels (tune_build.py). A
-process each loads them and compiles its kernels, all side by side; then one after the other
-measures its cases with the timer of all benchmarks, and checks every result against float32. The
-report has, for every group of cases, the candidates by their geometric mean beside the checkout's
-own; for the winner the rate, its share of the roofline, registers, shared memory and occupancy,
-and with --counters what its kernels wait for.
+process each (tune_worker.py) loads them and compiles its kernels, all side by side; then the
+candidates of a group take turns at each of its cases, so that a clock which the GPU lowers is the
+same for all, and every result is checked against float32. The report has, for every group of cases,
+the candidates by their geometric mean beside the checkout's own; for the winner the rate, its share
+of the roofline, registers, shared memory and occupancy, and with --counters what its kernels wait
+for.
 
 --build-only  stop before the GPU is needed (the folder can travel to the machine that has it);
               with --arch sm_90a also compile the kernels for it, and print what they take
@@ -16,27 +17,20 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import fcntl
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .tune_build import ROOT, build, folder_of, missing
-from .tune_candidates import CANDIDATES, CASES, GROUPS, Candidate
+from .tune_candidates import CANDIDATES, GROUPS, Candidate
 from .tune_counters import CountersError, count
-
-if TYPE_CHECKING:
-    from .attention_batch import Requests, Shape
+from .tune_worker import Worker, compiled, in_turns, run_once, work
 
 BASE = "as it is"
-REGISTERS_OF_SM, THREADS_OF_SM, RESERVED_SMEM = 65536, 2048, 1024
 Result = dict[str, Any]
 
 
@@ -61,10 +55,10 @@ def main() -> int:
         candidate = CANDIDATES[arguments.measure]
         if arguments.once:
             run_once(candidate)
-            return 0
-        compiles = arguments.arch is not None
-        found = compiled(candidate, arguments.arch) if compiles else measure(candidate, folder)
-        print(json.dumps(found))
+        elif arguments.arch is not None:
+            print(json.dumps(compiled(candidate, arguments.arch)))
+        else:
+            work(candidate)
         return 0
     chosen = [
         candidate
@@ -81,43 +75,34 @@ def main() -> int:
     built = [candidate for candidate in chosen if candidate not in failed]
     if arguments.build_only:
         for candidate in built if arguments.arch else []:
-            run_all(folder, [candidate], arguments.arch)
+            print_compiled(folder, candidate, arguments.arch)
         return 0
-    results = run_all(folder, built)
+    results = measure(folder, built)
     if arguments.counters:
         add_counters(folder, results)
     save(arguments.out, results, failed)
     return 1 if any("error" in result for result in results.values()) else 0
 
 
-def run_all(
-    folder: Path, candidates: list[Candidate], arch: str | None = None
-) -> dict[Candidate, Result]:
-    """A process a candidate, all at once; a lock lets one measure at a time."""
-    (folder / "lock").touch()
-    processes = {}
-    for candidate in candidates:
-        command = command_of(folder, candidate) + (["--arch", arch] if arch else [])
-        processes[candidate] = subprocess.Popen(
-            command,
-            env={**os.environ, **environment_of(folder, candidate)},
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-    results = {}
-    for candidate, process in processes.items():
-        output, errors = process.communicate()
-        if process.returncode:
-            results[candidate] = {"error": "\n".join(errors.strip().splitlines()[-6:])}
-        else:
-            results[candidate] = json.loads(output.splitlines()[-1])
-        print(
-            f">> {candidate.group}: {candidate.name}: {str(results[candidate])[:300]}",
-            file=sys.stderr,
-        )
+def measure(folder: Path, candidates: list[Candidate]) -> dict[Candidate, Result]:
+    results = in_turns(
+        {
+            candidate: Worker(command_of(folder, candidate), environment(folder, candidate), ROOT)
+            for candidate in candidates
+        }
+    )
+    for candidate, result in results.items():
+        print(f">> {candidate.group}: {candidate.name}: {str(result)[:300]}", file=sys.stderr)
     return results
+
+
+def print_compiled(folder: Path, candidate: Candidate, arch: str) -> None:
+    command = [*command_of(folder, candidate), "--arch", arch]
+    made = subprocess.run(
+        command, env=environment(folder, candidate), cwd=ROOT, text=True, capture_output=True
+    )
+    said = (made.stderr if made.returncode else made.stdout).strip().splitlines()[-1:]
+    print(f">> {candidate.group}: {candidate.name}: {' '.join(said)}", file=sys.stderr)
 
 
 def command_of(folder: Path, candidate: Candidate) -> list[str]:
@@ -125,9 +110,10 @@ def command_of(folder: Path, candidate: Candidate) -> list[str]:
     return [*command, "--measure", str(CANDIDATES.index(candidate))]
 
 
-def environment_of(folder: Path, candidate: Candidate) -> dict[str, str]:
+def environment(folder: Path, candidate: Candidate) -> dict[str, str]:
     own = folder_of(folder, candidate)
     return {
+        **os.environ,
         "PYTHONPATH": os.pathsep.join([str(own / "site"), str(ROOT)]),
         "RIDGELINE_KERNELS_DIR": str(own / "kernels"),
         "RIDGELINE_CACHE_DIR": os.environ.get("RIDGELINE_CACHE_DIR", str(folder / "cache")),
@@ -146,120 +132,12 @@ def add_counters(folder: Path, results: dict[Candidate, Result]) -> None:
             continue
         command = [*command_of(folder, candidate), "--once"]
         try:
-            launches = count(command, "batch_attention", environment_of(folder, candidate), ROOT)
+            launches = count(command, "batch_attention", environment(folder, candidate), ROOT)
             counters: Any = dict(zip(group.cases, launches, strict=True))
         except (CountersError, ValueError) as error:
             counters = str(error)
             print(f">> no counters: {name}: {error}", file=sys.stderr)
         results[candidate]["counters"] = counters
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def pattern_of(candidate: Candidate) -> str:
-    """Of the names of the kernels that its group is about."""
-    group = GROUPS[candidate.group]
-    qk, vo = group.head_dims
-    return f"bfloat16.*HeadDims<{qk}, {vo}>, {re.escape(group.kernel)}.*bfloat16>, StandardVariant"
-
-
-def compiled(candidate: Candidate, arch: str) -> list[Result]:
-    """In the candidate's own process: its kernels for an architecture, without a GPU."""
-    import ridgeline
-
-    from .attention_batch import kernel_names
-
-    pattern = pattern_of(candidate)
-    ridgeline.warmup(kernel_names(arch, pattern), arch=arch, progress=False)
-    return kernel_facts(pattern, arch)
-
-
-def run_once(candidate: Candidate) -> None:
-    """In the candidate's own process: each case once, for a profiler."""
-    import torch
-
-    from .attention_batch import Batch
-    from .session import Session
-
-    session = Session(torch.device("cuda"), roofline=False)
-    for name in GROUPS[candidate.group].cases:
-        Batch.of(session, *problem(candidate, name)).attention()
-    torch.cuda.synchronize()
-
-
-def measure(candidate: Candidate, folder: Path) -> Result:
-    """In the candidate's own process: its kernels, and microseconds and error of each case."""
-    import torch
-    from ridgeline import compiler
-
-    from .attention_batch import Batch, warm
-    from .session import Session
-
-    group = GROUPS[candidate.group]
-    device = torch.device("cuda")
-    torch.zeros(1, device=device)
-    warm(device, pattern_of(candidate))
-    arch = compiler.library().driver_report()["devices"][0]["arch"]
-    smem_of_sm = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-    facts = kernel_facts(pattern_of(candidate), arch, smem_of_sm)
-    result: Result = {"kernels": facts, "cases": {}}
-    with alone(folder):
-        session = Session(device, roofline=False)
-        for name in group.cases:
-            batch = Batch.of(session, *problem(candidate, name))
-            work = batch.schedule()
-            result["cases"][name] = {
-                "us": session.timer.time(partial(batch.attention, work)),
-                "error": batch.error(batch.attention(work)),
-                "bytes": batch.num_bytes,
-                "flops": batch.num_flops,
-            }
-            del batch, work
-    return result
-
-
-def problem(candidate: Candidate, case: str) -> tuple[Shape, Requests]:
-    """What a case measures."""
-    from .attention_batch import Shape
-
-    requests, heads, place, causal = CASES[case]
-    head_dims = GROUPS[candidate.group].head_dims
-    return Shape(heads=heads, head_dims=head_dims, place=place, causal=causal), requests
-
-
-def kernel_facts(pattern: str, arch: str, smem_of_sm: int | None = None) -> list[Result]:
-    """What the assembler said of each kernel, and how many CTAs an SM holds."""
-    from ridgeline import compiler
-    from ridgeline.compiler import entry
-
-    rows = {row.kernel: row for row in compiler.library().core_table if row.serves(arch)}
-    facts = []
-    for name, row in rows.items():
-        if not re.search(pattern, name):
-            continue
-        made = entry.unpack(compiler.obtain(name, arch))
-        smem = made.static_smem + row.dynamic_smem
-        registers = -(-max(made.registers, 1) // 8) * 8
-        limits = [REGISTERS_OF_SM // (registers * row.block), THREADS_OF_SM // row.block]
-        if smem_of_sm is not None:
-            limits.append(smem_of_sm // (smem + RESERVED_SMEM))
-        facts.append(
-            {
-                "kernel": name,
-                "registers": made.registers,
-                "spills": made.spill_stores + made.spill_loads,
-                "smem": smem,
-                "threads": row.block,
-                "ctas_per_sm": min(limits),
-                "occupancy": min(limits) * row.block / THREADS_OF_SM,
-            }
-        )
-    return facts
 
 
 def save(out: Path, results: dict[Candidate, Result], failed: dict[Candidate, str]) -> None:

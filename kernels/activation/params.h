@@ -8,24 +8,25 @@
 
 namespace ridgeline {
 
-// Threads of a block, one vector each. Why more for 8-bit outputs: a block that lets the next
-// kernel start takes an H200 1.2 ns (common/pdl.cuh), the blocks of 128 of 16,384 rows of 2 *
-// 14,336 284 us; memory needs 268. Else, measured there: with two or four vectors a thread, or
-// larger blocks, no size gains more than 1%, and the smallest lose.
-constexpr uint32 gated_threads(bool quantizes) {
-  return quantizes ? 256 : 128;
-}
+// Threads of a block, one vector each. Why so many: a block that lets the next kernel start takes
+// an H200 1.2 ns (common/pdl.cuh), the blocks of 128 of 16,384 rows of 2 * 14,336 to 8 bits 284 us;
+// memory needs 268.
+constexpr uint32 kGatedThreads = 256;
 
-// What the loads wait for comes first: constants are fetched in lines of 64 bytes.
+// What most calls need lies in the first 48 bytes: constants are fetched in lines of 64, and 16
+// bytes come before.
 struct GatedParams {
-  const void* input;  // [num_outer, num_inner, 2 * hidden], T: the gate, then what it multiplies
-  uint32 hidden;      // below 2^31
-  Ranges ranges;      // of the output
-  Divider num_inner;  // rows of the inner dimension; num_rows when all rows have one stride
-  RowStrides input_strides;
+  const void* input;   // [num_outer, num_inner, 2 * hidden], T: the gate, then what it multiplies
+  void* output;        // [num_outer, num_inner, hidden], T or 8-bit numbers
+  const float* scale;  // [1] of 8-bit outputs; null: scale_value
+  int64 input_stride;  // elements, of the inner dimension
+  uint32 hidden;       // below 2^31
+  bool halves;         // of vectors, a thread each: where all threads find room at once
+  Ranges ranges;       // of the output; rows only where it is contiguous
+  float scale_value;
+  Divider num_inner;         // rows of the inner dimension; num_rows when all rows have one stride
+  int64 input_outer_stride;  // elements
   RowStrides output_strides;
-  void* output;      // [num_outer, num_inner, hidden], T or 8-bit numbers
-  QuantScale scale;  // of 8-bit outputs: given, one for all
 };
 
 }  // namespace ridgeline

@@ -15,6 +15,8 @@
 #include "attention/batch_params.h"
 #include "attention/params.h"
 #include "attention/work_item.cuh"
+#include "common/cp_async.cuh"
+#include "common/ldmatrix.cuh"
 #include "common/opaque.cuh"
 
 namespace ridgeline {
@@ -100,6 +102,8 @@ struct RaggedKv {
   __device__ __forceinline__ RaggedKv(const BatchAttentionParams& params, const BatchItem& item)
       : params(params), item(item) {}
 
+  static __device__ __forceinline__ void fetch_first(const BatchAttentionParams& /*params*/) {}
+
   template <int kRows, int kLoaders>
   __device__ __forceinline__ uint32 look_up(int /*first_token*/, int /*end*/) const {
     return 0;
@@ -164,6 +168,26 @@ struct PagedKv {
 
   __device__ __forceinline__ PagedKv(const BatchAttentionParams& params, const BatchItem& item)
       : params(params), item(item), page(0) {}
+
+  // Brings page numbers into the first cache before the calling CTA knows its work: those that it
+  // begins with if requests share the table about as they share the CTAs' work. By all warps but
+  // the first, which reads the work list meanwhile.
+  static __device__ __forceinline__ void fetch_first(const BatchAttentionParams& params) {
+    constexpr int kTokens = 768, kTokensBefore = 256, kEntriesOfSector = 8;
+    constexpr int kMostEntries = 1 << 16;  // in a larger table nothing is gained
+    __shared__ int words[128];
+    const int team = params.team_size.quotient(blockIdx.x);
+    const int num_teams = params.team_size.quotient(params.num_ctas);
+    const int place = int(__fdividef(float(team), float(num_teams)) * float(params.num_indices));
+    const int before = params.page_size.quotient(kTokensBefore) + kEntriesOfSector;
+    const int count = params.page_size.quotient(kTokens) + 2 * kEntriesOfSector;
+    const int first = (int(threadIdx.x) - 32) * kEntriesOfSector;
+    const int entry = max(0, place - before) + first;
+    if (first >= 0 && first < count && entry < params.num_indices &&
+        params.num_indices <= kMostEntries) {
+      cp_async_cached(shared_address(words + threadIdx.x % 128), params.kv_indices + entry);
+    }
+  }
 
   template <int kRows, int kLoaders>
   __device__ __forceinline__ uint32 look_up(int first_token, int end) const {

@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(
   __shared__ OwnCuts cuts;
   const bool finishes = Kernel::kHigh == 16 && params.attention.counters != nullptr;
   pdl_wait();
+  if constexpr (Kernel::kHigh == 16) Kv::fetch_first(params);
   if (threadIdx.x == 0) {
     const Assignment own = read_assignment(params, Kernel::kHigh > 16);
     items[0] = checked_item<T>(params, own.next, own.lane);
@@ -117,6 +118,11 @@ __global__ void __launch_bounds__(
       if (finishes) keep_cut(params, assignment.next, 1, cuts);
     }
     __syncthreads();
+  }
+  if constexpr (Kernel::kHigh == 16) {
+    // Of a CTA without records the first page numbers may still be on their way.
+    cp_async_commit();
+    cp_async_wait<0>();
   }
   if (finishes) {
     finish<T, kWarps, groups_at_once(Dims::kVo, kSm)>(params, cuts, assignment.lane);

@@ -24,6 +24,15 @@ __device__ __forceinline__ void cp_async_16(uint32 shared_destination, const voi
 #endif
 }
 
+// Brings the 32 bytes around a word into the first cache; the word itself goes to shared memory, as
+// it must somewhere. Nothing on sm_75.
+__device__ __forceinline__ void cp_async_cached(uint32 shared_destination, const void* word) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_destination), "l"(word)
+               : "memory");
+#endif
+}
+
 __device__ __forceinline__ void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");

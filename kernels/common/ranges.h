@@ -9,10 +9,11 @@ namespace ridgeline {
 
 // blockIdx.y is a range: so many whole rows that an index of its vectors fits 31 bits.
 struct Ranges {
+  bool are_rows;  // each is one row, and all rows have one stride: nothing is to be found
+  Divider vecs_per_row;
   uint32 num_rows;  // below 2^31
   uint32 rows_per_range;
   uint32 vecs_per_range;  // rows_per_range * vecs_per_row, below 2^31
-  Divider vecs_per_row;
 
   // The row that vector `vec` of a range is in; `vec` becomes its place there. False if it is none.
   constexpr bool find(uint32 range, uint32& vec, uint32& row) const {
@@ -34,16 +35,19 @@ struct RangePlan {
   uint32 grid_y;
 };
 
-// Ranges are as large as they may be; or single rows, where these are whole blocks, so that no
-// thread has to divide. Wants num_rows and vecs_per_row from 1 to 2^31 - 1.
-constexpr RangePlan range_plan(int64 num_rows, int64 vecs_per_row, uint32 vecs_per_block) {
+// Ranges are as large as they may be; or single rows, where hardly a thread of their blocks has
+// nothing to do, so that no thread has to divide. Wants num_rows and vecs_per_row from 1 to 2^31 -
+// 1, and a power of two for vecs_per_block.
+constexpr RangePlan range_plan(int64 num_rows, int64 vecs_per_row, uint32 vecs_per_block,
+                               bool has_one_stride) {
   constexpr int64 kMaxGridY = 65535;
-  const bool by_row = vecs_per_row % vecs_per_block == 0 && num_rows <= kMaxGridY;
+  const int64 idle = -vecs_per_row & (vecs_per_block - 1);
+  const bool by_row = idle * 8 <= vecs_per_row && num_rows <= kMaxGridY;
   const int64 most_rows = by_row ? 1 : 0x7fffffff / vecs_per_row;
   const int64 rows = num_rows < most_rows ? num_rows : most_rows;
   const int64 vecs = rows * vecs_per_row;
-  return {{static_cast<uint32>(num_rows), static_cast<uint32>(rows), static_cast<uint32>(vecs),
-           make_divider(static_cast<uint32>(vecs_per_row))},
+  return {{by_row && has_one_stride, make_divider(static_cast<uint32>(vecs_per_row)),
+           static_cast<uint32>(num_rows), static_cast<uint32>(rows), static_cast<uint32>(vecs)},
           static_cast<uint32>((vecs + vecs_per_block - 1) / vecs_per_block),
           static_cast<uint32>((num_rows + rows - 1) / rows)};
 }

@@ -79,22 +79,27 @@ struct QuantizeTensorParams {
 };
 
 // Of dequantize: threads of a block, and vectors of a thread. More where a vector is one element:
-// blocks of so little work take longer to start than to run.
+// blocks of so little work take longer to start than to run. Below kDequantizeFew vectors larger
+// blocks of one vector a thread.
 constexpr uint32 kDequantizeThreads = 256;
 constexpr uint32 dequantize_slots(int vec_size) {
   return vec_size == 1 ? 4 : 2;
 }
+constexpr uint32 kDequantizeFewThreads = 512;
+constexpr int64 kDequantizeFew = 1 << 20;
 
+// What most calls of few vectors need lies in the first 48 bytes, as in GatedParams.
 struct DequantizeParams {
-  const void* input;  // [num_outer, num_inner, hidden], Q
-  RowStrides strides;
-  Divider num_inner;  // rows of the inner dimension; num_rows when all rows have one stride
-  Ranges ranges;
+  const void* input;    // [num_outer, num_inner, hidden], Q
+  void* output;         // [num_outer, num_inner, hidden], T, contiguous
   const float* scales;  // [num_rows * num_groups], or one of stride 0
-  uint32 num_groups;    // of a row
+  int64 stride;         // elements, of the inner dimension
   uint32 scale_stride;  // 0 or 1
+  Ranges ranges;        // rows where vectors are few and a row has one scale
+  Divider num_inner;    // rows of the inner dimension; num_rows when all rows have one stride
+  int64 outer_stride;   // elements
+  uint32 num_groups;    // of a row
   Divider vecs_per_group;
-  void* output;  // [num_outer, num_inner, hidden], T, contiguous
 };
 
 }  // namespace ridgeline

@@ -24,6 +24,7 @@ namespace ridgeline {
 namespace {
 
 constexpr int64_t kMaxCount = (int64_t{1} << 31) - 1;  // rows, and elements of one row
+constexpr int64_t kThreadsOfLargeSm = 2048;
 constexpr const char* kGated = "activation/gated.cuh:gated";
 
 constexpr Dtype kFp8 = Dtype::Float8_e4m3fn;
@@ -50,8 +51,8 @@ auto gated_name(const GatedOp& op, bool quantizes) {
 std::vector<Row> gated_rows() {
   std::vector<Row> rows;
   for (const GatedOp& op : kGatedOps) {
-    add_access_rows(rows, op.op, gated_name(op, false), gated_threads(false));
-    add_access_rows(rows, op.quant_op, gated_name(op, true), gated_threads(true));
+    add_access_rows(rows, op.op, gated_name(op, false), kGatedThreads);
+    add_access_rows(rows, op.quant_op, gated_name(op, true), kGatedThreads);
   }
   return rows;
 }
@@ -113,18 +114,30 @@ void run_gated(const AccessKernels& kernels, const Arg& input, const Arg& out,
   check_counts(input.op, rows);
 
   const int vec_size = access_width({&input, &out}, {hidden});
-  const uint32 threads = gated_threads(out.dtype == kFp8);
-  const RangePlan plan = range_plan(rows.num_rows, hidden / vec_size, threads);
+  const bool is_plain = rows.have_one_stride() && out_rows.are_one_run();
+  const int64_t num_vecs = rows.num_rows * hidden / vec_size;
+  const auto plan_of = [&](int64_t size) {
+    return range_plan(rows.num_rows, hidden / size, kGatedThreads, is_plain);
+  };
+  RangePlan plan = plan_of(vec_size);
+  // Smaller loads, more of them at once.
+  const bool halves = vec_size > 1 && plan.ranges.are_rows &&
+                      2 * num_vecs <= int64_t{gpu.num_sms} * kThreadsOfLargeSm;
+  if (halves) plan = plan_of(vec_size / 2);
   const GatedParams params{.input = input.tensor.const_data_ptr(),
-                           .hidden = static_cast<uint32>(hidden),
-                           .ranges = plan.ranges,
-                           .num_inner = make_divider(static_cast<uint32>(rows.num_inner)),
-                           .input_strides = {rows.outer_stride, rows.inner_stride},
-                           .output_strides = {out_rows.outer_stride, out_rows.inner_stride},
                            .output = out.tensor.mutable_data_ptr(),
-                           .scale = scale};
+                           .scale = scale.given,
+                           .input_stride = rows.inner_stride,
+                           .hidden = static_cast<uint32>(hidden),
+                           .halves = halves,
+                           .ranges = plan.ranges,
+                           .scale_value = scale.value,
+                           .num_inner = make_divider(static_cast<uint32>(rows.num_inner)),
+                           .input_outer_stride = rows.outer_stride,
+                           .output_strides = {out_rows.outer_stride, out_rows.inner_stride}};
   launch(kernels.of(input.tensor.scalar_type(), vec_size), gpu,
-         {.grid_x = plan.grid_x, .grid_y = plan.grid_y, .block = threads, .pdl = pdl}, &params);
+         {.grid_x = plan.grid_x, .grid_y = plan.grid_y, .block = kGatedThreads, .pdl = pdl},
+         &params);
 }
 
 // The kernels of an op, made at its first call.

@@ -61,7 +61,7 @@ std::vector<Row> quantize_rows() {
       add_access_rows(rows, op, quant_name(kQuantize, format), kRowMaxThreads);
     }
     add_access_rows(rows, "quantize", quant_name(kQuantizeTensor, format), kFlatThreads);
-    add_access_rows(rows, "dequantize", quant_name(kDequantize, format), kDequantizeThreads);
+    add_access_rows(rows, "dequantize", quant_name(kDequantize, format), kDequantizeFewThreads);
   }
   add_access_rows(rows, "quantize", max_name, kFlatThreads);
   return rows;
@@ -276,20 +276,30 @@ Tensor dequantize(const Tensor& input, const Tensor& scale, Dtype dtype) {
   const int64_t group_size = rows.hidden / num_groups;
   const int vec_size = access_width({&out_arg, &arg}, {group_size});
   check_counts(arg, rows);
-  const RangePlan plan = range_plan(rows.num_rows, rows.hidden / vec_size,
-                                    kDequantizeThreads * dequantize_slots(vec_size));
+  const int64_t vecs_per_row = rows.hidden / vec_size;
+  RangePlan plan = range_plan(rows.num_rows, vecs_per_row, kDequantizeFewThreads,
+                              rows.have_one_stride() && num_groups == 1);
+  const bool is_few = plan.ranges.are_rows && rows.num_rows * vecs_per_row <= kDequantizeFew;
+  if (!is_few) {
+    plan = range_plan(rows.num_rows, vecs_per_row, kDequantizeThreads * dequantize_slots(vec_size),
+                      false);
+  }
   const DequantizeParams params{
       .input = input.const_data_ptr(),
-      .strides = {rows.outer_stride, rows.inner_stride},
-      .num_inner = make_divider(static_cast<uint32>(rows.num_inner)),
-      .ranges = plan.ranges,
+      .output = out.mutable_data_ptr(),
       .scales = scales.given,
-      .num_groups = static_cast<uint32>(num_groups),
+      .stride = rows.inner_stride,
       .scale_stride = static_cast<uint32>(scales.stride),
-      .vecs_per_group = make_divider(static_cast<uint32>(group_size / vec_size)),
-      .output = out.mutable_data_ptr()};
+      .ranges = plan.ranges,
+      .num_inner = make_divider(static_cast<uint32>(rows.num_inner)),
+      .outer_stride = rows.outer_stride,
+      .num_groups = static_cast<uint32>(num_groups),
+      .vecs_per_group = make_divider(static_cast<uint32>(group_size / vec_size))};
   launch(kernels.of(arg.dtype, dtype, vec_size), device(input.get_device_index()),
-         {.grid_x = plan.grid_x, .grid_y = plan.grid_y, .block = kDequantizeThreads}, &params);
+         {.grid_x = plan.grid_x,
+          .grid_y = plan.grid_y,
+          .block = is_few ? kDequantizeFewThreads : kDequantizeThreads},
+         &params);
   return out;
 }
 

@@ -15,6 +15,12 @@ struct Rows {
   int64_t outer_stride;
   int64_t inner_stride;
   int64_t hidden;
+
+  bool have_one_stride() const { return num_inner == num_rows; }
+  // Whether no elements lie between them.
+  bool are_one_run() const {
+    return num_rows == 1 || (have_one_stride() && inner_stride == hidden);
+  }
 };
 
 // Folds the leading dimensions into at most two; fails, naming the argument, when their strides
