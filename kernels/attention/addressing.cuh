@@ -4,9 +4,12 @@
 // turn_to() with the answer makes it the step that keys<kRows, kLoaders>(first_token, end, element)
 // and values(...) are asked for. These answer with Rows: at(pass) is the address of `element`
 // in the calling thread's row of a pass, first_token + thread / 8 + pass * kLoaders / 8. Nothing is
-// read of tokens from `end` on. kCopiesAt: beside which read of values the copies of
-// the next step start in the tall tile of sm_90, as early as registers are left for their addresses
-// (kCopiesAtOfFull: where all exponentials are taken before).
+// read of tokens from `end` on; where kHasAllRows, the last token stands in for them.
+//
+// WithPlaces is the addressing of tiles that have a step's answer well before they ask for its rows
+// (kCountsArrivals). kCopiesAt: beside which read of values these copies start, as early as
+// registers are left for their addresses (kCopiesAtOfFull: where all exponentials are taken
+// before).
 #pragma once
 
 #include "attention/batch_params.h"
@@ -27,6 +30,7 @@ __device__ __forceinline__ uint32 lane_row() {
 // Rows at one stride.
 template <typename T>
 struct StridedRows {
+  static constexpr bool kHasAllRows = false;
   uint64 address;  // of the calling thread's first row
   uint64 step;     // bytes from a pass to the next
 
@@ -44,9 +48,10 @@ struct StridedRows {
 // loop for what a product makes.
 template <typename T>
 struct StridedKv {
+  using WithPlaces = StridedKv;
   using Element = T;
   using Rows = StridedRows<T>;
-  static constexpr int kCopiesAt = 12;
+  static constexpr int kCopiesAt = 10;
   static constexpr int kCopiesAtOfFull = 0;
 
   const AttentionParams& params;
@@ -85,6 +90,7 @@ struct StridedKv {
 // Requests of a batch one behind the other (ragged), or at one stride from each other (padded).
 template <typename T>
 struct RaggedKv {
+  using WithPlaces = RaggedKv;
   using Element = T;
   using Rows = StridedRows<T>;
   static constexpr int kCopiesAt = 8;
@@ -122,6 +128,7 @@ struct RaggedKv {
 // together; the p-th of them knows the place of their row in pass p.
 template <typename T>
 struct PooledRows {
+  static constexpr bool kHasAllRows = false;
   uint64 base;
   uint32 place;  // units from the pool's begin to this lane's row
   uint32 unit;   // bytes
@@ -132,14 +139,28 @@ struct PooledRows {
   }
 };
 
+template <typename T>
+struct PlacedKv;
+
+// The token of this lane's row of a step, whose rows kLoaders threads load: those of a pass lie
+// eight lanes apart, those of a lane's passes in its eight lanes. Nothing is read of tokens from
+// `end` on.
+template <int kRows, int kLoaders>
+__device__ __forceinline__ uint32 own_token(int first_token, int end) {
+  constexpr uint32 kRowsPerPass = kLoaders / 8;
+  static_assert(kRows <= kLoaders, "a warp has a lane for each of its rows");
+  const uint32 loader = threadIdx.x % kLoaders;
+  const uint32 row = loader % (kRows / kRowsPerPass) * kRowsPerPass + loader / 8;
+  return min(first_token + int(row), end - 1);
+}
+
 // Pages of page_size tokens, in the order of a table. A warp loads four rows of a pass and at most
 // 32 of a step: each lane looks up the page of one of them, and tells the others the place.
 template <typename T>
 struct PagedKv {
+  using WithPlaces = PlacedKv<T>;
   using Element = T;
   using Rows = PooledRows<T>;
-  static constexpr int kCopiesAt = 0;
-  static constexpr int kCopiesAtOfFull = 0;
 
   const BatchAttentionParams& params;
   const BatchItem& item;
@@ -192,22 +213,87 @@ struct PagedKv {
   }
 
  private:
-  // The token of this lane's row of a step, whose rows kLoaders threads load. Nothing is read of
-  // tokens from `end` on.
-  template <int kRows, int kLoaders>
-  static __device__ __forceinline__ uint32 own_token(int first_token, int end) {
-    constexpr uint32 kRowsPerPass = kLoaders / 8;
-    static_assert(kRows <= kLoaders, "a warp has a lane for each of its rows");
-    const uint32 loader = threadIdx.x % kLoaders;
-    const uint32 row = loader % (kRows / kRowsPerPass) * kRowsPerPass + loader / 8;
-    return min(first_token + int(row), end - 1);
-  }
-
   // A page number beyond the pool means the last page.
   __device__ __forceinline__ uint32 place(uint32 token, uint32 page_units,
                                           uint32 token_units) const {
     const uint32 entry = params.page_size.remainder(token);
     return min(page, uint32(params.num_pages - 1)) * page_units + entry * token_units;
+  }
+};
+
+// Rows whose places in the pool lie in shared memory.
+template <typename T>
+struct PlacedRows {
+  static constexpr bool kHasAllRows = true;
+  uint64 base;
+  uint4 places;  // of the passes, in units from the pool's begin
+  uint32 unit;   // bytes
+
+  __device__ __forceinline__ const T* at(int pass) const {
+    const uint32 of_pass[4] = {places.x, places.y, places.z, places.w};
+    return reinterpret_cast<const T*>(base + uint64(of_pass[pass]) * unit);
+  }
+};
+
+// PagedKv for steps of four passes. Each lane finds the place of one row, of its key if it is one
+// of the first four of its eight lanes, else of its value, and leaves it in shared memory, first
+// the token's place in its page, then the page's too: what is made beside products with keys holds
+// no register among those with values.
+template <typename T>
+struct PlacedKv {
+  using Element = T;
+  using Rows = PlacedRows<T>;
+  static constexpr int kCopiesAt = 0;
+  static constexpr int kCopiesAtOfFull = 0;
+
+  const BatchAttentionParams& params;
+  const BatchItem& item;
+
+  __device__ __forceinline__ PlacedKv(const BatchAttentionParams& params, const BatchItem& item)
+      : params(params), item(item) {}
+
+  template <int kRows, int kLoaders>
+  __device__ __forceinline__ uint32 look_up(int first_token, int end) const {
+    static_assert(kRows * 2 == kLoaders && kLoaders <= kMaxLoaders, "four passes, eight places");
+    const uint32 token = own_token<kRows, kLoaders>(first_token, end);
+    const uint32 index = params.page_size.quotient(token);
+    const uint32 entry = token - index * params.page_size.divisor;
+    own_place() = entry * (is_of_value() ? params.v_token_units : params.k_token_units);
+    // Why opaque: the compiler would make the address from 64 bits.
+    return __ldg(reinterpret_cast<const uint32*>(item.table_address) + uint32(opaque(int(index))));
+  }
+  // A page number beyond the pool means the last page.
+  __device__ __forceinline__ void turn_to(uint32 answer) {
+    const uint32 page = min(answer, uint32(params.num_pages - 1));
+    own_place() += page * (is_of_value() ? params.v_page_units : params.k_page_units);
+    __syncwarp();
+  }
+
+  template <int kRows, int kLoaders>
+  __device__ __forceinline__ Rows keys(int /*first_token*/, int /*end*/, uint32 element) const {
+    return {item.key_address + element * uint32(sizeof(T)), places_of_passes(0),
+            params.k_unit * uint32(sizeof(T))};
+  }
+  template <int kRows, int kLoaders>
+  __device__ __forceinline__ Rows values(int /*first_token*/, int /*end*/, uint32 element) const {
+    return {item.value_address + element * uint32(sizeof(T)), places_of_passes(4),
+            params.v_unit * uint32(sizeof(T))};
+  }
+
+ private:
+  static constexpr int kMaxLoaders = 128;
+
+  static __device__ __forceinline__ uint32* places() {
+    __shared__ __align__(16) uint32 places[kMaxLoaders];
+    return places;
+  }
+  // Why opaque: what a thread always finds would hold registers of the loop.
+  static __device__ __forceinline__ uint32& own_place() {
+    return places()[opaque(int(threadIdx.x))];
+  }
+  static __device__ __forceinline__ bool is_of_value() { return opaque(int(threadIdx.x)) & 4; }
+  static __device__ __forceinline__ uint4 places_of_passes(int first) {
+    return *reinterpret_cast<const uint4*>(places() + threadIdx.x / 8 * 8 + first);
   }
 };
 

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(attention_block_size(Dims::kQk, Dims::kVo, kTi
   const auto get_work = [&](int index) {
     return single_request_item<Variant, kTileQ, Traits::kKvTile>(params, index);
   };
-  const auto make_kv = [&](const WorkItem& work) { return Kv(params, work); };
+  const auto make_kv = [&](const WorkItem& work) { return typename Traits::Kv(params, work); };
   const auto keep = [](KeyRange keys) { return keys; };
   attend_tile<Traits>(
       params, {params.qo_len, params.kv_len}, blockIdx.x, get_work, make_kv, keep, [] {}, smem);

@@ -100,6 +100,7 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   uint32 answers[kStages];
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
+    if (Traits::kCountsArrivals && stage > 0) break;
     answers[stage] = first_step < end_step ? look_up(first_step + stage) : 0;
   }
   load_query<Traits>(params, work, num_rows, query_address);
@@ -168,13 +169,15 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     }
     Logits<Traits> logits;
     const uint32 key_tile = key_address + stage * Traits::kKeyBytes;
-    const uint32 key_lane_offset =
-        right_first_lane_offset<Traits::kKeyRowBytes>(opaque(int(threadIdx.x)) % 32);
+    const int thread = opaque(int(threadIdx.x));
+    const uint32 key_lane_offset = right_first_lane_offset<Traits::kKeyRowBytes>(
+        Traits::kCountsArrivals ? int(uint32(thread) % 32) : thread % 32);
     multiply_keys<Traits>(logits, query, key_tile, key_lane_offset, [&](int k) {
       // Why so early: the compiler starts no reads of fragments ahead of a wait, and more of them
       // would have accumulators spilled.
       if (Traits::kCountsArrivals && k == Traits::kQk / 32 - 1) {
         tile_arrivals().read.wait(step + 1);
+        kv.turn_to(answers[0]);
       }
     });
 
@@ -184,7 +187,16 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
       Variant::template logits<sizeof(logits) / sizeof(float)>(params, &logits[0][0][0]);
     }
     const bool moves = find_offsets<Traits>(offset, state, logits, scale);
-    if (step_key < seen_by_all.begin || step_key + Traits::kKeys > seen_by_all.end) {
+    const bool ends_left = step_key < seen_by_all.begin;
+    const bool ends_right = step_key + Traits::kKeys > seen_by_all.end;
+    if constexpr (Traits::kCountsArrivals) {
+      if (ends_left) {
+        mask_logits<Traits, true, false>(logits, params, request, work, warp_row, step_key);
+      }
+      if (ends_right) {
+        mask_logits<Traits, false, true>(logits, params, request, work, warp_row, step_key);
+      }
+    } else if (ends_left || ends_right) {
       mask_logits<Traits>(logits, params, request, work, warp_row, step_key);
     }
     if (__any_sync(0xffffffffu, moves)) move_origins<Traits>(state, logits, offset, scale);
@@ -207,7 +219,6 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     multiply_values<Traits>(
         state, exponentials, logits, offset, scale, value_tile, value_lane_offset, [&](int i) {
           if (Traits::kCountsArrivals && i == Traits::kCopiesAt && step + 1 < end_step) {
-            kv.turn_to(answers[0]);
             keys_of(step + 1, previous_stage).copy_all();
             values_of(step + 1, previous_stage).copy_all();
             tile_arrivals().there.arrive_after_copies();

@@ -12,8 +12,8 @@ namespace ridgeline {
 // A thread's share of the copy of rows of kDim elements, of which `dim` exist; missing elements and
 // the rows from num_valid on become zeros. Eight neighbouring threads take 128 bytes of a row at a
 // time; a thread's rows are thread / 8 + pass * (kThreads / 8). `rows.at(pass)` is the address of
-// its first element in a pass, and is read from where the row is valid.
-template <int kRows, int kDim, int kThreads, typename Element, typename Rows>
+// its first element in a pass, and is read from where the row is valid; with kAnyRow all are.
+template <int kRows, int kDim, int kThreads, bool kAnyRow, typename Element, typename Rows>
 struct RowCopies {
   static constexpr int kRowBytes = kDim * int(sizeof(Element));
   static constexpr int kChunk = 16 / int(sizeof(Element));
@@ -43,7 +43,7 @@ struct RowCopies {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int row = pass * kRowsPerPass;
-      const bool exists = row <= last_row;
+      const bool exists = kAnyRow || row <= last_row;
       const Element* source = rows.at(pass);
       // Of row thread / 8 + row: the summands share no bit of the last three.
       const uint32 target = (destination ^ ((row & 7) << 4)) + row * kRowBytes;
@@ -80,7 +80,8 @@ __device__ __forceinline__ void load_query(const AttentionParams& params, const 
   const int row = lane / 4 * kRowsPerPass + threadIdx.x / 32 * 4 + lane % 4;
   const RowTarget target = row_target(params, work, min(row, num_rows - 1));
   const int64 offset = target.token * params.q_stride_token + target.head * params.q_stride_head;
-  using Copies = RowCopies<Traits::kTileQ, Traits::kQk, Traits::kNumThreads, T, QueryRows<T>>;
+  using Copies =
+      RowCopies<Traits::kTileQ, Traits::kQk, Traits::kNumThreads, false, T, QueryRows<T>>;
   const QueryRows<T> rows = {static_cast<const T*>(params.q) + Copies::lane_element(threadIdx.x),
                              offset};
   Copies(rows, tile, threadIdx.x, params.head_dim_qk, num_rows).copy_all();
@@ -91,8 +92,10 @@ __device__ __forceinline__ auto key_copies(const AttentionParams& params,
                                            const typename Traits::Kv& kv, uint32 tile, int thread,
                                            int first_token, int end) {
   using Rows = typename Traits::Kv::Rows;
-  using Copies =
-      RowCopies<Traits::kKeys, Traits::kQk, Traits::kLoaders, typename Traits::Element, Rows>;
+  // Keys from `end` on may be any, since the mask hides them; of values zeros are wanted, as the
+  // product of a hidden one with its exponential of 0 is to be 0.
+  using Copies = RowCopies<Traits::kKeys, Traits::kQk, Traits::kLoaders, Rows::kHasAllRows,
+                           typename Traits::Element, Rows>;
   return Copies(kv.template keys<Traits::kKeys, Traits::kLoaders>(first_token, end,
                                                                   Copies::lane_element(thread)),
                 tile, thread, params.head_dim_qk, end - first_token);
@@ -103,8 +106,8 @@ __device__ __forceinline__ auto value_copies(const AttentionParams& params,
                                              const typename Traits::Kv& kv, uint32 tile, int thread,
                                              int first_token, int end) {
   using Rows = typename Traits::Kv::Rows;
-  using Copies =
-      RowCopies<Traits::kKeys, Traits::kVo, Traits::kLoaders, typename Traits::Element, Rows>;
+  using Copies = RowCopies<Traits::kKeys, Traits::kVo, Traits::kLoaders, false,
+                           typename Traits::Element, Rows>;
   return Copies(kv.template values<Traits::kKeys, Traits::kLoaders>(first_token, end,
                                                                     Copies::lane_element(thread)),
                 tile, thread, params.head_dim_vo, end - first_token);

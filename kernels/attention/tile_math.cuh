@@ -164,10 +164,10 @@ __device__ __forceinline__ KeyRange row_keys(const AttentionParams& params, cons
   return {max(keys.begin, work.kv_begin), min(keys.end, work.kv_end)};
 }
 
-// Logits of keys that a row does not see become -inf. `first_key` is the first of this warp's step,
-// warp_row its first row. Why opaque: computed ahead of the loop, the bounds of the rows would hold
-// registers that the accumulators need.
-template <typename Traits>
+// Logits of keys to the left of what a row sees, or to the right, become -inf. `first_key` is the
+// first of this warp's step, warp_row its first row. Why opaque: computed ahead of the loop, the
+// bounds of the rows would hold registers that the accumulators need.
+template <typename Traits, bool kLeft = true, bool kRight = true>
 __device__ __forceinline__ void mask_logits(Logits<Traits>& logits, const AttentionParams& params,
                                             const Request& request, const WorkItem& work,
                                             int warp_row, int first_key) {
@@ -187,7 +187,9 @@ __device__ __forceinline__ void mask_logits(Logits<Traits>& logits, const Attent
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int key = n * 8 + i;
-          if (key < begin || key >= end) logits[m][n][2 * half + i] = -kInfinity;
+          if ((kLeft && key < begin) || (kRight && key >= end)) {
+            logits[m][n][2 * half + i] = -kInfinity;
+          }
         }
       }
     }
@@ -210,6 +212,36 @@ __device__ __forceinline__ float lane_maximum(const Logits<Traits>& logits, int 
   return maximum;
 }
 
+// The same if it is not negative, or no number if one is among them, else something negative:
+// floats above 0 compare as whole numbers do, of which sm_90 compares three at a time.
+template <typename Traits>
+__device__ __forceinline__ float lane_maximum_above_0(const Logits<Traits>& logits, int m,
+                                                      int half) {
+  constexpr int kCount = 2 * Traits::kKeyFrags;
+  const auto at = [&](int i) { return __float_as_int(logits[m][i / 2][2 * half + i % 2]); };
+  int maximum = at(0);
+#pragma unroll
+  for (int i = 1; i < kCount - 1; i += 2) maximum = max(max(maximum, at(i)), at(i + 1));
+  return __int_as_float(max(maximum, at(kCount - 1)));
+}
+
+// Whether an exponential of this lane would grow too large, or an origin is far or none.
+template <typename Traits>
+__device__ __forceinline__ bool outgrow_origins(const float (&offset)[Traits::kMFrags][2],
+                                                const Logits<Traits>& logits, float scale) {
+  bool outgrow = false;
+#pragma unroll
+  for (int m = 0; m < Traits::kMFrags; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float largest = lane_maximum<Traits>(logits, m, half);
+      outgrow |= fmaf(largest, scale, -offset[m][half]) > kHeadroom;
+      outgrow |= fabsf(offset[m][half]) > kFarLogit;
+    }
+  }
+  return outgrow;
+}
+
 // What is subtracted from logit * scale, and whether origins must move first. A row's origin is a
 // logit that it has seen, and stays while no exponential grows beyond 2^kHeadroom: most steps move
 // none in a whole warp, and ask no other lane for its largest logit. Without an origin (-inf) and
@@ -218,18 +250,31 @@ template <typename Traits>
 __device__ __forceinline__ bool find_offsets(float (&offset)[Traits::kMFrags][2],
                                              const RowState<Traits>& state,
                                              const Logits<Traits>& logits, float scale) {
-  bool moves = false;
 #pragma unroll
   for (int m = 0; m < Traits::kMFrags; ++m) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      offset[m][half] = state.maximum[m][half] * scale;
-      const float largest = lane_maximum<Traits>(logits, m, half);
-      moves |= fmaf(largest, scale, -offset[m][half]) > kHeadroom;
-      moves |= fabsf(offset[m][half]) > kFarLogit;
-    }
+    for (int half = 0; half < 2; ++half) offset[m][half] = state.maximum[m][half] * scale;
   }
-  return moves;
+  if constexpr (Traits::kCountsArrivals) {
+    // Origins that are not negative, as nearly all are, are outgrown by positive logits only.
+    bool moves = false;
+    uint32 origins = 0;
+#pragma unroll
+    for (int m = 0; m < Traits::kMFrags; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float largest = lane_maximum_above_0<Traits>(logits, m, half);
+        moves |= !(fmaf(largest, scale, -offset[m][half]) <= kHeadroom);
+        origins = max(origins, __float_as_uint(offset[m][half]));
+      }
+    }
+    if (__any_sync(0xffffffffu, origins > __float_as_uint(kFarLogit))) {
+      moves = outgrow_origins<Traits>(offset, logits, scale);
+    }
+    // Why opaque: searched for behind the mask, the logits before it would hold registers.
+    return opaque(int(moves)) != 0;
+  }
+  return outgrow_origins<Traits>(offset, logits, scale);
 }
 
 // Moves the origins of rows to their largest logit so far, and the sums with them. Where no key was
@@ -294,7 +339,8 @@ struct Exponentials {
     const int half = pair % 2;
     const float first = exp2_fast(fmaf(logits[m][n][2 * half], scale, -offset[m][half]));
     const float second = exp2_fast(fmaf(logits[m][n][2 * half + 1], scale, -offset[m][half]));
-    sum[m][half] += first + second;
+    const bool begins = Traits::kCountsArrivals && group == 0 && pair % 4 < 2;
+    sum[m][half] = begins ? first + second : sum[m][half] + (first + second);
     operands[group][m][pair % 4] = pack_pair<typename Traits::T>(first, second);
   }
 };

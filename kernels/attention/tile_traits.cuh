@@ -7,11 +7,19 @@
 
 namespace ridgeline {
 
+template <typename Kv, bool kCountsArrivals>
+struct AddressingOf {
+  using Type = Kv;
+};
+template <typename Kv>
+struct AddressingOf<Kv, true> {
+  using Type = typename Kv::WithPlaces;
+};
+
 template <typename T_, typename Dims, int kTileQ_, typename Kv_, typename Variant_>
 struct TileTraits {
-  using T = T_;    // queries, outputs and the operands of the products
-  using Kv = Kv_;  // addressing
-  using Element = typename Kv::Element;
+  using T = T_;  // queries, outputs and the operands of the products
+  using Element = typename Kv_::Element;
   using Variant = Variant_;
 
   static constexpr TileConfig kConfig = attention_tile(Dims::kQk, Dims::kVo, kTileQ_, kSm);
@@ -46,7 +54,9 @@ struct TileTraits {
   // Whether warps wait for each other by counting arrivals (tile_arrivals.cuh), with two steps'
   // tiles in shared memory, rather than at barriers.
   static constexpr bool kCountsArrivals = kSm >= 90 && kMFrags == 2 && kStages == 2;
-  static constexpr int kCopiesAt = kIsFull ? Kv::kCopiesAtOfFull : Kv::kCopiesAt;
+  using Kv = typename AddressingOf<Kv_, kCountsArrivals>::Type;
+  static constexpr int kCopiesAt =
+      kIsFull ? Kv_::WithPlaces::kCopiesAtOfFull : Kv_::WithPlaces::kCopiesAt;
 
   // Shared memory: query tile, then of each pipeline the K stages and the V stages, then the
   // variant's scratch.
