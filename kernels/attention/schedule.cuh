@@ -33,38 +33,41 @@ struct Cut {
   int kv_tile;
 };
 
-// What earlier steps found.
+// What earlier steps found. Costs are of 32 bits where these are enough.
+template <typename Cost>
 struct Found {
   ScheduledRequest* requests;  // [batch_size]
   int* item_starts;            // [batch_size + 1]
   ScheduledItem* items;        // [num_items]
-  int64* costs;                // [num_items + 1], of all bundles, summed over the items before
+  Cost* costs;                 // [num_items + 1], of all bundles, summed over the items before
 };
 
 // Where the line of costs is cut for the c-th time.
-template <bool kTall, int kSegments>
-__device__ __forceinline__ Cut find_cut(const ScheduleParams<kSegments>& params, const Found& found,
-                                        int num_items, int c) {
+template <bool kTall, int kSegments, typename Cost>
+__device__ __forceinline__ Cut find_cut(const ScheduleParams<kSegments>& params,
+                                        const Found<Cost>& found, int num_items, int c) {
   const int num_bundles = params.num_bundles.divisor;
-  const int64 total = found.costs[num_items];
+  const Cost total = found.costs[num_items];
   // Why shifted: total * c must fit 31 bits, and a cut may be off by a millionth of the work.
   const int shift = max(0, 43 - __clzll(total));
-  const int64 place = int64(params.team_count.quotient(uint32(total >> shift) * c)) << shift;
+  const Cost place = Cost(params.team_count.quotient(uint32(total >> shift) * c)) << shift;
   const int index = last_at_most(0, num_items, place, [&](int i) { return found.costs[i]; });
-  const int64 rest = place - found.costs[index];
+  const Cost rest = place - found.costs[index];
   const ScheduledItem item = found.items[index];
   const ScheduleSegment& segment = params.segments[segment_of(params, item.request)];
   const int num_rows = num_rows_of(params, found.requests[item.request].lengths);
   const TileHeight& height = segment.heights[height_of<kTall>(segment, num_rows)];
   const int num_tiles = num_kv_tiles(height, item);
-  const int64 cost = cost_of(height, num_tiles);
-  // Why two: a division of 64 bits takes ten times as long.
-  const int bundle = total < kMaxLength ? int(uint32(rest) / uint32(cost)) : int(rest / cost);
-  const int64 within = rest - bundle * cost;
+  const Cost cost = Cost(cost_of(height, num_tiles));
+  // Why by 32 bits: a division of 64 takes ten times as long.
+  const int bundle = num_bundles == 1    ? 0
+                     : total < kMaxLength ? int(uint32(rest) / uint32(cost))
+                                          : int(rest / cost);
+  const Cost within = rest - bundle * cost;
   const Cut begin = {index * num_bundles + bundle, 0};
   const Cut end = {begin.unit + 1, 0};
   if (params.invariant) return 2 * within < cost ? begin : end;
-  const int keys_cost = int(min(max(within - height.tile_cost, 0ll), int64(kMaxLength)));
+  const int keys_cost = int(min(max(within - height.tile_cost, Cost(0)), Cost(kMaxLength)));
   const int before = min(int(height.steps_of_cost.quotient(keys_cost)), num_tiles);
   const int after = num_tiles - before;
   const float share = __fdividef(float(total), float(params.num_teams * 32 * height.step_cost));
@@ -75,9 +78,9 @@ __device__ __forceinline__ Cut find_cut(const ScheduleParams<kSegments>& params,
 }
 
 // The fields that every record of an item has.
-template <bool kTall, int kSegments>
+template <bool kTall, int kSegments, typename Cost>
 __device__ __forceinline__ WorkRecord record_of(const ScheduleParams<kSegments>& params,
-                                                const Found& found, int index) {
+                                                const Found<Cost>& found, int index) {
   const ScheduledItem item = found.items[index];
   const ScheduledRequest of = found.requests[item.request];
   const int segment_idx = segment_of(params, item.request);
@@ -110,26 +113,29 @@ __device__ __forceinline__ bool goes_by_tile(const ScheduleParams<kSegments>& pa
 
 // Items by class of cost, the dearest class first, and the last items of a class first: the last
 // query tiles of a causal request are the dearest.
-template <bool kTall, int kSegments>
+template <bool kTall, int kSegments, typename Cost>
 __device__ __forceinline__ void write_by_tile(const ScheduleParams<kSegments>& params,
-                                              const Found& found, int num_items, int64 most_cost,
-                                              int64* warp_sums) {
+                                              const Found<Cost>& found, int num_items, Cost most,
+                                              int64 (&warp_sums)[2][schedule_threads(kTall) / 32],
+                                              int turn) {
   constexpr int kThreads = schedule_threads(kTall);
   constexpr int kClasses = 4;
   // Counts of all classes, 16 bits each.
   const auto one_of_class = [&](int index) -> int64 {
     if (index >= num_items) return 0;
-    const int64 cost = found.costs[index + 1] - found.costs[index];
+    const Cost cost = found.costs[index + 1] - found.costs[index];
     int place = 0;
-    while (place < kClasses - 1 && (cost << (place + 1)) <= most_cost) ++place;
+#pragma unroll
+    for (int halvings = 1; halvings < kClasses; ++halvings) place += cost <= most >> halvings;
     return 1ll << (16 * place);
   };
   int64 of_classes = 0;
+  Sums<int64> sums;
 #pragma unroll 1
   for (int base = 0; base < num_items; base += kThreads) {
-    int64 sum;
-    exclusive_sum<kThreads>(one_of_class(base + threadIdx.x), warp_sums, sum);
-    of_classes += sum;
+    sums = exclusive_sum<kThreads>(one_of_class(base + threadIdx.x), warp_sums[turn]);
+    turn ^= 1;
+    of_classes += sums.total;
   }
   WorkRecord* records = reinterpret_cast<WorkRecord*>(params.list + params.records_at);
   int64 before = 0;
@@ -137,9 +143,12 @@ __device__ __forceinline__ void write_by_tile(const ScheduleParams<kSegments>& p
   for (int base = 0; base < num_items; base += kThreads) {
     const int index = base + threadIdx.x;
     const int64 one = one_of_class(index);
-    int64 sum;
-    const int64 rank = before + exclusive_sum<kThreads>(one, warp_sums, sum);
-    before += sum;
+    if (num_items > kThreads) {
+      sums = exclusive_sum<kThreads>(one, warp_sums[turn]);
+      turn ^= 1;
+    }
+    const int64 rank = before + sums.before;
+    before += sums.total;
     if (one == 0 || base / kThreads % gridDim.x != blockIdx.x) continue;
     int end = 0;
     int shift = -16;
@@ -151,82 +160,103 @@ __device__ __forceinline__ void write_by_tile(const ScheduleParams<kSegments>& p
   }
 }
 
-template <bool kTall, int kSegments = 1>
-__global__ void __launch_bounds__(schedule_threads(kTall), 1)
-    schedule(const __grid_constant__ ScheduleParams<kSegments> params) {
-  constexpr int kThreads = schedule_threads(kTall);
-  __shared__ int64 warp_sums[kThreads / 32];
-  __shared__ ScheduledRequest few_requests[kKeptInSmem];
-  __shared__ int few_starts[kKeptInSmem + 1];
-  __shared__ ScheduledItem few_items[kKeptInSmem];
-  __shared__ int64 few_costs[kKeptInSmem + 1];
-  __shared__ int64 warp_mosts[kThreads / 32];
-  __shared__ Cut cuts[kMaxBatchCtas + 1];
-  __shared__ int first_records[kMaxBatchCtas + 1];
-  __shared__ int cut_tiles_before[kMaxBatchCtas + 1];  // units that cuts up to this one go through
-  Found found = {few_requests, few_starts, few_items, few_costs};
-  if (params.batch_size > kKeptInSmem) {
-    found.requests = reinterpret_cast<ScheduledRequest*>(params.list + params.requests_at);
-    found.item_starts = params.list + params.item_starts_at;
-  }
-  if (params.max_items > kKeptInSmem) {
-    found.items = reinterpret_cast<ScheduledItem*>(params.list + params.items_at);
-    found.costs = reinterpret_cast<int64*>(params.list + params.costs_at);
-  }
-  const int thread = threadIdx.x;
-  const int num_bundles = params.num_bundles.divisor;
-  pdl_wait();
-  pdl_launch_dependents();
+// What a block keeps in shared memory, beside what it found.
+template <bool kTall>
+struct ScheduleSmem {
+  static constexpr int kWarps = schedule_threads(kTall) / 32;
+  int64 warp_sums[2][kWarps];
+  int64 warp_mosts[kWarps];
+  int warp_cuts[kWarps];
+  Cut cuts[kMaxBatchCtas + 1];
+  int first_records[kMaxBatchCtas + 1];
+  int cut_tiles_before[kMaxBatchCtas + 1];  // units that cuts up to this one go through
+};
 
-  // The requests, and where each one's items begin.
-  ScheduledRequest own_request;
+// Items of all requests, and how they were found.
+struct Items {
+  int count;
+  bool one_each;         // every request is one, and has a thread, which keeps it
+  bool cheap;            // costs of few items fit 31 bits
+  ScheduledRequest own;  // of this thread, in the last place
+  int turn;              // of the next sum
+};
+
+// The requests, and where each one's items begin.
+template <bool kTall, int kSegments>
+__device__ __forceinline__ Items find_requests(const ScheduleParams<kSegments>& params,
+                                               ScheduledRequest* requests, int* item_starts,
+                                               ScheduleSmem<kTall>& smem) {
+  constexpr int kThreads = schedule_threads(kTall);
+  const int thread = threadIdx.x;
+  Items result;
+  result.turn = 0;
   int64 items_before = 0;
-  bool one_each = params.batch_size <= kThreads;
+  bool cheap = true;
+  result.one_each = params.batch_size <= kThreads;
 #pragma unroll 1
   for (int base = 0; base < params.batch_size; base += kThreads) {
     const int request = base + thread;
     int64 count = request < params.batch_size ? 0 : 1;
     if (request < params.batch_size) {
-      own_request = scheduled_request(params, request);
-      found.requests[request] = own_request;
-      const int num_rows = num_rows_of(params, own_request.lengths);
+      result.own = scheduled_request(params, request);
+      requests[request] = result.own;
+      const int num_rows = num_rows_of(params, result.own.lengths);
       const ScheduleSegment& segment = params.segments[segment_of(params, request)];
       const TileHeight& height = segment.heights[height_of<kTall>(segment, num_rows)];
-      count = height.tile_q.quotient(num_rows + height.tile_q.divisor - 1);
+      cheap = cheap && int64(result.own.lengths.kv_len) * params.num_bundles.divisor < kFewKeys;
+      count = kTall ? int(height.tile_q.quotient(num_rows + height.tile_q.divisor - 1))
+                    : int(num_rows > 0);
       if (params.invariant && count == 1) {
-        const ScheduledItem tile = whole_tile(params, own_request, height, request, 0);
+        const ScheduledItem tile = whole_tile<kTall>(params, result.own, height, request, 0);
         count = invariant_pieces(height, num_kv_tiles(height, tile));
       }
     }
     // A batch of decodes needs no sums.
-    if (one_each) one_each = __syncthreads_and(count == 1);
-    if (one_each) {
-      if (request < params.batch_size) found.item_starts[request] = request;
+    if (result.one_each) result.one_each = __syncthreads_and(count == 1 && cheap);
+    if (result.one_each) {
+      if (request < params.batch_size) item_starts[request] = request;
       items_before = params.batch_size;
       break;
     }
     if (request >= params.batch_size) count = 0;
-    int64 sum;
-    const int64 before = items_before + exclusive_sum<kThreads>(count, warp_sums, sum);
+    const Sums<int64> sums = exclusive_sum<kThreads>(count, smem.warp_sums[result.turn]);
+    result.turn ^= 1;
+    const int64 before = items_before + sums.before;
     if (request < params.batch_size) {
-      found.item_starts[request] = int(min(before, int64(params.max_items)));
+      item_starts[request] = int(min(before, int64(params.max_items)));
     }
-    items_before = min(items_before + sum, int64(params.max_items));
+    items_before = min(items_before + sums.total, int64(params.max_items));
   }
-  const int num_items = int(items_before);
-  if (thread == 0) found.item_starts[params.batch_size] = num_items;
-  if (!one_each) __syncthreads();
+  result.count = int(items_before);
+  if (thread == 0) item_starts[params.batch_size] = result.count;
+  result.cheap = result.one_each || __syncthreads_and(cheap);
+  return result;
+}
+
+template <bool kTall, int kSegments, typename Cost>
+__device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& params,
+                                          const Found<Cost>& found, const Items& items,
+                                          ScheduleSmem<kTall>& smem) {
+  constexpr int kThreads = schedule_threads(kTall);
+  constexpr int kWarps = kThreads / 32;
+  const int thread = threadIdx.x;
+  const int lane = thread % 32;
+  const int warp = thread / 32;
+  const int num_bundles = params.num_bundles.divisor;
+  const int num_items = items.count;
+  ScheduledRequest own_request = items.own;
+  int turn = items.turn;
 
   // The items and their costs.
-  int64 cost_before = 0;
-  int64 most_cost = 0;
+  Cost cost_before = 0;
+  Cost most_cost = 0;
 #pragma unroll 1
   for (int base = 0; base < num_items; base += kThreads) {
     const int index = base + thread;
-    int64 cost = 0;
+    Cost cost = 0;
     if (index < num_items) {
       int request = index, place = 0;
-      if (!one_each) {
+      if (!items.one_each) {
         request =
             last_at_most(0, params.batch_size, index, [&](int i) { return found.item_starts[i]; });
         own_request = found.requests[request];
@@ -235,8 +265,8 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
       const int num_rows = num_rows_of(params, own_request.lengths);
       const ScheduleSegment& segment = params.segments[segment_of(params, request)];
       const TileHeight& height = segment.heights[height_of<kTall>(segment, num_rows)];
-      const bool one_tile = num_rows <= int(height.tile_q.divisor);
-      ScheduledItem item = whole_tile(params, own_request, height, request, one_tile ? 0 : place);
+      const bool one_tile = !kTall || num_rows <= int(height.tile_q.divisor);
+      ScheduledItem item = whole_tile<kTall>(params, own_request, height, request, one_tile ? 0 : place);
       int num_tiles = num_kv_tiles(height, item);
       if (params.invariant && one_tile) {
         const int num_pieces = invariant_pieces(height, num_tiles);
@@ -248,13 +278,14 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
         num_tiles = end - begin;
       }
       found.items[index] = item;
-      cost = cost_of(height, num_tiles) * num_bundles;
+      cost = Cost(cost_of(height, num_tiles)) * num_bundles;
       most_cost = max(most_cost, cost);
     }
-    int64 sum;
-    const int64 before = cost_before + exclusive_sum<kThreads>(cost, warp_sums, sum);
-    if (index < num_items) found.costs[index] = before;
-    cost_before += sum;
+    const Sums<Cost> sums =
+        exclusive_sum<kThreads>(cost, reinterpret_cast<Cost*>(smem.warp_sums[turn]));
+    turn ^= 1;
+    if (index < num_items) found.costs[index] = cost_before + sums.before;
+    cost_before += sums.total;
   }
   if (thread == 0) found.costs[num_items] = cost_before;
   if (kTall) {
@@ -262,7 +293,7 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
     for (int distance = 16; distance > 0; distance /= 2) {
       most_cost = max(most_cost, __shfl_xor_sync(0xffffffffu, most_cost, distance));
     }
-    if (thread % 32 == 0) warp_mosts[thread / 32] = most_cost;
+    if (lane == 0) smem.warp_mosts[warp] = most_cost;
   }
   __syncthreads();
 
@@ -272,41 +303,50 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
   if constexpr (kSegments > 1) header.num_tokens_b = tokens_of<kSegments>(params.segments[1]);
   if (kTall) {
 #pragma unroll
-    for (const int64 of_warp : warp_mosts) most_cost = max(most_cost, of_warp);
+    for (const int64 of_warp : smem.warp_mosts) most_cost = max(most_cost, Cost(of_warp));
     if (goes_by_tile(params, num_items, cost_before, most_cost)) {
       header.by_tile = 1;
       header.num_records = num_items;
       if (thread == 0 && blockIdx.x == 0) *reinterpret_cast<ListHeader*>(params.list) = header;
-      write_by_tile<kTall>(params, found, num_items, most_cost, warp_sums);
+      write_by_tile<kTall>(params, found, num_items, most_cost, smem.warp_sums, turn);
       return;
     }
   }
 
-  // Cuts, and how many there are before each: inner ones, and in the upper half the units they cut.
-  for (int c = thread; c <= params.num_teams; c += kThreads) {
-    const bool inside = c < params.num_teams && num_items > 0;
-    cuts[c] =
-        inside ? find_cut<kTall>(params, found, num_items, c) : Cut{num_items * num_bundles, 0};
-  }
-  __syncthreads();
+  // Cuts, and how many there are up to each: inner ones, and in the upper half the units they cut.
+  // The first lane of a warp has the cut before the warp's own.
   int cuts_before = 0;
 #pragma unroll 1
-  for (int base = 0; base < params.num_teams; base += kThreads) {
-    const int c = base + thread;
-    int count = 0;
-    if (c < params.num_teams && cuts[c].kv_tile > 0) {
-      const Cut last = c > 0 ? cuts[c - 1] : Cut{-1, 0};
-      const bool is_inner = last.unit != cuts[c].unit || last.kv_tile != cuts[c].kv_tile;
-      const bool is_first = last.unit != cuts[c].unit || last.kv_tile == 0;
-      count = is_inner + (is_first ? 65536 : 0);
+  for (int base = 0; base < params.num_teams; base += kWarps * 31) {
+    if (base > 0) __syncthreads();
+    const int c = base + warp * 31 + lane - 1;
+    Cut cut = {-1, 0};
+    if (c >= 0 && c < params.num_teams && num_items > 0) {
+      cut = find_cut<kTall>(params, found, num_items, c);
     }
-    int sum;
-    const int before = cuts_before + exclusive_sum<kThreads>(count, warp_sums, sum) + count;
-    if (c < params.num_teams) {
-      first_records[c] = cuts[c].unit + before % 65536;
-      cut_tiles_before[c] = before / 65536;
+    const int unit_before = __shfl_up_sync(0xffffffffu, cut.unit, 1);
+    const int tile_before = __shfl_up_sync(0xffffffffu, cut.kv_tile, 1);
+    const bool in_unit = lane > 0 && cut.kv_tile > 0;
+    const uint32 inner =
+        __ballot_sync(0xffffffffu, in_unit && (unit_before != cut.unit || tile_before != cut.kv_tile));
+    const uint32 first =
+        __ballot_sync(0xffffffffu, in_unit && (unit_before != cut.unit || tile_before == 0));
+    if (lane == 0) smem.warp_cuts[warp] = __popc(inner) + (__popc(first) << 16);
+    __syncthreads();
+    const uint32 up_to_own = 0xffffffffu >> (31 - lane);
+    int up_to = cuts_before + __popc(inner & up_to_own) + (__popc(first & up_to_own) << 16);
+#pragma unroll
+    for (int other = 0; other < kWarps; ++other) {
+      const int of_warp = smem.warp_cuts[other];
+      if (other < warp) up_to += of_warp;
+      cuts_before += of_warp;
     }
-    cuts_before += sum;
+    if (lane > 0 && c < params.num_teams) {
+      if (num_items == 0) cut.unit = 0;
+      smem.cuts[c] = cut;
+      smem.first_records[c] = cut.unit + up_to % 65536;
+      smem.cut_tiles_before[c] = up_to / 65536;
+    }
   }
   const int num_cut_tiles = cuts_before / 65536;
   header.num_records = num_items * num_bundles + cuts_before % 65536;
@@ -314,8 +354,9 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
   header.most_pieces =
       params.invariant ? kInvariantPieces : cuts_before % 65536 - num_cut_tiles + 2;
   if (thread == 0) {
-    first_records[params.num_teams] = header.num_records;
-    cut_tiles_before[params.num_teams] = num_cut_tiles;
+    smem.cuts[params.num_teams] = {num_items * num_bundles, 0};
+    smem.first_records[params.num_teams] = header.num_records;
+    smem.cut_tiles_before[params.num_teams] = num_cut_tiles;
     if (blockIdx.x == 0) *reinterpret_cast<ListHeader*>(params.list) = header;
   }
   __syncthreads();
@@ -326,14 +367,14 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
   WorkRecord* records = reinterpret_cast<WorkRecord*>(params.list + params.records_at);
   CutTile* cut_tiles = reinterpret_cast<CutTile*>(params.list + kCutTilesAt);
   for (int c = blockIdx.x * kThreads + thread; c < params.num_teams; c += gridDim.x * kThreads) {
-    shares[c].begin = first_records[c];
-    shares[c].end = first_records[c + 1];
+    shares[c].begin = smem.first_records[c];
+    shares[c].end = smem.first_records[c + 1];
   }
 #pragma unroll 1
   for (int r = blockIdx.x * kThreads + thread; r < header.num_records; r += gridDim.x * kThreads) {
-    const int c = last_at_most(0, params.num_teams, r, [&](int i) { return first_records[i]; });
-    const Cut from = cuts[c], to = cuts[c + 1];
-    const int unit = from.unit + r - first_records[c];
+    const int c = last_at_most(0, params.num_teams, r, [&](int i) { return smem.first_records[i]; });
+    const Cut from = smem.cuts[c], to = smem.cuts[c + 1];
+    const int unit = from.unit + r - smem.first_records[c];
     const int index = params.num_bundles.quotient(unit);
     const ScheduledItem item = found.items[index];
     WorkRecord record = record_of<kTall>(params, found, index);
@@ -341,7 +382,7 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
     const TileHeight& height = params.segments[segment_idx].heights[record.segment_height % 256];
     const int num_rows = record.qo_len * int(params.group_size.divisor);
     const int kv_tile = height.kv_tile.divisor;
-    const int begin = r == first_records[c] ? from.kv_tile : 0;
+    const int begin = r == smem.first_records[c] ? from.kv_tile : 0;
     const bool ends_inside = unit == to.unit;
     record.kv_head = (unit - index * num_bundles) * params.team_size;
     record.kv_begin += begin * kv_tile;
@@ -362,24 +403,24 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
             num_bundles * slot_rows, segment_idx};
       }
     } else if (begin > 0) {
-      const int inner_cuts = first_records[c] - from.unit;
-      record.partial_row = (inner_cuts + cut_tiles_before[c] - 1) * slot_rows;
-      record.cut_tile = cut_tiles_before[c] - 1;
+      const int inner_cuts = smem.first_records[c] - from.unit;
+      record.partial_row = (inner_cuts + smem.cut_tiles_before[c] - 1) * slot_rows;
+      record.cut_tile = smem.cut_tiles_before[c] - 1;
     } else if (ends_inside) {
-      const int inner_cuts = first_records[c + 1] - to.unit;
-      const int tile = cut_tiles_before[c + 1] - 1;
+      const int inner_cuts = smem.first_records[c + 1] - to.unit;
+      const int tile = smem.cut_tiles_before[c + 1] - 1;
       const int last =
-          last_at_most(c + 1, params.num_teams, unit, [&](int i) { return cuts[i].unit; });
+          last_at_most(c + 1, params.num_teams, unit, [&](int i) { return smem.cuts[i].unit; });
       record.partial_row = (inner_cuts + tile - 1) * slot_rows;
       record.cut_tile = tile;
       cut_tiles[tile] = {
           record.q_begin,     record.q_row_begin,
           record.kv_head,     min(int(height.tile_q.divisor), num_rows - item.q_row_begin),
-          record.partial_row, first_records[last] - unit - inner_cuts + 2,
+          record.partial_row, smem.first_records[last] - unit - inner_cuts + 2,
           slot_rows,          segment_idx};
     }
     records[r] = record;
-    if (r == first_records[c]) shares[c].first = record;
+    if (r == smem.first_records[c]) shares[c].first = record;
   }
 
   // Requests that have no item, so that no record could say that they have no parts.
@@ -391,6 +432,39 @@ __global__ void __launch_bounds__(schedule_threads(kTall), 1)
       if (found.item_starts[request + 1] == found.item_starts[request]) cut_tiles[i] = {};
     }
   }
+}
+
+template <bool kTall, int kSegments = 1>
+__global__ void __launch_bounds__(schedule_threads(kTall), 1)
+    schedule(const __grid_constant__ ScheduleParams<kSegments> params) {
+  __shared__ ScheduleSmem<kTall> smem;
+  __shared__ ScheduledRequest few_requests[kRequestsInSmem];
+  __shared__ int few_starts[kRequestsInSmem + 1];
+  __shared__ ScheduledItem few_items[kItemsInSmem];
+  __shared__ int few_costs[kItemsInSmem + 1];
+  pdl_wait();
+  pdl_launch_dependents();
+  ScheduledRequest* requests = few_requests;
+  int* starts = few_starts;
+  Items items;
+  // Why each step twice: an address that may be of either memory takes longer, as sums of 64 bits
+  // do.
+  if (params.batch_size <= kRequestsInSmem) {
+    items = find_requests<kTall>(params, few_requests, few_starts, smem);
+    if (items.count <= kItemsInSmem && items.cheap) {
+      make_list<kTall>(params, Found<int>{few_requests, few_starts, few_items, few_costs}, items,
+                       smem);
+      return;
+    }
+  } else {
+    requests = reinterpret_cast<ScheduledRequest*>(params.list + params.requests_at);
+    starts = params.list + params.item_starts_at;
+    items = find_requests<kTall>(params, requests, starts, smem);
+  }
+  const Found<int64> found = {requests, starts,
+                              reinterpret_cast<ScheduledItem*>(params.list + params.items_at),
+                              reinterpret_cast<int64*>(params.list + params.costs_at)};
+  make_list<kTall>(params, found, items, smem);
 }
 
 }  // namespace ridgeline

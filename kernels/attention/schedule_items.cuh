@@ -8,7 +8,11 @@
 namespace ridgeline {
 
 inline constexpr int kMaxLength = 1 << 30;
-inline constexpr int kKeptInSmem = 512;
+// Of these, so many are kept in shared memory.
+inline constexpr int kRequestsInSmem = 512;
+inline constexpr int kItemsInSmem = 768;
+// Keys of a request times bundles: with so few the costs of kItemsInSmem items add up to 31 bits.
+inline constexpr int kFewKeys = 1 << 23;
 
 struct alignas(16) ScheduledRequest {
   int q_begin;
@@ -111,17 +115,21 @@ __device__ __forceinline__ int64 cost_of(const TileHeight& height, int num_tiles
   return int64(num_tiles) * height.step_cost + height.tile_cost;
 }
 
-// A query tile of a request with all its keys.
-template <int kSegments>
+// A query tile of a request with all its keys. In lists that are not tall it is the only one.
+template <bool kTall, int kSegments>
 __device__ __forceinline__ ScheduledItem whole_tile(const ScheduleParams<kSegments>& params,
                                                     const ScheduledRequest& of,
                                                     const TileHeight& height, int request,
                                                     int q_tile) {
-  const int row_begin = q_tile * int(height.tile_q.divisor);
-  const int last_row =
-      min(row_begin + int(height.tile_q.divisor), num_rows_of(params, of.lengths)) - 1;
-  const int first_query = params.group_size.quotient(row_begin);
-  const int last_query = params.group_size.quotient(last_row);
+  const int row_begin = kTall ? q_tile * int(height.tile_q.divisor) : 0;
+  int first_query = 0;
+  int last_query = of.lengths.qo_len - 1;
+  if (kTall) {
+    const int last_row =
+        min(row_begin + int(height.tile_q.divisor), num_rows_of(params, of.lengths)) - 1;
+    first_query = params.group_size.quotient(row_begin);
+    last_query = params.group_size.quotient(last_row);
+  }
   const ScheduleSegment& segment = params.segments[segment_of(params, request)];
   const bool causal = segment.causal != 0;
   const int begin = masked_keys(of.lengths, first_query, causal, segment.window_left).begin;
@@ -135,12 +143,17 @@ __device__ __forceinline__ int invariant_pieces(const TileHeight& height, int nu
                                      : clamped(num_tiles / kInvariantTiles, 1, kInvariantPieces);
 }
 
-// Sums over the block of what the threads before this one hold; `total` gets the sum of all. Why
-// not inlined: the code comes from memory too.
+// What the threads of a block hold, added up.
+template <typename T>
+struct Sums {
+  T before;  // of the threads before this one
+  T total;
+};
+
+// Why not inlined: the code comes from memory too. Calls take turns with two of `warp_sums`, which
+// spares a barrier.
 template <int kThreads, typename T>
-__device__ __noinline__ T exclusive_sum(T value, int64* shared, T& total) {
-  constexpr int kWarps = kThreads / 32;
-  T* warp_sums = reinterpret_cast<T*>(shared);
+__device__ __noinline__ Sums<T> exclusive_sum(T value, T* warp_sums) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   T sum = value;
@@ -149,31 +162,32 @@ __device__ __noinline__ T exclusive_sum(T value, int64* shared, T& total) {
     const T other = __shfl_up_sync(0xffffffffu, sum, distance);
     if (lane >= distance) sum += other;
   }
-  __syncthreads();
   if (lane == 31) warp_sums[warp] = sum;
   __syncthreads();
+  constexpr int kWarps = kThreads / 32;
   T of_warps = lane < kWarps ? warp_sums[lane] : 0;
 #pragma unroll
   for (int distance = 1; distance < kWarps; distance *= 2) {
     const T other = __shfl_up_sync(0xffffffffu, of_warps, distance);
     if (lane >= distance) of_warps += other;
   }
-  total = __shfl_sync(0xffffffffu, of_warps, kWarps - 1);
   const T before = __shfl_sync(0xffffffffu, of_warps, max(warp - 1, 0));
-  return sum - value + (warp == 0 ? 0 : before);
+  const T total = __shfl_sync(0xffffffffu, of_warps, kWarps - 1);
+  return {sum - value + (warp == 0 ? 0 : before), total};
 }
 
-// The last i in [first, count) with start(i) <= value, given start(first) <= value.
+// The last i in [first, count) with start(i) <= value, given start(first) <= value. Three places
+// at a time, whose loads are on their way together.
 template <typename T, typename Start>
 __device__ __forceinline__ int last_at_most(int first, int count, T value, Start start) {
   int low = first, high = count;
+#pragma unroll 1
   while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (start(middle) <= value) {
-      low = middle;
-    } else {
-      high = middle;
-    }
+    const int step = (high - low + 3) / 4;
+    const int a = low + step, b = min(a + step, high - 1), c = min(b + step, high - 1);
+    const bool from_a = start(a) <= value, from_b = start(b) <= value, from_c = start(c) <= value;
+    low = from_c ? c : from_b ? b : from_a ? a : low;
+    high = !from_a ? a : !from_b ? b : !from_c ? c : high;
   }
   return low;
 }
