@@ -60,7 +60,7 @@ __device__ __forceinline__ Cut find_cut(const ScheduleParams<kSegments>& params,
   const int num_tiles = num_kv_tiles(height, item);
   const Cost cost = Cost(cost_of(height, num_tiles));
   // Why by 32 bits: a division of 64 takes ten times as long.
-  const int bundle = num_bundles == 1    ? 0
+  const int bundle = num_bundles == 1     ? 0
                      : total < kMaxLength ? int(uint32(rest) / uint32(cost))
                                           : int(rest / cost);
   const Cost within = rest - bundle * cost;
@@ -266,7 +266,8 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
       const ScheduleSegment& segment = params.segments[segment_of(params, request)];
       const TileHeight& height = segment.heights[height_of<kTall>(segment, num_rows)];
       const bool one_tile = !kTall || num_rows <= int(height.tile_q.divisor);
-      ScheduledItem item = whole_tile<kTall>(params, own_request, height, request, one_tile ? 0 : place);
+      ScheduledItem item =
+          whole_tile<kTall>(params, own_request, height, request, one_tile ? 0 : place);
       int num_tiles = num_kv_tiles(height, item);
       if (params.invariant && one_tile) {
         const int num_pieces = invariant_pieces(height, num_tiles);
@@ -327,8 +328,8 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
     const int unit_before = __shfl_up_sync(0xffffffffu, cut.unit, 1);
     const int tile_before = __shfl_up_sync(0xffffffffu, cut.kv_tile, 1);
     const bool in_unit = lane > 0 && cut.kv_tile > 0;
-    const uint32 inner =
-        __ballot_sync(0xffffffffu, in_unit && (unit_before != cut.unit || tile_before != cut.kv_tile));
+    const uint32 inner = __ballot_sync(
+        0xffffffffu, in_unit && (unit_before != cut.unit || tile_before != cut.kv_tile));
     const uint32 first =
         __ballot_sync(0xffffffffu, in_unit && (unit_before != cut.unit || tile_before == 0));
     if (lane == 0) smem.warp_cuts[warp] = __popc(inner) + (__popc(first) << 16);
@@ -372,7 +373,8 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
   }
 #pragma unroll 1
   for (int r = blockIdx.x * kThreads + thread; r < header.num_records; r += gridDim.x * kThreads) {
-    const int c = last_at_most(0, params.num_teams, r, [&](int i) { return smem.first_records[i]; });
+    const int c =
+        last_at_most(0, params.num_teams, r, [&](int i) { return smem.first_records[i]; });
     const Cut from = smem.cuts[c], to = smem.cuts[c + 1];
     const int unit = from.unit + r - smem.first_records[c];
     const int index = params.num_bundles.quotient(unit);
