@@ -17,8 +17,9 @@
 //
 // All lengths are clamped, so that bad contents give wrong work but none out of bounds. All SMs.
 //
-// Each step of the way has one place in the kernel, and what it found is kept, in shared memory for
-// up to kKeptInSmem requests and items; beyond that in the list, where all CTAs write the same.
+// Each step of the way has one place in the code, and what it found is kept: in shared memory for up
+// to kRequestsInSmem requests and kItemsInSmem items; beyond that in the list, where all CTAs write
+// the same.
 #pragma once
 
 #include "attention/batch_params.h"
