@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import ridgeline
 import torch
 from batch_problem import Batch, check, compile_kernels
 
@@ -37,3 +38,52 @@ def test_kind_of_list(batch: Batch, by_tile: bool, rng: torch.Generator) -> None
         packed = queries * batch.heads[0] // batch.heads[1]
         assert header[NUM_RECORDS] in {packed // 64, packed // 128}
     check(batch, device, rng)
+
+
+LIST_HEADER, SHARES, CUT_TILES = 16, 1024 * 16, 1024 * 8  # words of a list before its records
+RECORD_WORDS = 12
+REQUEST, KV_HEAD, Q_ROW_BEGIN, KV_BEGIN, KV_END = 1, 2, 3, 8, 9  # of a record
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("q_lens", "kv_lens", "heads"),
+    [
+        ([1] * 256, list(range(1, 257)), (32, 8)),
+        ([1] * 700, [5 * i for i in range(700)], (32, 8)),
+        ([1] * 600 + [700] * 30, [900] * 630, (32, 8)),
+        ([1] * 40, [20_000_000] + [512] * 39, (32, 8)),
+        ([1] * 40, [0, 8_000_000] * 20, (24, 3)),
+        ([300, 1, 0] * 20, [3_000_000, 70, 9] * 20, (20, 5)),
+    ],
+    ids=["few", "many requests", "many items", "a long one", "long ones", "long prompts"],
+)
+def test_every_key_is_in_one_record(
+    q_lens: list[int], kv_lens: list[int], heads: tuple[int, int]
+) -> None:
+    """Of lists whose scheduler keeps what it found in shared memory, or in the list."""
+    device = torch.device("cuda", 0)
+    starts = torch.tensor([0, *q_lens]).cumsum(0, dtype=torch.int32).to(device)
+    work = ridgeline.schedule(
+        qo_indptr=None if max(q_lens) == 1 else starts,
+        kv_lens=torch.tensor(kv_lens, dtype=torch.int32, device=device),
+        num_qo_tokens=sum(q_lens), num_qo_heads=heads[0], num_kv_heads=heads[1],
+        head_dim_qk=128, max_q_len=max(q_lens),
+    ).cpu()  # fmt: skip
+    check_records(work, q_lens, kv_lens)
+
+
+def check_records(work: torch.Tensor, q_lens: list[int], kv_lens: list[int]) -> None:
+    """The records of each tile follow each other from the first key to the last."""
+    begin = LIST_HEADER + SHARES + CUT_TILES
+    num_records = int(work[NUM_RECORDS])
+    records = work[begin : begin + num_records * RECORD_WORDS].view(-1, RECORD_WORDS).tolist()
+    tiles: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
+    for record in records:
+        tile = (record[REQUEST], record[KV_HEAD], record[Q_ROW_BEGIN])
+        tiles.setdefault(tile, []).append((record[KV_BEGIN], record[KV_END]))
+    assert {tile[0] for tile in tiles} == {i for i, length in enumerate(q_lens) if length > 0}
+    for (request, *_), parts in tiles.items():
+        parts.sort()
+        assert [begin for begin, _ in parts] == [0, *(end for _, end in parts[:-1])]
+        assert parts[-1][1] == kv_lens[request]
