@@ -55,7 +55,8 @@ struct CopyTensor {
   int64 target_page_stride, target_outer_stride, target_inner_stride;
   uint32 num_vecs;   // of a page
   uint32 team_size;  // page_team of a chunk
-  uint32 num_rows;   // num_copies * chunks_per_page, below 2^31
+  uint32 num_rows;   // num_copies * chunks_per_page, below 2^30
+  bool is_plain;     // few pages, each a run of bytes in both pools
   Divider chunks_per_page;
   Divider vecs_per_inner;  // head_dim
   Divider num_inner;

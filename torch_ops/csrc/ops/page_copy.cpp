@@ -16,6 +16,7 @@
 namespace ridgeline {
 namespace {
 
+constexpr uint32 kFewChunks = 128;
 constexpr const char* kCopyPages = "page/copy_pages.cuh:copy_pages";
 
 std::string copy_name(int num_bytes) {
@@ -61,6 +62,13 @@ void check_pages(const Side& side) {
   check_writable(target);
 }
 
+// Whether the bytes of a page lie one behind the other.
+bool is_run(const Tensor& pages) {
+  const int64_t inner = pages.size(3), outer = pages.size(2) * inner;
+  return (pages.size(2) == 1 || pages.stride(2) == inner) &&
+         (pages.size(1) == 1 || pages.stride(1) == outer);
+}
+
 CopyTensor copy_tensor(const Side& side, int64_t num_copies, int vec_size, const Device& gpu) {
   const Tensor& from = side.source.tensor;
   const Tensor& to = side.target.tensor;
@@ -68,9 +76,9 @@ CopyTensor copy_tensor(const Side& side, int64_t num_copies, int vec_size, const
   const int64_t vecs_per_inner = from.size(3) * unit / vec_size;
   const int64_t num_vecs = from.size(1) * from.size(2) * vecs_per_inner;
   const int64_t num_chunks = (num_vecs + kPageChunk - 1) / kPageChunk;
-  if (num_vecs > kMaxCount || num_chunks * num_copies > kMaxCount) {
+  if (num_vecs > kMaxCount || num_chunks * num_copies > kMaxCount / 2) {
     fail(side.source.op, "src_pages",
-         "at most 2^31 chunks of " + std::to_string(kPageChunk) + " vectors in all",
+         "at most 2^30 chunks of " + std::to_string(kPageChunk) + " vectors in all",
          std::to_string(num_copies) + " pages of " + std::to_string(num_chunks), "Split the call");
   }
   CopyTensor tensor;
@@ -85,6 +93,7 @@ CopyTensor copy_tensor(const Side& side, int64_t num_copies, int vec_size, const
   tensor.num_vecs = static_cast<uint32>(num_vecs);
   tensor.team_size = page_team(std::min(tensor.num_vecs, kPageChunk));
   tensor.num_rows = static_cast<uint32>(num_chunks * num_copies);
+  tensor.is_plain = tensor.num_rows <= kFewChunks && is_run(from) && is_run(to);
   tensor.chunks_per_page = make_divider(static_cast<uint32>(std::max<int64_t>(num_chunks, 1)));
   tensor.vecs_per_inner = make_divider(static_cast<uint32>(std::max<int64_t>(vecs_per_inner, 1)));
   tensor.num_inner = make_divider(static_cast<uint32>(std::max<int64_t>(from.size(2), 1)));
@@ -130,8 +139,7 @@ void copy(const std::array<Side, 2>& sides, const Tensor& src_pages, const Tenso
                                sides[0].target.tensor.size(0)};
   if (params.num_source_pages == 0 || params.num_target_pages == 0) return;
   launch(kernels.of(vec_size), gpu,
-         {.grid_x = std::max(blocks_of(params.tensors[0]), blocks_of(params.tensors[1])),
-          .grid_y = 2,
+         {.grid_x = 2 * std::max(blocks_of(params.tensors[0]), blocks_of(params.tensors[1])),
           .block = kPageThreads},
          &params);
 }
