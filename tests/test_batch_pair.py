@@ -74,7 +74,10 @@ def large() -> list[Case]:
     own = Batch(lengths=many, decode=True, name="own", **gqa)
     deep = own.with_(lengths=((1, 30_000), (1, 70)), name="deep")
     chunk = prefills.with_(lengths=((512, 4_000), (1, 9)), form="ragged", name="chunk")
-    return [(prefix, own), (prefills, own), (prefix, deep), (chunk, deep), (chunk, prefills)]
+    shared = prefix.with_(lengths=((256, 20_000),), name="shared")
+    few = own.with_(lengths=((1, 70), (1, 9), (1, 0)), name="few")
+    found = [(prefix, own), (prefills, own), (prefix, deep), (chunk, deep), (chunk, prefills)]
+    return [*found, (shared, own), both(shared, few, heads=(32, 8))]
 
 
 def case_id(case: Case) -> str:

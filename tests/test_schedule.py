@@ -87,3 +87,24 @@ def check_records(work: torch.Tensor, q_lens: list[int], kv_lens: list[int]) -> 
         parts.sort()
         assert [begin for begin, _ in parts] == [0, *(end for _, end in parts[:-1])]
         assert parts[-1][1] == kv_lens[request]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [128, 256, 512])
+def test_tiles_over_the_same_keys_are_cut_alike(queries: int) -> None:
+    """So that all of them are read against the same keys at any time."""
+    device = torch.device("cuda", 0)
+    work = ridgeline.schedule(
+        qo_indptr=torch.tensor([0, queries], dtype=torch.int32, device=device),
+        kv_lens=torch.tensor([40_000], dtype=torch.int32, device=device),
+        num_qo_tokens=queries, num_qo_heads=32, num_kv_heads=8, head_dim_qk=128,
+    ).cpu()  # fmt: skip
+    check_records(work, [queries], [40_000])
+    begin = LIST_HEADER + SHARES + CUT_TILES
+    records = work[begin : begin + int(work[NUM_RECORDS]) * RECORD_WORDS].view(-1, RECORD_WORDS)
+    cuts: dict[tuple[int, int], set[int]] = {}
+    for record in records.tolist():
+        cuts.setdefault((record[KV_HEAD], record[Q_ROW_BEGIN]), set()).add(record[KV_BEGIN])
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    if sms == 132:
+        assert len(set(map(frozenset, cuts.values()))) == 1

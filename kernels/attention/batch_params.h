@@ -166,6 +166,7 @@ struct ScheduleParams {
   int team_size;        // CTAs, a divisor of num_kv_heads
   Divider num_bundles;  // num_kv_heads / team_size
   int max_tiles;        // that the grid has CTAs for, where a list may be by tile; or 0
+  int max_ranges;       // of records, that the grid has teams for, at least num_teams
   Divider group_size;
   int invariant;
   int slot_rows;  // rows of a partial result
@@ -196,7 +197,7 @@ struct BatchAttentionParams {
   KvForm form;
   Divider page_size;
   int max_records;
-  int num_ctas;  // of all teams of a list that is shared out
+  int num_ctas;  // of all teams that a list which is shared out may have ranges for
   Divider team_size;
   Divider slot_rows;
   int max_cut_tiles;

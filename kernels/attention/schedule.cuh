@@ -12,71 +12,28 @@
 // so the place of every record follows from the number of cuts before it, and all are written at
 // once. Parts of one unit have consecutive slots of partial results, in the order of their keys.
 //
+// In even parts, where tall tiles that cost about the same, as those over a shared prefix do, are
+// most of the work: each is cut in the same number of parts, one a team, and the rest in short
+// ones. First come the first parts of all tiles, which are read against the same keys, then the
+// second ones; then the items of the segment before, few a range. Ranges beyond num_teams start
+// where one is done: of two CTAs on an SM one is faster by a fifth.
+//
 // By tile, where no tile is too dear: whole items in four classes of cost, dearest first, each
 // twice as dear as the next. Nothing is cut, and what SMs differ in speed evens out.
 //
 // All lengths are clamped, so that bad contents give wrong work but none out of bounds. All SMs.
 //
-// Each step of the way has one place in the code, and what it found is kept: in shared memory for up
-// to kRequestsInSmem requests and kItemsInSmem items; beyond that in the list, where all CTAs write
-// the same.
+// Each step of the way has one place in the code, and what it found is kept: in shared memory for
+// up to kRequestsInSmem requests and kItemsInSmem items; beyond that in the list, where all CTAs
+// write the same.
 #pragma once
 
 #include "attention/batch_params.h"
+#include "attention/schedule_cuts.cuh"
 #include "attention/schedule_items.cuh"
 #include "common/pdl.cuh"
 
 namespace ridgeline {
-
-// A place in the line of units: KV tile kv_tile of a unit.
-struct Cut {
-  int unit;
-  int kv_tile;
-};
-
-// What earlier steps found. Costs are of 32 bits where these are enough.
-template <typename Cost>
-struct Found {
-  ScheduledRequest* requests;  // [batch_size]
-  int* item_starts;            // [batch_size + 1]
-  ScheduledItem* items;        // [num_items]
-  Cost* costs;                 // [num_items + 1], of all bundles, summed over the items before
-};
-
-// Where the line of costs is cut for the c-th time.
-template <bool kTall, int kSegments, typename Cost>
-__device__ __forceinline__ Cut find_cut(const ScheduleParams<kSegments>& params,
-                                        const Found<Cost>& found, int num_items, int c) {
-  const int num_bundles = params.num_bundles.divisor;
-  const Cost total = found.costs[num_items];
-  // Why shifted: total * c must fit 31 bits, and a cut may be off by a millionth of the work.
-  const int shift = max(0, 43 - __clzll(total));
-  const Cost place = Cost(params.team_count.quotient(uint32(total >> shift) * c)) << shift;
-  const int index = last_at_most(0, num_items, place, [&](int i) { return found.costs[i]; });
-  const Cost rest = place - found.costs[index];
-  const ScheduledItem item = found.items[index];
-  const ScheduleSegment& segment = params.segments[segment_of(params, item.request)];
-  const int num_rows = num_rows_of(params, found.requests[item.request].lengths);
-  const TileHeight& height = segment.heights[height_of<kTall>(segment, num_rows)];
-  const int num_tiles = num_kv_tiles(height, item);
-  const Cost cost = Cost(cost_of(height, num_tiles));
-  // Why by 32 bits: a division of 64 takes ten times as long.
-  const int bundle = num_bundles == 1     ? 0
-                     : total < kMaxLength ? int(uint32(rest) / uint32(cost))
-                                          : int(rest / cost);
-  const Cost within = rest - bundle * cost;
-  const Cut begin = {index * num_bundles + bundle, 0};
-  const Cut end = {begin.unit + 1, 0};
-  if (params.invariant) return 2 * within < cost ? begin : end;
-  const int keys_cost = int(min(max(within - height.tile_cost, Cost(0)), Cost(kMaxLength)));
-  const int before = min(int(height.steps_of_cost.quotient(keys_cost)), num_tiles);
-  const int after = num_tiles - before;
-  const float share = __fdividef(float(total), float(params.num_teams * 32 * height.step_cost));
-  const int least = max(height.min_kv_tiles, int(fminf(share, 1e9f)));
-  if (before == 0 || (before < least && before <= after)) return begin;
-  if (after < least) return end;
-  return {begin.unit, before};
-}
 
 // The fields that every record of an item has.
 template <bool kTall, int kSegments, typename Cost>
@@ -166,7 +123,7 @@ template <bool kTall>
 struct ScheduleSmem {
   static constexpr int kWarps = schedule_threads(kTall) / 32;
   int64 warp_sums[2][kWarps];
-  int64 warp_mosts[kWarps];
+  int64 warp_mosts[2][kWarps];  // of each segment
   int warp_cuts[kWarps];
   Cut cuts[kMaxBatchCtas + 1];
   int first_records[kMaxBatchCtas + 1];
@@ -250,7 +207,7 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
 
   // The items and their costs.
   Cost cost_before = 0;
-  Cost most_cost = 0;
+  Cost most_costs[kSegments] = {};
 #pragma unroll 1
   for (int base = 0; base < num_items; base += kThreads) {
     const int index = base + thread;
@@ -281,7 +238,11 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
       }
       found.items[index] = item;
       cost = Cost(cost_of(height, num_tiles)) * num_bundles;
-      most_cost = max(most_cost, cost);
+      const int segment_idx = segment_of(params, request);
+#pragma unroll
+      for (int i = 0; i < kSegments; ++i) {
+        if (i == segment_idx) most_costs[i] = max(most_costs[i], cost);
+      }
     }
     const Sums<Cost> sums =
         exclusive_sum<kThreads>(cost, reinterpret_cast<Cost*>(smem.warp_sums[turn]));
@@ -292,10 +253,13 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
   if (thread == 0) found.costs[num_items] = cost_before;
   if (kTall) {
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      most_cost = max(most_cost, __shfl_xor_sync(0xffffffffu, most_cost, distance));
+    for (int i = 0; i < kSegments; ++i) {
+#pragma unroll
+      for (int distance = 16; distance > 0; distance /= 2) {
+        most_costs[i] = max(most_costs[i], __shfl_xor_sync(0xffffffffu, most_costs[i], distance));
+      }
+      if (lane == 0) smem.warp_mosts[i][warp] = most_costs[i];
     }
-    if (lane == 0) smem.warp_mosts[warp] = most_cost;
   }
   __syncthreads();
 
@@ -303,9 +267,17 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
   header.tag = params.tag;
   header.num_tokens = tokens_of<kSegments>(params.segments[0]);
   if constexpr (kSegments > 1) header.num_tokens_b = tokens_of<kSegments>(params.segments[1]);
+  EvenParts even = {};
   if (kTall) {
+    Cost most_cost = 0;
 #pragma unroll
-    for (const int64 of_warp : smem.warp_mosts) most_cost = max(most_cost, Cost(of_warp));
+    for (int i = 0; i < kSegments; ++i) {
+#pragma unroll
+      for (const int64 of_warp : smem.warp_mosts[i]) {
+        most_costs[i] = max(most_costs[i], Cost(of_warp));
+      }
+      most_cost = max(most_cost, most_costs[i]);
+    }
     if (goes_by_tile(params, num_items, cost_before, most_cost)) {
       header.by_tile = 1;
       header.num_records = num_items;
@@ -313,18 +285,23 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
       write_by_tile<kTall>(params, found, num_items, most_cost, smem.warp_sums, turn);
       return;
     }
+    even = even_parts(params, found, num_items, kSegments > 1 ? most_costs[0] : 0,
+                      most_costs[kSegments - 1]);
   }
+  const int num_units = num_items * num_bundles;
+  const int num_ranges = even.num_parts > 0 ? even.num_ranges : params.num_teams;
 
   // Cuts, and how many there are up to each: inner ones, and in the upper half the units they cut.
   // The first lane of a warp has the cut before the warp's own.
   int cuts_before = 0;
 #pragma unroll 1
-  for (int base = 0; base < params.num_teams; base += kWarps * 31) {
+  for (int base = 0; base < num_ranges; base += kWarps * 31) {
     if (base > 0) __syncthreads();
     const int c = base + warp * 31 + lane - 1;
     Cut cut = {-1, 0};
-    if (c >= 0 && c < params.num_teams && num_items > 0) {
-      cut = find_cut<kTall>(params, found, num_items, c);
+    if (c >= 0 && c < num_ranges && num_items > 0) {
+      cut = kTall && even.num_parts > 0 ? find_even_cut<kTall>(params, found, num_items, even, c)
+                                        : find_cut<kTall>(params, found, num_items, c);
     }
     const int unit_before = __shfl_up_sync(0xffffffffu, cut.unit, 1);
     const int tile_before = __shfl_up_sync(0xffffffffu, cut.kv_tile, 1);
@@ -343,7 +320,7 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
       if (other < warp) up_to += of_warp;
       cuts_before += of_warp;
     }
-    if (lane > 0 && c < params.num_teams) {
+    if (lane > 0 && c < num_ranges) {
       if (num_items == 0) cut.unit = 0;
       smem.cuts[c] = cut;
       smem.first_records[c] = cut.unit + up_to % 65536;
@@ -351,14 +328,15 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
     }
   }
   const int num_cut_tiles = cuts_before / 65536;
-  header.num_records = num_items * num_bundles + cuts_before % 65536;
+  header.num_records = num_units + cuts_before % 65536;
   header.num_cut_tiles = params.invariant ? params.batch_size * num_bundles : num_cut_tiles;
   header.most_pieces =
       params.invariant ? kInvariantPieces : cuts_before % 65536 - num_cut_tiles + 2;
+  if (even.num_parts > 0) header.most_pieces = even.num_parts + even.num_short;
   if (thread == 0) {
-    smem.cuts[params.num_teams] = {num_items * num_bundles, 0};
-    smem.first_records[params.num_teams] = header.num_records;
-    smem.cut_tiles_before[params.num_teams] = num_cut_tiles;
+    smem.cuts[num_ranges] = {num_units, 0};
+    smem.first_records[num_ranges] = header.num_records;
+    smem.cut_tiles_before[num_ranges] = num_cut_tiles;
     if (blockIdx.x == 0) *reinterpret_cast<ListHeader*>(params.list) = header;
   }
   __syncthreads();
@@ -368,16 +346,19 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
   TeamShare* shares = reinterpret_cast<TeamShare*>(params.list + kSharesAt);
   WorkRecord* records = reinterpret_cast<WorkRecord*>(params.list + params.records_at);
   CutTile* cut_tiles = reinterpret_cast<CutTile*>(params.list + kCutTilesAt);
-  for (int c = blockIdx.x * kThreads + thread; c < params.num_teams; c += gridDim.x * kThreads) {
-    shares[c].begin = smem.first_records[c];
-    shares[c].end = smem.first_records[c + 1];
+  for (int c = blockIdx.x * kThreads + thread; c < params.max_ranges; c += gridDim.x * kThreads) {
+    TeamShare& share = shares[even.place_of(c)];
+    share.begin = c < num_ranges ? smem.first_records[c] : 0;
+    share.end = c < num_ranges ? smem.first_records[c + 1] : 0;
   }
 #pragma unroll 1
   for (int r = blockIdx.x * kThreads + thread; r < header.num_records; r += gridDim.x * kThreads) {
-    const int c =
-        last_at_most(0, params.num_teams, r, [&](int i) { return smem.first_records[i]; });
+    const int c = last_at_most(0, num_ranges, r, [&](int i) { return smem.first_records[i]; });
     const Cut from = smem.cuts[c], to = smem.cuts[c + 1];
-    const int unit = from.unit + r - smem.first_records[c];
+    const int place = from.unit + r - smem.first_records[c];
+    // In even parts the tiles come first.
+    const int before = even.num_parts > 0 ? even.num_before * num_bundles : 0;
+    const int unit = place + before < num_units ? place + before : place + before - num_units;
     const int index = params.num_bundles.quotient(unit);
     const ScheduledItem item = found.items[index];
     WorkRecord record = record_of<kTall>(params, found, index);
@@ -386,7 +367,7 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
     const int num_rows = record.qo_len * int(params.group_size.divisor);
     const int kv_tile = height.kv_tile.divisor;
     const int begin = r == smem.first_records[c] ? from.kv_tile : 0;
-    const bool ends_inside = unit == to.unit;
+    const bool ends_inside = place == to.unit;
     record.kv_head = (unit - index * num_bundles) * params.team_size;
     record.kv_begin += begin * kv_tile;
     if (ends_inside) {
@@ -413,17 +394,17 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
       const int inner_cuts = smem.first_records[c + 1] - to.unit;
       const int tile = smem.cut_tiles_before[c + 1] - 1;
       const int last =
-          last_at_most(c + 1, params.num_teams, unit, [&](int i) { return smem.cuts[i].unit; });
+          last_at_most(c + 1, num_ranges, place, [&](int i) { return smem.cuts[i].unit; });
       record.partial_row = (inner_cuts + tile - 1) * slot_rows;
       record.cut_tile = tile;
       cut_tiles[tile] = {
           record.q_begin,     record.q_row_begin,
           record.kv_head,     min(int(height.tile_q.divisor), num_rows - item.q_row_begin),
-          record.partial_row, smem.first_records[last] - unit - inner_cuts + 2,
+          record.partial_row, smem.first_records[last] - place - inner_cuts + 2,
           slot_rows,          segment_idx};
     }
     records[r] = record;
-    if (r == smem.first_records[c]) shares[c].first = record;
+    if (r == smem.first_records[c]) shares[even.place_of(c)].first = record;
   }
 
   // Requests that have no item, so that no record could say that they have no parts.

@@ -187,16 +187,21 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
       Variant::template logits<sizeof(logits) / sizeof(float)>(params, &logits[0][0][0]);
     }
     const bool moves = find_offsets<Traits>(offset, state, logits, scale);
-    const bool ends_left = step_key < seen_by_all.begin;
-    const bool ends_right = step_key + Traits::kKeys > seen_by_all.end;
-    if constexpr (Traits::kCountsArrivals) {
-      if (ends_left) {
-        mask_logits<Traits, true, false>(logits, params, request, work, warp_row, step_key);
+    if constexpr (kSm >= 90) {
+      const bool ends_left = step_key < seen_by_all.begin;
+      const bool ends_right = step_key + Traits::kKeys > seen_by_all.end;
+      if constexpr (Traits::kCountsArrivals) {
+        if (ends_left) {
+          mask_logits<Traits, true, false>(logits, params, request, work, warp_row, step_key);
+        }
+        if (ends_right) {
+          mask_logits<Traits, false, true>(logits, params, request, work, warp_row, step_key);
+        }
+      } else if (ends_left || ends_right) {
+        mask_logits<Traits>(logits, params, request, work, warp_row, step_key);
       }
-      if (ends_right) {
-        mask_logits<Traits, false, true>(logits, params, request, work, warp_row, step_key);
-      }
-    } else if (ends_left || ends_right) {
+    } else if (step_key < seen_by_all.begin || step_key + Traits::kKeys > seen_by_all.end) {
+      // Why apart: both bounds ahead of the branch were compiled and measured from sm_90 on only.
       mask_logits<Traits>(logits, params, request, work, warp_row, step_key);
     }
     if (__any_sync(0xffffffffu, moves)) move_origins<Traits>(state, logits, offset, scale);

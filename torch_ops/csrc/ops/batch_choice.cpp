@@ -356,6 +356,11 @@ BatchPlan plan_of(const BatchProblem& problem, int dims, int kernel, const Batch
       problem.invariant ? layout.max_items * problem.num_kv_heads : int64{2} * num_ctas;
   const int64 max_tiles = problem.batch_size + problem.num_tokens * group_size / heights.high;
   const bool by_tile = heights.high > 16 && !problem.invariant && max_tiles < kMaxTilesByTile;
+  // Beyond a range a team, for lists in even parts: of two CTAs on an SM one is done before the
+  // other, and takes more.
+  const int64 most_ranges =
+      std::max<int64>(2 * num_teams, max_tiles * problem.num_kv_heads / team_size);
+  const bool may_be_even = by_tile && num_ctas == 2 * gpu.num_sms;
   return {.dims = dims,
           .kernel = kernel,
           .low = heights.low,
@@ -365,6 +370,8 @@ BatchPlan plan_of(const BatchProblem& problem, int dims, int kernel, const Batch
           .num_ctas = num_ctas,
           .team_size = team_size,
           .max_tiles = by_tile ? static_cast<int>(max_tiles) : 0,
+          .max_ranges = may_be_even ? static_cast<int>(std::min<int64>(most_ranges, kMaxBatchCtas))
+                                    : num_teams,
           .slot_rows = slot_rows,
           .num_partial_rows = slots * slot_rows + heights.high,
           .in_one_launch = heights.high == 16 && !problem.invariant &&

@@ -40,6 +40,7 @@ struct BatchPlan {
   int num_ctas;      // that a list is shared out to
   int team_size;     // CTAs that work on neighbouring KV heads side by side
   int max_tiles;     // of a list by tile; 0: there is none
+  int max_ranges;    // of records, of a list that is shared out
   int slot_rows;
   int64 num_partial_rows;
   bool in_one_launch;  // the attention kernel adds up its parts itself, where it has counters

@@ -220,7 +220,7 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
     params.v_origin_stride = v.strides[0];
   }
   params.max_records = static_cast<int>(layout.max_records);
-  params.num_ctas = plan.num_ctas;
+  params.num_ctas = plan.max_ranges * plan.team_size;
   params.team_size = make_divider(static_cast<uint32>(plan.team_size));
   params.slot_rows = make_divider(static_cast<uint32>(plan.slot_rows));
   params.max_cut_tiles = static_cast<int>(layout.max_cut_tiles);
@@ -231,6 +231,11 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
   params.max_q_len = static_cast<int>(problem_of(of).max_q_len);
   params.qo_indptr = ints(of.qo_indptr);
   return params;
+}
+
+unsigned batch_grid(const BatchPlan& plan, int64_t num_kv_heads) {
+  return static_cast<unsigned>(
+      std::max<int64_t>(plan.max_ranges * plan.team_size, plan.max_tiles * num_kv_heads));
 }
 
 void launch_schedule(const Lengths& of, const Device& gpu, const Tensor& list) {
@@ -279,8 +284,7 @@ void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& o
   // Why no programmatic launch: CTAs that come while another kernel holds an SM crowd onto the
   // others, and each has an equal share of the work.
   launch(attention_kernel(plan, problem.paged, problem.bf16, batch_variant(problem)), gpu,
-         {.grid_x = static_cast<unsigned>(
-              std::max<int64_t>(plan.num_ctas, plan.max_tiles * of.num_kv_heads)),
+         {.grid_x = batch_grid(plan, of.num_kv_heads),
           .block = static_cast<unsigned>(plan.block),
           .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
          &params);

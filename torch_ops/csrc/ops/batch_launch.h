@@ -55,11 +55,15 @@ ScheduleParams<kSegments> schedule_params(const Lengths& of, const BatchPlan& pl
           .team_size = plan.team_size,
           .num_bundles = make_divider(static_cast<uint32>(num_bundles)),
           .max_tiles = plan.max_tiles,
+          .max_ranges = plan.max_ranges,
           .group_size = make_divider(static_cast<uint32>(of.group_size())),
           .invariant = (of.flags & kInvariant) != 0,
           .slot_rows = plan.slot_rows,
           .tag = tag};
 }
+
+// CTAs of attention: of all ranges that a list may have, or all tiles.
+unsigned batch_grid(const BatchPlan& plan, int64_t num_kv_heads);
 
 // CTAs of the scheduler.
 unsigned schedule_ctas(const ListLayout& layout, const Lengths& of, const BatchPlan& plan);

@@ -186,8 +186,7 @@ std::tuple<Tensor, Tensor> attention_pair(
   }
   // Why no programmatic launch: as in batch_launch.cpp.
   launch(pair_kernel(pair.plan, pair.problem_a.paged, pair.problem_a.bf16), gpu,
-         {.grid_x = static_cast<unsigned>(
-              std::max<int64_t>(plan.num_ctas, plan.max_tiles * a.num_kv_heads)),
+         {.grid_x = batch_grid(plan, a.num_kv_heads),
           .block = static_cast<unsigned>(plan.block),
           .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
          &params);
