@@ -207,8 +207,7 @@ struct BatchAttentionParams {
   int batch_size;
   int max_q_len;
   int tag;
-  int64*
-      report;  // the host's: gets the value where no tile is cut and no row to be cleared; or null
+  int64* report;  // the host's: gets the value where nothing is left to add up or clear; or null
   int64 report_value;
 };
 
