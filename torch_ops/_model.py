@@ -102,25 +102,20 @@ def from_transformers(config: Any) -> dict[str, Any]:
 
 
 def questions(model: Mapping[str, Any]) -> list[Question]:
-    """Return (op, configuration) for everything a forward pass of the model calls.
-
-    Attention comes first: its kernels take longest to compile, and where several compilers share
-    the work, the last kernels should be quick ones.
-    """
+    """Return (op, configuration) for everything a forward pass of the model calls."""
     common = {"dtype": model["dtype"]}
     hidden = {**common, "hidden_size": model["hidden_size"]}
     norm = {**hidden, "weight_dtype": model["weight_dtype"]}
     rope = {name: model[name] for name in ("dtype", "rotary_dim", "interleave")}
     rope["head_dim"] = model["head_dim_qk"]
-    around: list[Question] = [
+    asked: list[Question] = [
         ("rmsnorm", norm),
         ("fused_add_rmsnorm", norm),
         ("apply_rope_pos_ids", rope),
         ("apply_rope_pos_ids_inplace", rope),
     ]
     if model["intermediate_size"]:
-        around.append(("silu_and_mul", {**common, "hidden_size": model["intermediate_size"]}))
-    asked: list[Question] = []
+        asked.append(("silu_and_mul", {**common, "hidden_size": model["intermediate_size"]}))
     attention = {
         name: model[name]
         for name in (
@@ -139,7 +134,7 @@ def questions(model: Mapping[str, Any]) -> list[Question]:
             lengths = {"qo_len": qo_len, "kv_len": kv_len, "causal": True}
             asked.append(("single_attention", {**attention, **lengths}))
         asked.append(("attention", {**attention, "max_q_len": qo_len}))
-    return [*asked, *_serving(model, rope), *around]
+    return [*asked, *_serving(model, rope)]
 
 
 def _serving(model: Mapping[str, Any], rope: Mapping[str, object]) -> list[Question]:
