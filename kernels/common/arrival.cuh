@@ -82,4 +82,17 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint
       : "memory");
 }
 
+// The same, and what comes is the last that L2 parts with.
+__device__ __forceinline__ void bulk_copy_kept(void* shared, const void* global, uint32 num_bytes,
+                                               Arrival& arrival) {
+  constexpr uint64 kEvictLast = 0x14f0000000000000;  // as createpolicy.fractional makes it
+  arrival.expect(num_bytes);
+  if (num_bytes == 0) return;
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1], %2, [%3], %4;" ::"r"(static_cast<uint32>(__cvta_generic_to_shared(shared))),
+      "l"(global), "r"(num_bytes), "r"(arrival.address()), "l"(kEvictLast)
+      : "memory");
+}
+
 }  // namespace ridgeline

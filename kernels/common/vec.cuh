@@ -185,4 +185,13 @@ __device__ __forceinline__ void store_once(T* target, const Vec<T, kVec>& v) {
   }
 }
 
+// A store that L2 passes on at once.
+template <int kVec, class T>
+__device__ __forceinline__ void store_through(T* target, const Vec<T, kVec>& v) {
+#pragma unroll
+  for (int i = 0; i < v.kWords; ++i) {
+    __stwt(reinterpret_cast<typename Vec<T, kVec>::Word*>(target) + i, v.words[i]);
+  }
+}
+
 }  // namespace ridgeline

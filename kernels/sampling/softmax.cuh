@@ -18,7 +18,7 @@ namespace ridgeline {
 constexpr uint32 kMaxSegmentsInSmem = 320;  // their stats; a longer row is left to softmax_slices
 
 // Of weights relative to their segment's largest element; `scale` makes them probabilities.
-template <int kVec>
+template <int kVec, bool kThrough = false>
 __device__ __forceinline__ void write_segment(const float (&weights)[kHeld], float scale,
                                               uint32 first, uint32 vocab, float* output) {
   // Pieces of 16 bytes: kVec elements of T may be 32 bytes of output.
@@ -31,7 +31,11 @@ __device__ __forceinline__ void write_segment(const float (&weights)[kHeld], flo
     Vec<float, kPiece> y;
 #pragma unroll
     for (int j = 0; j < kPiece; ++j) y.elements[j] = weights[i * kPiece + j] * scale;
-    store_once(mine + offset_of(i), y);
+    if constexpr (kThrough) {
+      store_through(mine + offset_of(i), y);
+    } else {
+      store_once(mine + offset_of(i), y);
+    }
   };
   // Why apart: to check every piece takes a fifth of the softmax's instructions.
   if (first + kSegmentSize <= vocab) {
