@@ -8,8 +8,8 @@
 //
 // WithPlaces is the addressing of tiles that have a step's answer well before they ask for its rows
 // (kCountsArrivals). kCopiesAt: beside which read of values these copies start, as early as
-// registers are left for their addresses (kCopiesAtOfFull: where all exponentials are taken
-// before).
+// registers are left for their addresses (kCopiesAtOfNarrow: with heads of 64; kCopiesAtOfFull:
+// with others where all exponentials are taken before).
 #pragma once
 
 #include "attention/batch_params.h"
@@ -52,6 +52,7 @@ struct StridedKv {
   using Element = T;
   using Rows = StridedRows<T>;
   static constexpr int kCopiesAt = 10;
+  static constexpr int kCopiesAtOfNarrow = 10;
   static constexpr int kCopiesAtOfFull = 0;
 
   const AttentionParams& params;
@@ -94,6 +95,7 @@ struct RaggedKv {
   using Element = T;
   using Rows = StridedRows<T>;
   static constexpr int kCopiesAt = 8;
+  static constexpr int kCopiesAtOfNarrow = 2;
   static constexpr int kCopiesAtOfFull = 8;
 
   const BatchAttentionParams& params;
@@ -244,6 +246,7 @@ struct PlacedKv {
   using Element = T;
   using Rows = PlacedRows<T>;
   static constexpr int kCopiesAt = 0;
+  static constexpr int kCopiesAtOfNarrow = 2;
   static constexpr int kCopiesAtOfFull = 0;
 
   const BatchAttentionParams& params;

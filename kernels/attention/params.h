@@ -95,7 +95,8 @@ struct TileConfig {
 // with a pipeline of its own that waits for no other warp. 128 rows give a warp 32 rows where the
 // accumulators leave room (up to 128 wide): each fragment of K or V that comes from shared memory,
 // the narrowest pipe here, then feeds two products; from sm_90 on, which has room for two CTAs with
-// two stages, warps meet at no barrier (tile_arrivals.cuh). Shared memory stays within 99 KiB from
+// two stages, warps meet at no barrier (tile_arrivals.cuh), and 64 wide heads, whose steps are
+// short, have a third CTA to cover what a warp waits for. Shared memory stays within 99 KiB from
 // sm_80 on, so that one table serves sm_80 to sm_89, and within 64 KiB on sm_75, whose copies do
 // not overlap with arithmetic: there one stage does, and small KV tiles leave room for a second
 // CTA.
@@ -103,6 +104,7 @@ constexpr TileConfig attention_tile(int head_dim_qk, int head_dim_vo, int tile_q
   if (head_dim_qk == 64 && head_dim_vo == 64) {
     if (tile_q == 16) return {4, 4, 64, sm == 75 ? 1 : 3, 4, true};
     if (tile_q == 64) return {4, 1, 64, sm == 75 ? 1 : 2, 3, true};
+    if (tile_q == 128 && sm >= 90) return {4, 1, 64, 2, 3, false};
     if (tile_q == 128) return {4, 1, sm == 75 ? 64 : 128, 1, 2, false};
   }
   if (head_dim_qk == 128 && head_dim_vo == 128) {
@@ -127,6 +129,13 @@ constexpr TileConfig attention_tile(int head_dim_qk, int head_dim_vo, int tile_q
 
 constexpr int attention_block_size(int head_dim_qk, int head_dim_vo, int tile_q, int sm) {
   return attention_tile(head_dim_qk, head_dim_vo, tile_q, sm).num_warps * 32;
+}
+
+// CTAs of an SM that the kernel of one request has registers for. Why not a third in tiles of 128
+// rows: it has no memory for its work item.
+constexpr int attention_ctas_per_sm(int head_dim_qk, int head_dim_vo, int tile_q, int sm) {
+  const int ctas = attention_tile(head_dim_qk, head_dim_vo, tile_q, sm).ctas_per_sm;
+  return tile_q == 128 && ctas > 2 ? 2 : ctas;
 }
 
 // Bytes that a variant which rotates keeps beside the tiles: the step in phase of each pair.

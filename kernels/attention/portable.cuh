@@ -42,7 +42,7 @@ __device__ __forceinline__ void finish_part(const AttentionParams& params, const
 
 template <typename T, typename Dims, int kTileQ, typename Kv, typename Variant>
 __global__ void __launch_bounds__(attention_block_size(Dims::kQk, Dims::kVo, kTileQ, kSm),
-                                  attention_tile(Dims::kQk, Dims::kVo, kTileQ, kSm).ctas_per_sm)
+                                  attention_ctas_per_sm(Dims::kQk, Dims::kVo, kTileQ, kSm))
     attention(const __grid_constant__ AttentionParams params) {
   using Traits = TileTraits<T, Dims, kTileQ, Kv, Variant>;
   extern __shared__ __align__(1024) unsigned char smem[];

@@ -44,7 +44,8 @@ struct TileTraits {
   // Groups of 16 keys whose exponentials are taken before the products with values start. Why all
   // in some tiles: logits that live on among the products take registers that these do not have.
   static constexpr bool kIsFull =
-      kMFrags == 2 && (kQk != 128 || Variant_::kFp16Logits || Variant_::kTransformsKey);
+      kMFrags == 2 &&
+      ((kSm >= 90 ? kQk > 128 : kQk != 128) || Variant_::kFp16Logits || Variant_::kTransformsKey);
   static constexpr int kEarlyGroups = kIsFull ? kKeys / 16 : 1;
 
   // Whether a batch's tiles are one stream (batch_stream.cuh): the next query arrives while this
@@ -55,8 +56,10 @@ struct TileTraits {
   // tiles in shared memory, rather than at barriers.
   static constexpr bool kCountsArrivals = kSm >= 90 && kMFrags == 2 && kStages == 2;
   using Kv = typename AddressingOf<Kv_, kCountsArrivals>::Type;
+  using Places = typename Kv_::WithPlaces;
   static constexpr int kCopiesAt =
-      kIsFull ? Kv_::WithPlaces::kCopiesAtOfFull : Kv_::WithPlaces::kCopiesAt;
+      kQk == 64 ? (kIsFull ? 0 : Places::kCopiesAtOfNarrow)
+                : (kIsFull ? Places::kCopiesAtOfFull : Places::kCopiesAt);
 
   // Shared memory: query tile, then of each pipeline the K stages and the V stages, then the
   // variant's scratch.

@@ -60,7 +60,9 @@ int64 useful_ctas(const Candidate& candidate, const AttentionGpu& gpu, bool rota
   constexpr int kReserved = 1024;  // bytes that the system takes of each CTA's shared memory
   const TileConfig tile = tile_of(candidate, gpu.sm);
   const int by_smem = gpu.smem_per_sm / (smem_of(candidate, gpu.sm, rotates) + kReserved);
-  int ctas_per_sm = std::clamp(by_smem, 1, tile.ctas_per_sm);
+  const int budget =
+      attention_ctas_per_sm(candidate.head_dim_qk, candidate.head_dim_vo, candidate.tile_q, gpu.sm);
+  int ctas_per_sm = std::clamp(by_smem, 1, budget);
   if (candidate.tile_q == 16) {
     // Measured on an H200: 64 KiB in flight on each SM do; of a single stage half is in flight.
     const int bytes =
