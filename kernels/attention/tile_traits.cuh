@@ -57,9 +57,9 @@ struct TileTraits {
   static constexpr bool kCountsArrivals = kSm >= 90 && kMFrags == 2 && kStages == 2;
   using Kv = typename AddressingOf<Kv_, kCountsArrivals>::Type;
   using Places = typename Kv_::WithPlaces;
-  static constexpr int kCopiesAt =
-      kQk == 64 ? (kIsFull ? 0 : Places::kCopiesAtOfNarrow)
-                : (kIsFull ? Places::kCopiesAtOfFull : Places::kCopiesAt);
+  static constexpr int kCopiesAt = kQk == 64
+                                       ? (kIsFull ? 0 : Places::kCopiesAtOfNarrow)
+                                       : (kIsFull ? Places::kCopiesAtOfFull : Places::kCopiesAt);
 
   // Shared memory: query tile, then of each pipeline the K stages and the V stages, then the
   // variant's scratch.
