@@ -6,6 +6,7 @@ import pytest
 import ridgeline
 import torch
 from batch_problem import Batch, check, compile_kernels
+from support import sm_under_test
 
 BY_TILE, NUM_RECORDS, NUM_CUT_TILES = 1, 2, 3  # words of a list's header
 
@@ -105,6 +106,7 @@ def test_tiles_over_the_same_keys_are_cut_alike(queries: int) -> None:
     cuts: dict[tuple[int, int], set[int]] = {}
     for record in records.tolist():
         cuts.setdefault((record[KV_HEAD], record[Q_ROW_BEGIN]), set()).add(record[KV_BEGIN])
+    # Where an SM has two CTAs of tall tiles, and the GPU so many SMs, not on sm_75.
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    if sms == 132:
+    if sms == 132 and sm_under_test(device) >= 80:
         assert len(set(map(frozenset, cuts.values()))) == 1
