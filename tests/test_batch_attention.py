@@ -453,6 +453,31 @@ def test_wrong_arguments(
     assert inputs.call()[0].isfinite().all(), name
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(flags, id=name)
+        for name, flags in (
+            ("unknown", 64),
+            ("negative", -1),
+            ("report-without-number", 16),
+            ("complete-without-tag", 2 + 32),
+            ("both", 16 + 32 + (7 << 32)),
+            ("number-alone", 1 << 40),
+            ("tag-alone", 2 + (-7 << 32)),
+            ("report-beside-unknown", 16 + 64 + (7 << 32)),
+        )
+    ],
+)
+def test_flags_that_say_nothing(flags: int, device: torch.device, rng: torch.Generator) -> None:
+    """Of a direct call; what the wrappers say of a list is one bit and an upper half."""
+    inputs = MIXED.inputs(device, rng)
+    for name in ("attention", "attention_lse", "attention_full"):
+        with pytest.raises((RuntimeError, ValueError), match=f"'flags'.*got {flags}"):
+            getattr(torch.ops.ridgeline, name)(*inputs.operands(flags=flags))
+    assert inputs.call()[0].isfinite().all()
+
+
 def test_later_arguments(device: torch.device, rng: torch.Generator) -> None:
     inputs = MIXED.inputs(device, rng)
     one = torch.ones(4, device=device)

@@ -15,8 +15,8 @@ inline constexpr int64_t kMaxBatchCount = int64_t{1} << 30;  // of tokens, pages
 // The argument `flags`, as torch_ops/_batch_attention_cpu.py has it.
 enum Flag : int64_t { kHnd = 1, kCausal = 2, kInvariant = 4, kLensAreTokens = 8 };
 
-// Beside these, as torch_ops/_list_report.py has it: the upper half is the number of a report that
-// the caller asks for, or the tag of a list that leaves nothing to do behind its records.
+// Beside these, as torch_ops/_list_report.py has it: one of two with an upper half, the number of a
+// report that the caller asks for or the tag of a list that leaves nothing to do behind its records.
 inline constexpr int64_t kAsksForReport = 16, kIsComplete = 32;
 
 struct BatchOptions {
@@ -30,13 +30,16 @@ struct BatchOptions {
   bool has(Flag flag) const { return (flags & flag) != 0; }
 };
 
+// Flags that say something else stay whole, and check_inputs refuses them.
 inline BatchOptions options_of(int64_t flags, int64_t window_left) {
   const auto upper = static_cast<uint32_t>(static_cast<uint64_t>(flags) >> 32);
-  return {.flags = flags & 0xffffffff & ~(kAsksForReport | kIsComplete),
+  const int64_t said = flags & (kAsksForReport | kIsComplete);
+  const bool of_a_list = upper != 0 && (said == kAsksForReport || said == kIsComplete);
+  return {.flags = of_a_list ? (flags & 0xffffffff) - said : flags,
           .window_left = window_left,
           .logits = {},
-          .complete_tag = (flags & kIsComplete) != 0 ? static_cast<int>(upper) : 0,
-          .report = (flags & kAsksForReport) != 0 ? upper : 0};
+          .complete_tag = of_a_list && said == kIsComplete ? static_cast<int>(upper) : 0,
+          .report = of_a_list && said == kAsksForReport ? upper : 0};
 }
 
 // What the scheduler is asked for; from index tensors and head counts.
