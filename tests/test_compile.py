@@ -147,6 +147,14 @@ def batch_cases(device: torch.device) -> dict[str, list[Arguments]]:
         cases["attention_lse"].append((narrow, {}))
         cases["attention_full"].append(((*narrow, 0.0, 1, 1.0, 1e4, False), {}))
         cases["attention_full"].append(((*narrow[:9], None, *narrow[10:]), {}))
+        operands = (inputs.q, *inputs.cache)
+        work = inputs.index["kv_lens" if form == "padded" else "kv_indptr"]
+        if device.type == "cuda":
+            work = inputs.schedule()
+        prepare = (*operands, inputs.index.get("kv_indices"), work, 0, inputs.index["qo_indptr"], 2)
+        cases["attention_prepare"] = [(prepare, {}), ((*prepare, -1, 7, 0.125, 30.0), {})]
+        cases["attention_prepared"] = [((*operands, 0), {})]
+        cases["attention_prepared_lse"] = [((*operands, 0), {})]
         out, lse = inputs.call()
         wide = out.new_zeros((len(out), 6, 64))[:, 1:5]
         cases["attention_out"].append(((wide, lse, *narrow, 0.0, 1), {}))

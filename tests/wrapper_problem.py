@@ -124,6 +124,15 @@ def check(kind: str, inputs: Inputs, host: bool = False) -> None:
     if kind != "batch":
         plain = poisoned_call(device, run, wrapper, kind, inputs)
         assert torch.equal(plain, out), "out: differs without LSE"
+    for _ in range(4):
+        again = poisoned_call(device, run, wrapper, kind, inputs, return_lse=True)
+        assert torch.equal(again[0], out), "out: differs when run again"
+        assert torch.equal(again[1], lse), "lse: differs when run again"
+    if kind != "batch":
+        plain = poisoned_call(device, run, wrapper, kind, inputs)
+        assert torch.equal(plain, out), "out: differs without LSE, when run again"
+    if device.type == "cuda":
+        assert (wrapper._calls.get(None) is not None) == bool(len(inputs.q)), "not prepared"
     work = wrapper.schedule(len(inputs.q))
     given = poisoned_call(device, run, wrapper, kind, inputs, return_lse=True, schedule=work)
     assert torch.equal(given[0], out), "out: differs with a given work list"

@@ -421,6 +421,25 @@ def _attention_lse_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[
     return _attend_checked("attention_lse", q, k, v, *options)
 
 
+@fake_impl("attention_prepare")
+@cpu_impl("attention_prepare")
+def _attention_prepare(*_: Any, **__: Any) -> int:
+    """Only a GPU is worth it."""
+    return 0
+
+
+@fake_impl("attention_prepared")
+@cpu_impl("attention_prepared")
+def _attention_prepared(*_: Any) -> None:
+    return None
+
+
+@fake_impl("attention_prepared_lse")
+@cpu_impl("attention_prepared_lse")
+def _attention_prepared_lse(*_: Any) -> tuple[None, None]:
+    return None, None
+
+
 @cpu_impl("attention_full")
 def _attention_full_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return _attend_checked("attention_full", q, k, v, *options)

@@ -52,6 +52,11 @@ class ListReport:
             return 0
         return self._asks
 
+    def is_awaited(self) -> bool:
+        """Whether it has still not come, nor been given up."""
+        self.flags()
+        return self.settled is None
+
 
 def new_report() -> ListReport | None:
     """The report of a list that no call has had yet; None: there is no memory for it."""

@@ -125,13 +125,12 @@ class PagedWrapper(Wrapper):
             or (sinks is not None or enable_pdl is not None or q_len_per_req is not None)
         ):
             self._refuse(args, q_scale, k_scale, v_scale, sinks, enable_pdl, q_len_per_req)
-        options = self._options if window_left is None else self._with_window(window_left)
         if type(paged_kv_cache) is tuple and len(paged_kv_cache) == 2:
             k, v = paged_kv_cache
         else:
             k, v = pair(self._where("run"), paged_kv_cache)
         return self._run(
-            q, k, v, options, out, lse, return_lse, schedule, lse_base, lse_layout
+            q, k, v, window_left, out, lse, return_lse, schedule, lse_base, lse_layout
         )  # fmt: skip
 
     def run_return_lse(
@@ -154,7 +153,7 @@ class PagedWrapper(Wrapper):
         """A run with options of its own, as the older verbs have it."""
         refuse_run_options(self._where("forward"), (), **scales)
         k, v = pair(self._where("run"), paged_kv_cache)
-        return self._run(q, k, v, options, None, None, return_lse, schedule, "ln", "NH")
+        return self._run_with(q, k, v, options, None, None, return_lse, schedule, "ln", "NH")
 
     def _refuse(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from ctypes import c_float
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,14 @@ from ._batch_ops import (
 from ._capture import is_capturing
 from ._older_verbs import OlderVerbs
 from ._ops import is_compiling, is_grad_enabled, refuse_grad
+from ._prepared import (
+    MOST_PREPARED,
+    PREPARE,
+    PREPARED,
+    PREPARED_LSE,
+    RUNS_BEFORE,
+    PreparedCall,
+)
 from ._work_lists import WorkLists
 from ._wrapper_options import dtypes_of, refuse_backend
 
@@ -107,6 +115,10 @@ class Wrapper(OlderVerbs):
         self._problem: Problem = ()
         self._unvalidated = False
         self._lists = WorkLists()
+        # By the window that a run was given: what is prepared, and how many runs came before.
+        self._calls: dict[int | None, PreparedCall | None] = {}
+        self._num_runs: dict[int | None, int] = {}
+        self._num_prepared = 0
         self._captured_indices: list[Index] = []
 
     @property
@@ -189,6 +201,8 @@ class Wrapper(OlderVerbs):
         self._problem = self._problem_of(options)
         self._unvalidated = validate
         self._lists.clear()
+        self._calls, self._num_runs = {}, {}
+        self._num_prepared = 0
         if num_tokens is not None and self._schedules_in_plan:
             self._list_for((num_tokens, options.flags, options.window_left))
 
@@ -238,6 +252,86 @@ class Wrapper(OlderVerbs):
         return buffer
 
     def _run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window_left: int | None,
+        out: Tensor | None,
+        lse: Tensor | None,
+        return_lse: bool,
+        schedule: Tensor | None,
+        lse_base: str,
+        lse_layout: str,
+    ) -> Result:
+        """A run with the plan's options, and its window where none is given."""
+        plain = (
+            (out is None and lse is None and schedule is None)
+            and (lse_base == "ln" and lse_layout == "NH")
+            and not is_compiling()
+        )
+        if plain:
+            call = self._calls.get(window_left)
+            if call is None or not (call.report is None or call.report.is_awaited()):
+                call = self._prepare(q, k, v, window_left)
+            if call is not None:
+                if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+                    refuse_grad(self._where("run"), q, k, v)
+                again: Any
+                if return_lse:
+                    again = PREPARED_LSE(q, k, v, call.number)
+                    found = again[0] is not None
+                else:
+                    again = PREPARED(q, k, v, call.number)
+                    found = again is not None
+                if found:
+                    result: Result = again
+                    return result
+                self._prepare(q, k, v, window_left)
+        options = self._options if window_left is None else self._with_window(window_left)
+        return self._run_with(
+            q, k, v, options, out, lse, return_lse, schedule, lse_base, lse_layout
+        )  # fmt: skip
+
+    def _prepare(
+        self, q: Tensor, k: Tensor, v: Tensor, window_left: int | None
+    ) -> PreparedCall | None:
+        """Prepare this run and others that look like it, once a plan has had a few."""
+        before, runs = self._calls.get(window_left), self._num_runs.get(window_left, 0)
+        if runs < RUNS_BEFORE:
+            self._num_runs[window_left] = runs + 1
+            return None
+        if before is None and self._num_prepared == MOST_PREPARED:
+            return None
+        options = self._options if window_left is None else self._with_window(window_left)
+        key = (q.shape[0], options.flags, options.window_left)
+        work = self._lists.eager.get(key)
+        if not self._on_gpu or work is None or is_capturing(self._gpu):
+            return None
+        self._calls[window_left] = None
+        if q.dtype != self._q_dtype or self._unvalidated or self._num_prepared == MOST_PREPARED:
+            return None
+        self._num_prepared += 1
+        report, told = self._lists.reports.get(key), 0
+        if report is not None:
+            told = report.flags() if report.settled is None else report.settled
+            report = report if report.settled is None else None
+        beside = before.number if before is not None and before.report is report else 0
+        assert self._index is not None
+        qo_indptr, _, kv_indices, _ = self._index
+        try:
+            number = PREPARE(
+                q, k, v, kv_indices, work, beside, qo_indptr, options.flags | told,
+                self._max_q_len, options.window_left, options.sm_scale, *(options.logits or ()),
+            )  # fmt: skip
+        except (RuntimeError, ValueError, TypeError):
+            return None  # the run itself fails too, and says why
+        if before is None or number != before.number:
+            before = PreparedCall(number, report) if number else None
+        self._calls[window_left] = before
+        return before
+
+    def _run_with(
         self,
         q: Tensor,
         k: Tensor,

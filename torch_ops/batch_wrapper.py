@@ -141,14 +141,17 @@ class BatchAttention(Wrapper):
         """
         if k_scale is not None or v_scale is not None:
             refuse_given(self._where("run"), k_scale=k_scale, v_scale=v_scale)
-        options = self._options
-        if logits_soft_cap != 0.0:
+        k, v = pair(self._where("run"), kv_cache)
+        if logits_soft_cap == 0.0:
+            result = self._run(q, k, v, None, out, lse, True, schedule, lse_base, lse_layout)
+        else:
             if not logits_soft_cap > 0.0:
                 expected, way_out = "a positive number, or 0", "0 is the plan's."
                 where = self._where("run")
                 _check.fail(where, "logits_soft_cap", expected, logits_soft_cap, way_out)
-            options = options._replace(logits=(float(logits_soft_cap), 0, 1.0, 1e4, False))
-        k, v = pair(self._where("run"), kv_cache)
-        result = self._run(q, k, v, options, out, lse, True, schedule, lse_base, lse_layout)
+            options = self._options._replace(logits=(float(logits_soft_cap), 0, 1.0, 1e4, False))
+            result = self._run_with(
+                q, k, v, options, out, lse, True, schedule, lse_base, lse_layout
+            )  # fmt: skip
         assert isinstance(result, tuple)
         return result

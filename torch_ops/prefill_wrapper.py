@@ -423,9 +423,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
             refuse_run_options(where, args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
         if enable_pdl is not None:
             one_of(self._where("run"), "enable_pdl", enable_pdl, (False, True))
-        return self._run(
-            q, k, v, self._options, out, lse, return_lse, schedule, lse_base, lse_layout
-        )
+        return self._run(q, k, v, None, out, lse, return_lse, schedule, lse_base, lse_layout)
 
     def run_return_lse(
         self, q: Tensor, k: Tensor, v: Tensor, *args: object, **options: Any
@@ -454,7 +452,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
             self, causal, pos_encoding_mode, use_fp16_qk_reduction, window_left, logits_soft_cap,
             sm_scale, rope_scale, rope_theta,
         )  # fmt: skip
-        result: Any = self._run(q, k, v, options, None, None, False, None, "ln", "NH")
+        result: Any = self._run_with(q, k, v, options, None, None, False, None, "ln", "NH")
         out: Tensor = result
         return out
 
@@ -477,7 +475,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
             self, causal, pos_encoding_mode, use_fp16_qk_reduction, window_left, logits_soft_cap,
             sm_scale, rope_scale, rope_theta,
         )  # fmt: skip
-        result: Any = self._run(q, k, v, options, None, None, True, None, "ln", "NH")
+        result: Any = self._run_with(q, k, v, options, None, None, True, None, "ln", "NH")
         both: tuple[Tensor, Tensor] = result
         return both
 

@@ -16,7 +16,8 @@ inline constexpr int64_t kMaxBatchCount = int64_t{1} << 30;  // of tokens, pages
 enum Flag : int64_t { kHnd = 1, kCausal = 2, kInvariant = 4, kLensAreTokens = 8 };
 
 // Beside these, as torch_ops/_list_report.py has it: one of two with an upper half, the number of a
-// report that the caller asks for or the tag of a list that leaves nothing to do behind its records.
+// report that the caller asks for or the tag of a list that leaves nothing to do behind its
+// records.
 inline constexpr int64_t kAsksForReport = 16, kIsComplete = 32;
 
 struct BatchOptions {

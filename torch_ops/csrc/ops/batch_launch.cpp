@@ -245,60 +245,99 @@ void launch_schedule(const Lengths& of, const Device& gpu, const Tensor& list) {
                   batch_tag(of, problem, plan));
 }
 
-void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& options,
-                      const Cache& cache, const BatchResults& results) {
-  const char* op = of.op;
-  if (of.num_tokens == 0) return;
-  const Device& gpu = device(in.q.gpu);
-  const BatchProblem problem = problem_of(in, of, options);
-  const BatchPlan plan = plan_batch(problem, gpu_of(gpu));
-  if (plan.num_partial_rows > kMaxBatchCount) {
-    fail(op, "batch_invariant", "a batch whose partial results have at most 2^30 rows",
+namespace {
+
+// What a call's shapes, options and GPU settle.
+struct Settled {
+  const Device& gpu;
+  const BatchProblem problem;
+  const BatchPlan plan;
+  const int tag;
+
+  Settled(const Inputs& in, const Lengths& of, const BatchOptions& options)
+      : gpu(device(in.q.gpu)),
+        problem(problem_of(in, of, options)),
+        plan(plan_batch(problem, gpu_of(gpu))),
+        tag(batch_tag(of, problem, plan)) {
+    if (plan.num_partial_rows <= kMaxBatchCount) return;
+    fail(of.op, "batch_invariant", "a batch whose partial results have at most 2^30 rows",
          std::to_string(plan.num_partial_rows), "Split the call");
   }
+};
 
+const int* list_of(const Inputs& in, const Lengths& of) {
+  const Arg given{of.op, "schedule", *in.schedule};
+  check_list(given, list_length(of), in.q);
+  return static_cast<const int*>(given.data);
+}
+
+BatchCall call_of(const Inputs& in, const Lengths& of, const BatchOptions& options,
+                  const Cache& cache, const Settled& settled, const BatchResults& results,
+                  const int* list) {
+  const auto& [gpu, problem, plan, tag] = settled;
   const ListLayout layout = list_layout(of.batch_size, of.num_tokens, of.group_size(),
                                         of.num_kv_heads, problem.invariant);
-  const int tag = batch_tag(of, problem, plan);
-  std::optional<Tensor> own_list;
-  const int* list = nullptr;
-  if (in.schedule) {
-    const Arg given{op, "schedule", *in.schedule};
-    check_list(given, list_length(of), in.q);
-    list = static_cast<const int*>(given.data);
-  } else {
-    own_list = empty(in.q.gpu, {list_length(of)}, Dtype::Int);
-    auto* made = static_cast<int*>(own_list->mutable_data_ptr());
-    launch_schedule(of, problem, plan, gpu, made, tag);
-    list = made;
+  const bool complete = options.complete_tag == tag;
+  BatchCall call = {
+      .gpu = &gpu,
+      .attention = &attention_kernel(plan, problem.paged, problem.bf16, batch_variant(problem)),
+      .combine = complete ? nullptr : &combine_kernel(problem.bf16),
+      .how = {.grid_x = batch_grid(plan, of.num_kv_heads),
+              .block = static_cast<unsigned>(plan.block),
+              .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
+      .num_partial_rows = plan.num_partial_rows,
+      .num_counters = plan.in_one_launch ? num_batch_counters(plan.num_ctas) : 0,
+      .params = make_params(in, of, options, cache, plan, layout, results, list)};
+  call.params.tag = tag;
+  if (options.report != 0 && !complete) {
+    call.params.report = reinterpret_cast<int64*>(report_place(options.report));
+    call.params.report_value =
+        static_cast<int64>(uint64_t{static_cast<uint32_t>(tag)} << 32 | options.report);
   }
+  return call;
+}
 
-  BatchAttentionParams params = make_params(in, of, options, cache, plan, layout, results, list);
-  params.tag = tag;
-  AttentionParams& attention = params.attention;
-  const Workspace parts(gpu, plan.num_partial_rows * (of.head_dim_vo + 2) * int64_t{sizeof(float)},
-                        plan.in_one_launch ? num_batch_counters(plan.num_ctas) : 0);
+}  // namespace
+
+void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& options,
+                      const Cache& cache, const BatchResults& results) {
+  if (of.num_tokens == 0) return;
+  const Settled settled(in, of, options);
+  if (in.schedule) {
+    BatchCall call = call_of(in, of, options, cache, settled, results, list_of(in, of));
+    launch_attention(call);
+    return;
+  }
+  const Tensor own = empty(in.q.gpu, {list_length(of)}, Dtype::Int);
+  auto* list = static_cast<int*>(own.mutable_data_ptr());
+  launch_schedule(of, settled.problem, settled.plan, settled.gpu, list, settled.tag);
+  BatchCall call = call_of(in, of, options, cache, settled, results, list);
+  launch_attention(call);
+}
+
+BatchCall prepare_attention(const Inputs& in, const Lengths& of, const BatchOptions& options,
+                            const Cache& cache, const BatchResults& results) {
+  return call_of(in, of, options, cache, Settled(in, of, options), results, list_of(in, of));
+}
+
+void launch_attention(BatchCall& call) {
+  const Device& gpu = *call.gpu;
+  AttentionParams& attention = call.params.attention;
+  const int64_t num_rows = call.num_partial_rows;
+  const int64_t row = attention.head_dim_vo;
+  const Workspace parts(gpu, num_rows * (row + 2) * int64_t{sizeof(float)}, call.num_counters);
   attention.partial_out = static_cast<float*>(parts.data());
-  attention.partial_stats = attention.partial_out + plan.num_partial_rows * of.head_dim_vo;
+  attention.partial_stats = attention.partial_out + num_rows * row;
   attention.counters = parts.counters();
   // Why no programmatic launch: CTAs that come while another kernel holds an SM crowd onto the
   // others, and each has an equal share of the work.
-  launch(attention_kernel(plan, problem.paged, problem.bf16, batch_variant(problem)), gpu,
-         {.grid_x = batch_grid(plan, of.num_kv_heads),
-          .block = static_cast<unsigned>(plan.block),
-          .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
-         &params);
-  if (attention.counters || options.complete_tag == tag) return;
-  if (options.report != 0) {
-    params.report = reinterpret_cast<int64*>(report_place(options.report));
-    params.report_value =
-        static_cast<int64>(uint64_t{static_cast<uint32_t>(tag)} << 32 | options.report);
-  }
-  launch(combine_kernel(problem.bf16), gpu,
+  launch(*call.attention, gpu, call.how, &call.params);
+  if (attention.counters || !call.combine) return;
+  launch(*call.combine, gpu,
          {.grid_x = static_cast<unsigned>(2 * gpu.num_sms),
           .block = kCombineThreads,
           .pdl = gpu.sm >= 90},
-         &params);
+         &call.params);
 }
 
 }  // namespace ridgeline

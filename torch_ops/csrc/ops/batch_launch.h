@@ -5,6 +5,7 @@
 
 #include "ops/batch_choice.h"
 #include "ops/batch_inputs.h"
+#include "runtime/kernel.h"
 
 namespace ridgeline {
 
@@ -21,6 +22,22 @@ void launch_schedule(const Lengths& of, const Device& gpu, const Tensor& list);
 // Runs attention, with the list of `in` or one of its own.
 void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& options,
                       const Cache& cache, const BatchResults& results);
+
+// The launches of a call that has a list. Those of another call differ in the addresses of q, k, v,
+// out and lse alone, where all else is as it was.
+struct BatchCall {
+  const Device* gpu;
+  Kernel* attention;
+  Kernel* combine;  // null where nothing is left to add up
+  Launch how;       // of attention
+  int64_t num_partial_rows;
+  int num_counters;
+  BatchAttentionParams params;
+};
+BatchCall prepare_attention(const Inputs& in, const Lengths& of, const BatchOptions& options,
+                            const Cache& cache, const BatchResults& results);
+// Fills in what the stream has for the call's parts.
+void launch_attention(BatchCall& call);
 
 // The steps of both, for launches of more than one batch.
 BatchProblem problem_of(const Lengths& of);

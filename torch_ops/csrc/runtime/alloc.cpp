@@ -12,7 +12,7 @@ constexpr size_t kMaxRank = 64;  // torch's own limit
 
 }  // namespace
 
-Tensor empty(int gpu, std::span<const int64_t> shape, Dtype dtype) {
+OwnedTensor empty_owned(int gpu, std::span<const int64_t> shape, Dtype dtype) {
   if (shape.size() > kMaxRank) throw std::runtime_error("a tensor of more than 64 dimensions");
   std::array<int64_t, kMaxRank> strides;
   int64_t stride = 1;
@@ -28,7 +28,7 @@ Tensor empty(int gpu, std::span<const int64_t> shape, Dtype dtype) {
           &handle) != AOTI_TORCH_SUCCESS) {
     throw std::runtime_error("torch could not allocate a tensor of shape " + shape_text(shape));
   }
-  return Tensor(handle);
+  return OwnedTensor(handle);
 }
 
 }  // namespace ridgeline

@@ -141,4 +141,11 @@ CUstream current_stream(const Device& device) {
   return static_cast<CUstream>(stream);
 }
 
+bool is_captured(CUstream stream) {
+  if (stream == nullptr) return false;  // no capture takes the default stream
+  CaptureStatus status = CaptureStatus::kNone;
+  driver_check(driver().stream_is_capturing(stream, &status), "asking for the state of a stream");
+  return status != CaptureStatus::kNone;
+}
+
 }  // namespace ridgeline

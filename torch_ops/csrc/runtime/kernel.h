@@ -70,4 +70,7 @@ unsigned resident_clusters(Kernel& kernel, const Device& device, const Launch& h
 // Torch's current stream of the device.
 CUstream current_stream(const Device& device);
 
+// Whether a CUDA graph takes in what is launched on a stream.
+bool is_captured(CUstream stream);
+
 }  // namespace ridgeline

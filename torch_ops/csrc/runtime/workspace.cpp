@@ -83,13 +83,6 @@ Tensor allocate(const Device& device, CUstream stream, int64_t num_bytes, bool c
   return *made;
 }
 
-bool is_captured(CUstream stream) {
-  if (stream == nullptr) return false;  // no capture takes the default stream
-  CaptureStatus status = CaptureStatus::kNone;
-  driver_check(driver().stream_is_capturing(stream, &status), "asking for the state of a stream");
-  return status != CaptureStatus::kNone;
-}
-
 }  // namespace
 
 Workspace::Workspace(const Device& device, int64_t num_bytes, int num_counters) {
