@@ -253,6 +253,77 @@ def test_many_whole_heads(device: torch.device, rng: torch.Generator) -> None:
         check(device, rng, replace(case, lens=MANY, new=MANY))
 
 
+@pytest.mark.parametrize("interleave", [False, True], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [c for c in CACHES if c[0] != torch.float32],
+    ids=str,
+)
+def test_heads_of_128(
+    device: torch.device,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    norm: bool,
+    interleave: bool,
+    rng: torch.Generator,
+) -> None:
+    """The calls that have a kernel of their own, and those next to them."""
+
+    def pad(requests: Tensor, positions: Tensor, table: paged.Table) -> None:
+        requests[::3] = -1
+        positions[::5] = 2**31 - 1
+        table.indices[::4] = -5
+
+    own = Case(
+        heads=(12, 3),
+        dims=(128, 128),
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        norm=dtype if norm else None,
+        interleave=interleave,
+        source="fused",
+        lens=(9, 0, 70),
+        new=(5, 0, 33),
+    )
+    check(device, rng, own)
+    check(device, rng, replace(own, change=pad, own_pos_ids=True, q_out="in place"))
+    check(device, rng, replace(own, heads=(9, 9), kv_layout="HND", kind="gaps", page_size=5))
+    check(device, rng, replace(own, heads=(0, 2), kind="layers", lens=(1,), new=(1,)))
+    if kv_dtype != dtype:
+        check(device, rng, replace(own, scales=(0.5, 3.0)))
+        check(device, rng, replace(own, scales=(torch.tensor([0.25, 1.3, 2.0]), 3.0)))
+    for change in (
+        {"index_dtype": torch.int64},
+        {"source": "odd stride"},
+        {"rotary_dim": 64},
+        {"dims": (128, 64)},
+        {"table": True},
+        {"norm": torch.float32 if norm else None, "source": "strided"},
+    ):
+        check(device, rng, replace(own, **change))
+
+
+@pytest.mark.parametrize("heads", [(32, 8), (5, 1)], ids=str)
+@pytest.mark.parametrize("interleave", [False, True], ids=["half-split", "interleaved"])
+def test_index_dtypes_agree(
+    device: torch.device, heads: tuple[int, int], interleave: bool, rng: torch.Generator
+) -> None:
+    """The same bits from both kernels for heads of 128."""
+    inputs, pool, table = call_inputs((40, 3), heads, 128, torch.bfloat16, device, rng)
+    weights = [normal((128,), torch.bfloat16, device, rng) for _ in range(2)]
+    for options in ({}, {"q_weight": weights[0], "k_weight": weights[1]}):
+        results = []
+        for dtype in (torch.int32, torch.int64):
+            cache = torch.zeros_like(pool)
+            q = ridgeline.rope_append_paged_kv_cache(
+                *inputs[:3], *(x.to(dtype) for x in inputs[3:]), cache, *table,
+                interleave=interleave, **options,
+            )  # fmt: skip
+            results.append((q, cache))
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
 def test_unaligned_weights(device: torch.device, rng: torch.Generator) -> None:
     """The same numbers at an odd address: another kernel, another order of the sum of squares."""
     for dtype in (torch.bfloat16, torch.float32):

@@ -83,6 +83,8 @@ struct GuessedPages {
   uint32 request;
   int32 first, last;
 
+  __device__ __forceinline__ GuessedPages() {}
+
   __device__ __forceinline__ GuessedPages(const PageTable& table, uint32 token)
       : request(token < table.batch_size ? token : 0), first(0), last(0) {
     if (table.batch_size == 0) return;

@@ -71,6 +71,10 @@ struct AngleTable {
 
   alignas(16) float2 values[kMaxPairs];
 
+  __device__ __forceinline__ void put(uint32 slot, uint32 unit, float2 angle) {
+    values[(slot / kTogether * kMaxUnits + unit) * kTogether + slot % kTogether] = angle;
+  }
+
   // A lane has two pairs on their way at once.
   template <class Lanes, class CosSin>
   __device__ __forceinline__ void fill(uint32 num_pairs, const Divider& num_units,
@@ -80,16 +84,12 @@ struct AngleTable {
     const auto angle_of = [&](uint32 i) {
       return cos_sin_of(Lanes::pair(unit_of(i), slot_of(i), num_pairs));
     };
-    const auto put = [&](uint32 i, float2 angle) {
-      const uint32 slot = slot_of(i);
-      values[(slot / kTogether * kMaxUnits + unit_of(i)) * kTogether + slot % kTogether] = angle;
-    };
 #pragma unroll 1
     for (uint32 i = threadIdx.x % kWarpSize; i < num_pairs; i += 2 * kWarpSize) {
       const uint32 other = i + kWarpSize < num_pairs ? i + kWarpSize : i;
       const float2 angle = angle_of(i), other_angle = angle_of(other);
-      put(i, angle);
-      put(other, other_angle);
+      put(slot_of(i), unit_of(i), angle);
+      put(slot_of(other), unit_of(other), other_angle);
     }
   }
 

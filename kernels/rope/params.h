@@ -178,4 +178,41 @@ constexpr RopeAppendPlan rope_append_plan(uint32 num_q_heads, uint32 num_kv_head
           num_q_slices + (num_kv_heads + kv_heads - 1) / kv_heads};
 }
 
+constexpr int kRopePlainHeadDim = 128;
+constexpr uint32 kRopePlainHeads = 8;  // of a warp
+constexpr uint32 kRopePlainWarps = 4;  // of a block
+
+// In the order in which they are needed, in lines of the cache that they come through. Strides in
+// elements.
+struct RopePlainParams {
+  Divider num_slices;  // of a token: of q, then of k, then of v
+  uint32 num_tokens;
+  uint32 first_k_slice;
+  uint32 first_v_slice;
+  uint32 num_q_heads;
+  uint32 num_kv_heads;
+  const int32* pos_ids;  // [num_tokens], for the angle
+  void* q_out;
+  const void* q;  // [num_tokens, num_q_heads, kRopePlainHeadDim]; k and v as well
+  const void* k;
+  const void* v;
+  uint32 q_token_stride;
+  uint32 k_token_stride;
+  uint32 v_token_stride;
+  uint32 q_out_token_stride;
+  const void* q_weight;  // [kRopePlainHeadDim], T; of a kernel with norms
+  const void* k_weight;
+  float eps;
+  float k_inverse_scale;
+  const int32* batch_indices;  // [num_tokens]
+  const int32* positions;      // [num_tokens], in the cache
+  PageTable table;
+  float v_inverse_scale;
+  void* k_cache;
+  void* v_cache;
+  PagedStrides k_strides;  // of heads below 2^31 / num_heads
+  PagedStrides v_strides;
+  uint64 turns[kRopePlainHeadDim / 2];
+};
+
 }  // namespace ridgeline

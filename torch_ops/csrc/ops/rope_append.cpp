@@ -11,6 +11,7 @@
 
 #include "ops/cache_cast.h"
 #include "ops/rope_angles.h"
+#include "ops/rope_append_plain.h"
 #include "rope/params.h"
 #include "runtime/catalog.h"
 #include "runtime/kernel.h"
@@ -78,6 +79,8 @@ std::vector<Row> append_rows() {
       add(wide_elements(types.from), "16-byte accesses");
       add(1, "views or sizes that are not multiples of 16 bytes");
     }
+    const std::vector<Row> plain = rope_plain_rows(kOp, types);
+    rows.insert(rows.end(), plain.begin(), plain.end());
   }
   return rows;
 }
@@ -266,6 +269,12 @@ void run(const Arg& q, const std::array<Side, 2>& sides, const Tensor& batch_ind
                   .num_q_slices = plan.num_q_slices,
                   .num_slices = make_divider(plan.num_slices),
                   .turning_units = make_divider(qk_units.num_turning)};
+  const RopePlainCall plain{
+      {q.dtype, sides[0].target.dtype}, interleave, q.sizes[2], v.cache.head_dim, params};
+  if (wide && is_rope_plain(plain)) {
+    launch_rope_plain(plain, device(k.target.gpu));
+    return;
+  }
   const auto token_groups = static_cast<unsigned>((nnz + kRopeAppendWarps - 1) / kRopeAppendWarps);
   launch(append_kernel(q.dtype, conversion, wide, interleave), device(k.target.gpu),
          {.grid_x = token_groups * plan.num_slices, .block = kRopeAppendWarps * 32}, &params);
