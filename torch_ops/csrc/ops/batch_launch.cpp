@@ -275,6 +275,9 @@ void launch_attention(const Inputs& in, const Lengths& of, const BatchOptions& o
 
   BatchAttentionParams params = make_params(in, of, options, cache, plan, layout, results, list);
   params.tag = tag;
+  const double key_bytes = 2.0 * static_cast<double>(of.num_kv_heads) *
+                           static_cast<double>(of.head_dim_qk + of.head_dim_vo);
+  params.keys_are_many = static_cast<double>(problem.max_keys) * key_bytes > gpu.l2_bytes;
   AttentionParams& attention = params.attention;
   const Workspace parts(gpu, plan.num_partial_rows * (of.head_dim_vo + 2) * int64_t{sizeof(float)},
                         plan.in_one_launch ? num_batch_counters(plan.num_ctas) : 0);
