@@ -43,6 +43,7 @@ def test_kind_of_list(batch: Batch, by_tile: bool, rng: torch.Generator) -> None
 
 LIST_HEADER, SHARES, CUT_TILES = 16, 1024 * 16, 1024 * 8  # words of a list before its records
 RECORD_WORDS = 12
+SHARE_WORDS, SHARE_BEGIN, SHARE_END = 16, 12, 13
 REQUEST, KV_HEAD, Q_ROW_BEGIN, KV_BEGIN, KV_END = 1, 2, 3, 8, 9  # of a record
 
 
@@ -88,6 +89,30 @@ def check_records(work: torch.Tensor, q_lens: list[int], kv_lens: list[int]) -> 
         parts.sort()
         assert [begin for begin, _ in parts] == [0, *(end for _, end in parts[:-1])]
         assert parts[-1][1] == kv_lens[request]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("size", "kv_len", "num_records", "num_cut"),
+    [(64, 1024, 2, 0), (32, 300, 1, 0), (16, 1024, 1, 16), (48, 1024, None, None), (64, 1, 2, 0)],
+)
+def test_decodes_of_one_length(
+    size: int, kv_len: int, num_records: int | None, num_cut: int | None
+) -> None:
+    """Where almost as many ranges as there are teams divide them evenly, all ranges are alike."""
+    device = torch.device("cuda", 0)
+    work = ridgeline.schedule(
+        kv_lens=torch.full((size,), kv_len, dtype=torch.int32, device=device),
+        num_qo_tokens=size, num_qo_heads=32, num_kv_heads=8, head_dim_qk=128,
+    ).cpu()  # fmt: skip
+    check_records(work, [1] * size, [kv_len] * size)
+    # Of 33 teams 32 have work then.
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    if sms == 132 and sm_under_test(device) >= 80 and num_records is not None:
+        shares = work[LIST_HEADER : LIST_HEADER + 33 * SHARE_WORDS].view(-1, SHARE_WORDS)
+        records = (shares[:, SHARE_END] - shares[:, SHARE_BEGIN]).tolist()
+        assert records == [num_records] * 32 + [0]
+        assert int(work[NUM_CUT_TILES]) == num_cut
 
 
 @pytest.mark.gpu

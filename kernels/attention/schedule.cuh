@@ -12,6 +12,9 @@
 // so the place of every record follows from the number of cuts before it, and all are written at
 // once. Parts of one unit have consecutive slots of partial results, in the order of their keys.
 //
+// Decodes of one cost are cut evenly, where almost as many ranges as there are teams divide them:
+// few are cut then, and no range is of pieces of two.
+//
 // In even parts, where tall tiles that cost about the same, as those over a shared prefix do, are
 // most of the work: each is cut in the same number of parts, one a team, and the rest in short
 // ones. First come the first parts of all tiles, which are read against the same keys, then the
@@ -208,6 +211,7 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
   // The items and their costs.
   Cost cost_before = 0;
   Cost most_costs[kSegments] = {};
+  bool equal = !kTall && items.one_each && !params.invariant;
 #pragma unroll 1
   for (int base = 0; base < num_items; base += kThreads) {
     const int index = base + thread;
@@ -247,7 +251,10 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
     const Sums<Cost> sums =
         exclusive_sum<kThreads>(cost, reinterpret_cast<Cost*>(smem.warp_sums[turn]));
     turn ^= 1;
-    if (index < num_items) found.costs[index] = cost_before + sums.before;
+    if (index < num_items) {
+      found.costs[index] = cost_before + sums.before;
+      equal = equal && sums.before == index * cost;
+    }
     cost_before += sums.total;
   }
   if (thread == 0) found.costs[num_items] = cost_before;
@@ -261,7 +268,7 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
       if (lane == 0) smem.warp_mosts[i][warp] = most_costs[i];
     }
   }
-  __syncthreads();
+  equal = __syncthreads_and(equal);
 
   ListHeader header = {};
   header.tag = params.tag;
@@ -289,7 +296,10 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
                       most_costs[kSegments - 1]);
   }
   const int num_units = num_items * num_bundles;
-  const int num_ranges = even.num_parts > 0 ? even.num_ranges : params.num_teams;
+  const int num_equal = equal ? ranges_of_equals(params, num_units, cost_before) : 0;
+  const int num_ranges = even.num_parts > 0 ? even.num_ranges
+                         : num_equal > 0    ? num_equal
+                                            : params.num_teams;
 
   // Cuts, and how many there are up to each: inner ones, and in the upper half the units they cut.
   // The first lane of a warp has the cut before the warp's own.
@@ -301,6 +311,7 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
     Cut cut = {-1, 0};
     if (c >= 0 && c < num_ranges && num_items > 0) {
       cut = kTall && even.num_parts > 0 ? find_even_cut<kTall>(params, found, num_items, even, c)
+            : num_equal > 0             ? find_equal_cut(params, found, num_units, num_ranges, c)
                                         : find_cut<kTall>(params, found, num_items, c);
     }
     const int unit_before = __shfl_up_sync(0xffffffffu, cut.unit, 1);

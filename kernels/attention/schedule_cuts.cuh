@@ -12,6 +12,9 @@ inline constexpr int kShortShare = 16;
 // So few items are a range then, that the last ones end at about the same time.
 inline constexpr int kItemsOfRange = 2;
 
+// So many steps a team at most where units of one cost are shared out evenly.
+inline constexpr int kEqualSteps = 56;
+
 // A place in the line of units: KV tile kv_tile of a unit.
 struct Cut {
   int unit;
@@ -123,6 +126,35 @@ __device__ __forceinline__ Cut find_even_cut(const ScheduleParams<kSegments>& pa
   // Why in two terms: their product may not fit 32 bits.
   const int before = count / num * place + count % num * place / num;
   return {unit, is_short ? of_parts + before : before};
+}
+
+// Decodes that all cost the same: as many ranges as give each the same number of whole units, or a
+// half of one, where a sixteenth of the teams or fewer go without; or all teams, where they are a
+// multiple of the units. 0: there is no such number, or so much work that the teams which go
+// without cost more than cuts.
+template <int kSegments, typename Cost>
+__device__ __forceinline__ int ranges_of_equals(const ScheduleParams<kSegments>& params,
+                                                uint32 num_units, Cost total) {
+  const int step_cost = params.segments[0].heights[0].step_cost;
+  if (num_units == 0 || total > Cost(kEqualSteps) * step_cost * params.num_teams) return 0;
+  const int lane = threadIdx.x % 32;
+  const uint32 num_ranges = params.num_teams - lane;
+  const bool fits = lane <= params.num_teams / 16 &&
+                    (num_units % num_ranges == 0 || num_ranges == 2 * num_units ||
+                     (lane == 0 && num_ranges % num_units == 0));
+  const uint32 all = __ballot_sync(0xffffffffu, fits);
+  return all == 0 ? 0 : params.num_teams + 1 - __ffs(all);
+}
+
+// Where the units of such a list are cut for the c-th time.
+template <int kSegments, typename Cost>
+__device__ __forceinline__ Cut find_equal_cut(const ScheduleParams<kSegments>& params,
+                                              const Found<Cost>& found, uint32 num_units,
+                                              uint32 num_ranges, uint32 c) {
+  const uint32 unit = num_units * c / num_ranges;
+  const uint32 rest = num_units * c - unit * num_ranges;
+  const uint32 num_tiles = num_kv_tiles(params.segments[0].heights[0], found.items[0]);
+  return {int(unit), int(num_tiles * rest / num_ranges)};
 }
 
 // Whether the last segment's tiles are cut in even parts, and how: where almost all teams get one,

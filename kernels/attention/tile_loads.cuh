@@ -39,7 +39,11 @@ struct RowCopies {
     return uint32(opaque(thread)) % 8 * kChunk;
   }
 
-  __device__ __forceinline__ void copy_all() const {
+  __device__ __forceinline__ void copy_all() const { copy_all<false>(false); }
+
+  // kMayBeOnce: as cp_async_16_once().
+  template <bool kMayBeOnce>
+  __device__ __forceinline__ void copy_all(bool once) const {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int row = pass * kRowsPerPass;
@@ -50,7 +54,12 @@ struct RowCopies {
 #pragma unroll
       for (int line = 0; line < kRowBytes / 128; ++line) {
         const int element = line * 8 * kChunk;
-        cp_async_16(target + line * 128, source + element, exists && element < num_elements);
+        if constexpr (kMayBeOnce) {
+          cp_async_16_once(target + line * 128, source + element, exists && element < num_elements,
+                           once);
+        } else {
+          cp_async_16(target + line * 128, source + element, exists && element < num_elements);
+        }
       }
     }
   }

@@ -24,6 +24,23 @@ __device__ __forceinline__ void cp_async_16(uint32 shared_destination, const voi
 #endif
 }
 
+// The same where `once` says that no one reads it again: it leaves the L2 cache before all else
+// then, from sm_90 on.
+__device__ __forceinline__ void cp_async_16_once(uint32 shared_destination, const void* source,
+                                                 bool keep, bool once) {
+#if __CUDA_ARCH__ >= 900
+  uint64 first, normal;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
+                   shared_destination),
+               "l"(source), "r"(keep ? 16 : 0), "l"(once ? first : normal)
+               : "memory");
+#else
+  cp_async_16(shared_destination, source, keep);
+#endif
+}
+
 // Brings the 32 bytes around a word into the first cache; the word itself goes to shared memory, as
 // it must somewhere. Nothing on sm_75.
 __device__ __forceinline__ void cp_async_cached(uint32 shared_destination, const void* word) {

@@ -289,6 +289,9 @@ BatchCall call_of(const Inputs& in, const Lengths& of, const BatchOptions& optio
       .num_counters = plan.in_one_launch ? num_batch_counters(plan.num_ctas) : 0,
       .params = make_params(in, of, options, cache, plan, layout, results, list)};
   call.params.tag = tag;
+  const double key_bytes = 2.0 * static_cast<double>(of.num_kv_heads) *
+                           static_cast<double>(of.head_dim_qk + of.head_dim_vo);
+  call.params.keys_are_many = static_cast<double>(problem.max_keys) * key_bytes > gpu.l2_bytes;
   if (options.report != 0 && !complete) {
     call.params.report = reinterpret_cast<int64*>(report_place(options.report));
     call.params.report_value =

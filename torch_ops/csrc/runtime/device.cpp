@@ -42,6 +42,7 @@ std::unique_ptr<const Device> describe(int index) {
   info->real_sm = 10 * attribute(DeviceAttribute::kComputeCapabilityMajor, info->handle) +
                   attribute(DeviceAttribute::kComputeCapabilityMinor, info->handle);
   info->num_sms = attribute(DeviceAttribute::kMultiprocessorCount, info->handle);
+  info->l2_bytes = attribute(DeviceAttribute::kL2CacheSize, info->handle);
   info->max_dynamic_smem = attribute(DeviceAttribute::kSharedMemoryPerBlockOptin, info->handle);
   const int forced = forced_sm();
   if (forced > info->real_sm) {

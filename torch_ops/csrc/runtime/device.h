@@ -21,6 +21,7 @@ struct Device {
       arch;  // what kernels are resolved for: "sm_90a", or "compute_80" under RIDGELINE_ARCH
   int num_sms;
   int max_dynamic_smem;  // bytes a block may opt in to
+  int l2_bytes;
   CUdevice handle;
   CUcontext context;  // the primary context, which torch uses too
 };

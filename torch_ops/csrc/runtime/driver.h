@@ -42,6 +42,7 @@ struct LaunchConfig {
 
 enum class DeviceAttribute : int {
   kMultiprocessorCount = 16,
+  kL2CacheSize = 38,
   kComputeCapabilityMajor = 75,
   kComputeCapabilityMinor = 76,
   kSharedMemoryPerBlockOptin = 97,
