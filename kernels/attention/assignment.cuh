@@ -5,8 +5,10 @@
 #include "attention/batch_params.h"
 #include "attention/cut_tiles.cuh"
 #include "attention/work_item.cuh"
+#include "common/arch.cuh"
 #include "common/cp_async.cuh"
 #include "common/ldmatrix.cuh"
+#include "common/opaque.cuh"
 
 namespace ridgeline {
 
@@ -116,7 +118,13 @@ __device__ __forceinline__ Assignment read_assignment(const BatchAttentionParams
   result.end = blockIdx.x < params.num_ctas ? held_to(range.y, 0, params.max_records) : 0;
   if (may_go_by_tile) {
     const int64 place = min(tile, params.max_records - 1) * int64(kRecordWords);
-    const WorkRecord of_tile = read_record(params.list + params.records_at + place);
+    WorkRecord of_tile = read_record(params.list + params.records_at + place);
+    if constexpr (kSm >= 90) {
+      // Why opaque: the compiler would read none of it before the header has arrived.
+      of_tile.segment_height = opaque(of_tile.segment_height);
+      of_tile.q_begin = opaque(of_tile.q_begin);
+      of_tile.kv_begin = opaque(of_tile.kv_begin);
+    }
     if (header.y != 0) {
       result.next = of_tile;
       result.lane = params.attention.num_kv_heads.remainder(blockIdx.x);

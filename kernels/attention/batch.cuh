@@ -28,13 +28,23 @@ __device__ __forceinline__ void run_records(const BatchAttentionParams& params,
   } else {
     BatchItem& item = items[0];
     const auto fetch_next = [&] {
-      if (threadIdx.x == 0) fetch_record(params, assignment, 1);
+      if (threadIdx.x != 0) return;
+      fetch_record(params, assignment, 1);
+      if constexpr (Traits::kCountsArrivals) {
+        // Why already: the first copies are on their way meanwhile.
+        const int last_row = tile_rows<Traits>(params.attention, item.request, item.work) - 1;
+        item.seen_by_all = {
+            row_keys<Traits>(params.attention, item.request, item.work, last_row).begin,
+            row_keys<Traits>(params.attention, item.request, item.work, 0).end};
+      }
     };
     const auto get_work = [&](int) -> const WorkItem& { return item.work; };
     const auto make_kv = [&](const WorkItem&) { return typename Traits::Kv(params, item); };
     const auto keep = [&](KeyRange keys) -> const KeyRange& {
-      if (threadIdx.x == 0) item.seen_by_all = keys;
-      __syncthreads();
+      if constexpr (!Traits::kCountsArrivals) {
+        if (threadIdx.x == 0) item.seen_by_all = keys;
+        __syncthreads();
+      }
       return item.seen_by_all;
     };
     attend_tile<Traits>(params.attention, item.request, 0, get_work, make_kv, keep, fetch_next,

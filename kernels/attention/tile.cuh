@@ -110,7 +110,8 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   if constexpr (Traits::kCountsArrivals) {
     start_keys(first_step, first_step);
     start_values(first_step, first_step);
-    cp_async_wait<2>();
+    // Else what waits for the first step's keys and values waits for the query too.
+    if (Variant::kTransformsQuery || first_step == end_step) cp_async_wait<2>();
   } else {
     start_keys(0, 0);
 #pragma unroll

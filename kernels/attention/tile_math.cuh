@@ -289,8 +289,10 @@ __device__ __forceinline__ void move_origins(RowState<Traits>& state, Logits<Tra
     float origin[2];
     float rescale[2];
     bool far = false;
+    bool has_sums = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      has_sums |= state.maximum[m][half] != -kInfinity;
       float maximum = fmaxf(state.maximum[m][half], lane_maximum<Traits>(logits, m, half));
       maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
       maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2));
@@ -301,10 +303,13 @@ __device__ __forceinline__ void move_origins(RowState<Traits>& state, Logits<Tra
       offset[m][half] = origin[half] * scale;
       far |= fabsf(offset[m][half]) > kFarLogit;
     }
+    // In the first step there are none.
+    if (!Traits::kCountsArrivals || __any_sync(0xffffffffu, has_sums)) {
 #pragma unroll
-    for (int n = 0; n < Traits::kVoFrags; ++n) {
+      for (int n = 0; n < Traits::kVoFrags; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) state.out[m][n][i] *= rescale[i / 2];
+        for (int i = 0; i < 4; ++i) state.out[m][n][i] *= rescale[i / 2];
+      }
     }
     if (__any_sync(0xffffffffu, far)) {
 #pragma unroll

@@ -77,6 +77,7 @@ struct TileTraits {
                 "warps that divide the keys share 16 rows");
   static_assert(kKeys % 16 == 0 && kQk % 64 == 0 && kVo % 64 == 0,
                 "whole fragments and whole lines");
+  static_assert(!kCountsArrivals || !kQueryInRegisters, "the query arrives with the first keys");
   static_assert(!kSplitsKeys || kValueBytes >= 8 * kVo * int(sizeof(float)),
                 "room to merge eight rows");
 };
