@@ -95,7 +95,7 @@ struct RaggedKv {
   using Element = T;
   using Rows = StridedRows<T>;
   static constexpr int kCopiesAt = 8;
-  static constexpr int kCopiesAtOfNarrow = 2;
+  static constexpr int kCopiesAtOfNarrow = 0;
   static constexpr int kCopiesAtOfFull = 8;
 
   const BatchAttentionParams& params;
@@ -246,7 +246,7 @@ struct PlacedKv {
   using Element = T;
   using Rows = PlacedRows<T>;
   static constexpr int kCopiesAt = 0;
-  static constexpr int kCopiesAtOfNarrow = 2;
+  static constexpr int kCopiesAtOfNarrow = 0;
   static constexpr int kCopiesAtOfFull = 0;
 
   const BatchAttentionParams& params;

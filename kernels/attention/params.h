@@ -89,6 +89,7 @@ struct TileConfig {
   int stages;     // K tiles, and V tiles, in shared memory
   int ctas_per_sm;  // what the registers are budgeted for
   bool query_in_registers;
+  int warps_vo = 1;  // of them, so many share rows (tile_sharing.cuh)
 };
 
 // Why these: 16 rows read K and V once and want bytes in flight, so the warps split the keys, each
@@ -96,7 +97,8 @@ struct TileConfig {
 // accumulators leave room (up to 128 wide): each fragment of K or V that comes from shared memory,
 // the narrowest pipe here, then feeds two products; from sm_90 on, which has room for two CTAs with
 // two stages, warps meet at no barrier (tile_arrivals.cuh), and 64 wide heads, whose steps are
-// short, have a third CTA to cover what a warp waits for. Shared memory stays within 99 KiB from
+// short, have a third CTA to cover what a warp waits for. With 256 wide heads two warps share 32
+// rows there, each with half of the accumulators. Shared memory stays within 99 KiB from
 // sm_80 on, so that one table serves sm_80 to sm_89, and within 64 KiB on sm_75, whose copies do
 // not overlap with arithmetic: there one stage does, and small KV tiles leave room for a second
 // CTA.
@@ -122,6 +124,7 @@ constexpr TileConfig attention_tile(int head_dim_qk, int head_dim_vo, int tile_q
   if (head_dim_qk == 256 && head_dim_vo == 256) {
     if (tile_q == 16 && sm == 75) return {2, 2, 32, 1, 1, false};
     if (tile_q == 16) return {4, 4, 64, 1, 2, false};
+    if (tile_q == 64 && sm >= 90) return {4, 1, 64, 1, 2, false, 2};
     if (tile_q == 64) return {4, 1, sm == 75 ? 16 : 64, 1, sm == 75 ? 1 : 2, false};
   }
   return {};

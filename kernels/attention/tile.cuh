@@ -5,7 +5,8 @@
 //     waits for K(n), starts the load of V(n + stages - 1), computes P = softmax(Q K(n)^T),
 //     waits for V(n), starts the load of K(n + stages), adds P V(n),
 // so every load has at least half a step to arrive, with one stage too, and a barrier stands
-// between the last read of a tile and the load that overwrites it. Where arrivals are counted
+// between the last read of a tile and the load that overwrites it (where warps share rows, the one
+// for V(n) stands before the exponentials). Where arrivals are counted
 // (tile_arrivals.cuh), a step
 //     waits for K(n) and V(n), computes Q K(n)^T, in the middle of which it waits until all warps
 //     have read step n - 1, computes P, adds P V(n) and starts among these products the loads of
@@ -17,6 +18,7 @@
 #include "attention/tile_loads.cuh"
 #include "attention/tile_math.cuh"
 #include "attention/tile_output.cuh"
+#include "attention/tile_sharing.cuh"
 #include "common/opaque.cuh"
 #include "common/pdl.cuh"
 
@@ -58,7 +60,10 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   const int warp = threadIdx.x / 32;
   const int pipeline = Traits::kSplitsKeys ? warp : 0;
   const int loader = Traits::kSplitsKeys ? threadIdx.x % 32 : threadIdx.x;
-  const int warp_row = Traits::kSplitsKeys ? 0 : warp * Traits::kMFrags * 16;
+  const int warp_row = Traits::kSplitsKeys ? 0 : warp / Traits::kSharers * (Traits::kMFrags * 16);
+  // Which half of the keys and columns is this warp's, where two share rows.
+  const int own_half =
+      Traits::kSharers == 1 ? 0 : __shfl_sync(0xffffffffu, warp % Traits::kSharers, 0);
   const int first_step = Traits::kCountsArrivals ? tile_arrivals().first_round : 0;
   const int first_key =
       work.kv_begin + pipeline * Traits::kKeys - first_step * Traits::kKvTile;  // of step 0
@@ -169,7 +174,9 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
       pipeline_barrier<Traits>();
     }
     Logits<Traits> logits;
-    const uint32 key_tile = key_address + stage * Traits::kKeyBytes;
+    const uint32 key_tile = key_address + stage * Traits::kKeyBytes +
+                            own_half * (Traits::kOwnKeys * Traits::kKeyRowBytes);
+    const int own_key = step_key + own_half * Traits::kOwnKeys;
     const int thread = opaque(int(threadIdx.x));
     const uint32 key_lane_offset = right_first_lane_offset<Traits::kKeyRowBytes>(
         Traits::kCountsArrivals ? int(uint32(thread) % 32) : thread % 32);
@@ -182,6 +189,12 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
       }
     });
 
+    if constexpr (Traits::kSharers > 1) {
+      cp_async_wait<kPending>();
+      pipeline_barrier<Traits>();
+      start_keys(step + kStages, stage);
+    }
+
     // Before the mask, which raises no logit, so that the maxima are found among the last products.
     float offset[Traits::kMFrags][2];
     if (Variant::transforms_logits(params)) {
@@ -193,19 +206,28 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
       const bool ends_right = step_key + Traits::kKeys > seen_by_all.end;
       if constexpr (Traits::kCountsArrivals) {
         if (ends_left) {
-          mask_logits<Traits, true, false>(logits, params, request, work, warp_row, step_key);
+          mask_logits<Traits, true, false>(logits, params, request, work, warp_row, own_key);
         }
         if (ends_right) {
-          mask_logits<Traits, false, true>(logits, params, request, work, warp_row, step_key);
+          mask_logits<Traits, false, true>(logits, params, request, work, warp_row, own_key);
         }
       } else if (ends_left || ends_right) {
-        mask_logits<Traits>(logits, params, request, work, warp_row, step_key);
+        mask_logits<Traits>(logits, params, request, work, warp_row, own_key);
       }
     } else if (step_key < seen_by_all.begin || step_key + Traits::kKeys > seen_by_all.end) {
       // Why apart: both bounds ahead of the branch were compiled and measured from sm_90 on only.
       mask_logits<Traits>(logits, params, request, work, warp_row, step_key);
     }
-    if (__any_sync(0xffffffffu, moves)) move_origins<Traits>(state, logits, offset, scale);
+    bool moved = __any_sync(0xffffffffu, moves);
+    if (moved) {
+      if constexpr (Traits::kSharers > 1) {
+        if (step == first_step) {
+          Sharing<Traits>::of_tile().hear_maxima(state, logits);
+          moved = false;
+        }
+      }
+      move_origins<Traits>(state, logits, offset, scale);
+    }
     Exponentials<Traits> exponentials;
 #pragma unroll
     for (int group = 0; group < Traits::kEarlyGroups; ++group) {
@@ -215,13 +237,17 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
       }
     }
 
-    if constexpr (!Traits::kCountsArrivals) {
+    const uint32 value_tile = value_address + stage * Traits::kValueBytes +
+                              own_half * (Traits::kOwnKeys * Traits::kValueRowBytes +
+                                          Traits::kOwnVo * int(sizeof(typename Traits::Element)));
+    const uint32 value_lane_offset = down_first_lane_offset<Traits::kValueRowBytes>();
+    if constexpr (Traits::kSharers > 1) {
+      Sharing<Traits>::of_tile().tell(exponentials, state, moved);
+    } else if constexpr (!Traits::kCountsArrivals) {
       cp_async_wait<kPending>();
       pipeline_barrier<Traits>();
+      start_keys(step + kStages, stage);
     }
-    const uint32 value_tile = value_address + stage * Traits::kValueBytes;
-    const uint32 value_lane_offset = down_first_lane_offset<Traits::kValueRowBytes>();
-    if constexpr (!Traits::kCountsArrivals) start_keys(step + kStages, stage);
     multiply_values<Traits>(
         state, exponentials, logits, offset, scale, value_tile, value_lane_offset, [&](int i) {
           if (Traits::kCountsArrivals && i == Traits::kCopiesAt && step + 1 < end_step) {
@@ -230,6 +256,15 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
             tile_arrivals().there.arrive_after_copies();
           }
         });
+    if constexpr (Traits::kSharers > 1) {
+      Sharing<Traits>::wait_for_other();
+      Exponentials<Traits> others;
+      Sharing<Traits>::of_tile().hear(others, state, moved, scale);
+      multiply_values<Traits>(
+          state, others, logits, offset, scale,
+          value_tile + (1 - 2 * own_half) * (Traits::kOwnKeys * Traits::kValueRowBytes),
+          value_lane_offset, [](int) {});
+    }
     if constexpr (Traits::kCountsArrivals) {
       __syncwarp();
       if (opaque(int(threadIdx.x)) % 32 == 0) tile_arrivals().read.arrive();
@@ -240,6 +275,7 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   if constexpr (Traits::kCountsArrivals) {
     if (threadIdx.x == 0) tile_arrivals().first_round = end_step % 2;
   }
+  if constexpr (Traits::kSharers > 1) Sharing<Traits>::of_tile().add_up(state.sum);
   pdl_launch_dependents();
   const WorkItem& target = get_work(opaque(index));
   const int target_rows = tile_rows<Traits>(params, request, target);
@@ -247,10 +283,10 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     merge_and_store<Traits>(params, target, state, scale,
                             shared_pointer(query_address) + Traits::kQueryBytes, target_rows);
   } else if (target.partial_row >= 0) {
-    store_partial<Traits>(params, target, state, warp_row, target_rows);
+    store_partial<Traits>(params, target, state, warp_row, own_half, target_rows);
   } else {
     store_final<Traits>(params, target, state, scale, shared_pointer(query_address), warp_row,
-                        target_rows);
+                        own_half, target_rows);
   }
 }
 

@@ -40,25 +40,24 @@ struct RowState {
 template <typename Traits>
 using Logits = float[Traits::kMFrags][Traits::kKeyFrags][4];
 
-// A warp's query fragments: held in registers, or read again from shared memory at each step.
+// A warp's query fragments: held in registers, or read again from shared memory at each step, or
+// some of them so and the others so.
 template <typename Traits>
 struct QueryFragments {
-  static constexpr int kHeld = Traits::kQueryInRegisters ? Traits::kQk / 16 : 1;
+  static constexpr int kHeld = Traits::kHeldQuery;
 
   uint32 tile;
   uint32 lane_offset;
-  uint32 held[kHeld][Traits::kMFrags][4];
+  uint32 held[kHeld > 0 ? kHeld : 1][Traits::kMFrags][4];
 
   __device__ __forceinline__ QueryFragments(uint32 tile, uint32 lane_offset)
       : tile(tile), lane_offset(lane_offset) {
-    if constexpr (Traits::kQueryInRegisters) {
 #pragma unroll
-      for (int k = 0; k < kHeld; ++k) read(held[k], k);
-    }
+    for (int k = 0; k < kHeld; ++k) read(held[k], k);
   }
 
   __device__ __forceinline__ void get(uint32 (&fragments)[Traits::kMFrags][4], int k) const {
-    if constexpr (Traits::kQueryInRegisters) {
+    if (k < kHeld) {
 #pragma unroll
       for (int m = 0; m < Traits::kMFrags; ++m) {
 #pragma unroll
@@ -115,7 +114,7 @@ __device__ __forceinline__ void multiply_keys(Logits<Traits>& logits,
   // Why not all of a row with two fragments of rows: the compiler would start so many reads ahead
   // that accumulators spill, where no wait stands between them.
   constexpr bool kWholeRow =
-      Traits::kQueryInRegisters || Traits::kMFrags == 1 || Traits::kCountsArrivals;
+      Traits::kHeldQuery > 0 || Traits::kMFrags == 1 || Traits::kCountsArrivals;
   constexpr int kUnroll = kWholeRow ? Traits::kQk / 16 : 4;
 #pragma unroll kUnroll
   for (int k = 0; k < Traits::kQk / 16; ++k) {
@@ -327,8 +326,8 @@ __device__ __forceinline__ void move_origins(RowState<Traits>& state, Logits<Tra
 // multiply-add.
 template <typename Traits>
 struct Exponentials {
-  static constexpr int kGroups = Traits::kKeys / 16;  // of 16 keys: what a product takes
-  static constexpr int kPairs = Traits::kMFrags * 4;  // of exponentials in a group
+  static constexpr int kGroups = Traits::kOwnKeys / 16;  // of 16 keys: what a product takes
+  static constexpr int kPairs = Traits::kMFrags * 4;     // of exponentials in a group
   uint32 operands[kGroups][Traits::kMFrags][4];
   float sum[Traits::kMFrags][2];
 

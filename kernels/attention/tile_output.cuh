@@ -16,7 +16,7 @@ __device__ __forceinline__ float quad_sum(float value) {
 template <typename Traits>
 __device__ __forceinline__ void store_partial(const AttentionParams& params, const WorkItem& work,
                                               const RowState<Traits>& state, int warp_row,
-                                              int num_rows) {
+                                              int own_half, int num_rows) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < Traits::kMFrags; ++m) {
@@ -26,14 +26,15 @@ __device__ __forceinline__ void store_partial(const AttentionParams& params, con
       const float sum = quad_sum(state.sum[m][half]);
       if (row >= num_rows) continue;
       const int64 target = int64(work.partial_row) + row;
-      if (lane % 4 == 0) {
+      if (lane % 4 == 0 && own_half == 0) {
         reinterpret_cast<float2*>(params.partial_stats)[target] =
             make_float2(state.maximum[m][half], sum);
       }
-      float* out = params.partial_out + target * uint32(params.head_dim_vo) + 2 * (lane % 4);
+      float* out = params.partial_out + target * uint32(params.head_dim_vo) + 2 * (lane % 4) +
+                   own_half * Traits::kOwnVo;
 #pragma unroll
       for (int n = 0; n < Traits::kVoFrags; ++n) {
-        if (n * 8 < params.head_dim_vo) {
+        if (own_half * Traits::kOwnVo + n * 8 < params.head_dim_vo) {
           *reinterpret_cast<float2*>(out + n * 8) =
               make_float2(state.out[m][n][2 * half], state.out[m][n][2 * half + 1]);
         }
@@ -47,14 +48,17 @@ __device__ __forceinline__ void store_partial(const AttentionParams& params, con
 template <typename Traits>
 __device__ __forceinline__ void store_final(const AttentionParams& params, const WorkItem& work,
                                             const RowState<Traits>& state, float scale,
-                                            unsigned char* query_tile, int warp_row, int num_rows) {
+                                            unsigned char* query_tile, int warp_row, int own_half,
+                                            int num_rows) {
   using T = typename Traits::T;
   constexpr int kRowBytes = Traits::kVo * int(sizeof(T));
-  constexpr int kLines = kRowBytes / 128;
+  constexpr int kLines = kRowBytes / 128 / Traits::kSharers;
   constexpr int kPasses = Traits::kMFrags * 4;
   static_assert(kRowBytes <= Traits::kQueryRowBytes, "output rows fit the query's");
   static_assert(Traits::kMFrags <= 2, "a lane for each of the warp's rows");
-  unsigned char* rows = query_tile + warp_row * Traits::kQueryRowBytes;
+  const int first_column = own_half * Traits::kOwnVo;
+  unsigned char* rows =
+      query_tile + warp_row * Traits::kQueryRowBytes + first_column * int(sizeof(T));
   const int lane = threadIdx.x % 32;
   const int64 offset =
       row_target(params, work, min(warp_row + lane, num_rows - 1)).out_offset(params);
@@ -76,7 +80,7 @@ __device__ __forceinline__ void store_final(const AttentionParams& params, const
     }
   }
   __syncwarp();
-  if (params.lse != nullptr) {
+  if (params.lse != nullptr && own_half == 0) {
 #pragma unroll
     for (int i = 0; i < 2 * Traits::kMFrags; ++i) {
       const int row = warp_row + i * 8 + lane / 4;
@@ -102,7 +106,7 @@ __device__ __forceinline__ void store_final(const AttentionParams& params, const
     T* out = static_cast<T*>(params.out) + __shfl_sync(0xffffffffu, offset, row);
 #pragma unroll
     for (int line = 0; line < kLines; ++line) {
-      const int element = (line * 8 + lane % 8) * 8;
+      const int element = first_column + (line * 8 + lane % 8) * 8;
       if (warp_row + row < num_rows && element < params.head_dim_vo) {
         *reinterpret_cast<uint4*>(out + element) = lines[pass][line];
       }

@@ -31,22 +31,31 @@ struct TileTraits {
   static constexpr bool kQueryInRegisters = kConfig.query_in_registers;
 
   // Warps either share the keys and divide the rows, or share the rows and divide the keys; in the
-  // latter case each has a pipeline of its own.
+  // latter case each has a pipeline of its own. Where they divide the rows, two may share theirs.
   static constexpr bool kSplitsKeys = kConfig.warps_kv > 1;
-  static constexpr int kWarpsQ = kConfig.num_warps / kConfig.warps_kv;
+  static constexpr int kSharers = kConfig.warps_vo;
+  static constexpr int kWarpsQ = kConfig.num_warps / kConfig.warps_kv / kSharers;
   static constexpr int kKvTile = kConfig.kv_tile;
   static constexpr int kKeys = kKvTile / kConfig.warps_kv;         // of a step, in one pipeline
   static constexpr int kLoaders = kSplitsKeys ? 32 : kNumThreads;  // threads of a pipeline
   static constexpr int kNumPipelines = kSplitsKeys ? kConfig.warps_kv : 1;
   static constexpr int kMFrags = kTileQ / kWarpsQ / 16;  // fragments of 16 rows a warp
-  static constexpr int kKeyFrags = kKeys / 8;
-  static constexpr int kVoFrags = kVo / 8;
+  static constexpr int kOwnKeys = kKeys / kSharers;      // that a warp has the logits of
+  static constexpr int kOwnVo = kVo / kSharers;          // columns that it has the sums of
+  static constexpr int kKeyFrags = kOwnKeys / 8;
+  static constexpr int kVoFrags = kOwnVo / 8;
+  // Of a row's groups of 16 elements, the queries that registers hold: all, as many as there is
+  // room for, or none.
+  static constexpr int kHeldOfSharers = Variant_::kTransformsKey ? 4 : 5;
+  static constexpr int kHeldQuery = kQueryInRegisters ? kQk / 16
+                                    : kSharers > 1    ? kHeldOfSharers
+                                                      : 0;
   // Groups of 16 keys whose exponentials are taken before the products with values start. Why all
   // in some tiles: logits that live on among the products take registers that these do not have.
   static constexpr bool kIsFull =
       kMFrags == 2 &&
       ((kSm >= 90 ? kQk > 128 : kQk != 128) || Variant_::kFp16Logits || Variant_::kTransformsKey);
-  static constexpr int kEarlyGroups = kIsFull ? kKeys / 16 : 1;
+  static constexpr int kEarlyGroups = kIsFull ? kOwnKeys / 16 : 1;
 
   // Whether a batch's tiles are one stream (batch_stream.cuh): the next query arrives while this
   // one is in registers.
@@ -73,6 +82,8 @@ struct TileTraits {
   static constexpr int kScratchOffset = kQueryBytes + kNumPipelines * kPipelineBytes;
 
   static_assert(kConfig.num_warps > 0, "the table in attention/params.h has no such tile");
+  static_assert(kSharers == 1 || (kSharers == 2 && !kSplitsKeys && !kCountsArrivals && kIsFull),
+                "warps that share rows do so in pairs, at barriers");
   static_assert(!kSplitsKeys || (kWarpsQ == 1 && kTileQ == 16),
                 "warps that divide the keys share 16 rows");
   static_assert(kKeys % 16 == 0 && kQk % 64 == 0 && kVo % 64 == 0,

@@ -16,7 +16,7 @@ inline constexpr std::array<SmRange, 3> kTileSms = {{{75, 79}, {80, 89}, {90, 99
 
 constexpr auto fields(const TileConfig& tile) {
   return std::tuple(tile.num_warps, tile.warps_kv, tile.kv_tile, tile.stages, tile.ctas_per_sm,
-                    tile.query_in_registers);
+                    tile.query_in_registers, tile.warps_vo);
 }
 
 // A row says what a launch takes on all of its SMs, as its first has it.
