@@ -103,6 +103,16 @@ __device__ __forceinline__ void fetch_record(const BatchAttentionParams& params,
   }
 }
 
+// Whether the list has nothing for a CTA that starts when others are done. Why not asked of the
+// first ones: to those the header comes from further away, with their share.
+__device__ __forceinline__ bool is_spare(const BatchAttentionParams& params) {
+  if (blockIdx.x < params.num_at_once) return false;
+  const ListHeader& header = *reinterpret_cast<const ListHeader*>(params.list);
+  return header.by_tile != 0
+             ? int(params.attention.num_kv_heads.quotient(blockIdx.x)) >= header.num_records
+             : int(params.team_size.quotient(blockIdx.x)) >= header.num_ranges;
+}
+
 // A CTA's assignment, with its first record in `next`; none where the list has another tag.
 __device__ __forceinline__ Assignment read_assignment(const BatchAttentionParams& params,
                                                       bool may_go_by_tile) {

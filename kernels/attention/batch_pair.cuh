@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(
   __shared__ BatchItem items[2];
   __shared__ Assignment assignment;
   pdl_wait();
+  if (is_spare(params.segments[0])) return;
   if (threadIdx.x == 0) {
     const Assignment own = read_assignment(params.segments[0], Kernel::kHigh > 16);
     items[0] = checked_item<T>(params, own.next, own.lane);

@@ -80,6 +80,7 @@ struct ListHeader {
   int num_tokens;    // of all requests: rows of the output from here on are padding
   int most_pieces;   // no tile was cut into more
   int num_tokens_b;  // of the second segment, where there is one
+  int num_ranges;    // of a list that is shared out
 };
 
 inline constexpr int kMaxBatchCtas = 1024;
@@ -197,7 +198,8 @@ struct BatchAttentionParams {
   KvForm form;
   Divider page_size;
   int max_records;
-  int num_ctas;  // of all teams that a list which is shared out may have ranges for
+  int num_ctas;     // of all teams that a list which is shared out may have ranges for
+  int num_at_once;  // CTAs that fit the GPU, of that kernel alone
   Divider team_size;
   Divider slot_rows;
   int max_cut_tiles;

@@ -340,6 +340,7 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
   }
   const int num_cut_tiles = cuts_before / 65536;
   header.num_records = num_units + cuts_before % 65536;
+  header.num_ranges = num_ranges;
   header.num_cut_tiles = params.invariant ? params.batch_size * num_bundles : num_cut_tiles;
   header.most_pieces =
       params.invariant ? kInvariantPieces : cuts_before % 65536 - num_cut_tiles + 2;

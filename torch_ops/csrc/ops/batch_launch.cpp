@@ -221,6 +221,7 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
   }
   params.max_records = static_cast<int>(layout.max_records);
   params.num_ctas = plan.max_ranges * plan.team_size;
+  params.num_at_once = plan.num_ctas;
   params.team_size = make_divider(static_cast<uint32>(plan.team_size));
   params.slot_rows = make_divider(static_cast<uint32>(plan.slot_rows));
   params.max_cut_tiles = static_cast<int>(layout.max_cut_tiles);
