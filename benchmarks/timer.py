@@ -5,8 +5,9 @@ size (after a flush by writing, the call pays for the lines that are written bac
 around the graph's replay give the time; the median of many counts. This `us` holds what an empty
 kernel costs too (reported beside the results), as a single launch does in use.
 
-Calls that are compared take turns: a GPU at its power limit lowers its clock, by a third at times,
-so figures of two calls that ran one after the other may differ for no other reason.
+Calls that are compared take turns, in an order drawn anew for each round: a GPU at its power limit
+lowers its clock, by a third at times, so figures of two calls may differ for no other reason than
+what ran before each.
 
 `net_us` is the time inside a longer graph: N pairs of (flush, call) against N flushes alone, so the
 launch of the graph and the resolution of the events fall out.
@@ -17,6 +18,7 @@ On the CPU (dry runs) a wall clock is read around the call, and the figures mean
 from __future__ import annotations
 
 import contextlib
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +29,7 @@ import torch
 Call = Callable[[], object]
 WARMUP_CALLS = 3
 COPIES = 16
+MIN_ROUNDS = 8
 
 
 def l2_bytes(device: torch.device) -> int:
@@ -94,7 +97,7 @@ class Timer:
         return (total - alone) / COPIES
 
     def _repetitions(self, us: float) -> int:
-        return max(5, min(200, int(self.budget_ms * 1000 / max(us, 1.0))))
+        return max(MIN_ROUNDS, min(200, int(self.budget_ms * 1000 / max(us, 1.0))))
 
     def _begin_pool(self) -> None:
         """The memory of all graphs, used again by each; it lives as long as one of them."""
@@ -128,8 +131,10 @@ class Timer:
         ]
         for replay in replays:
             replay()
+        order = random.Random(count)
         for each in events:
-            for replay, (start, end) in zip(replays, each, strict=True):
+            turns = list(zip(replays, each, strict=True))
+            for replay, (start, end) in order.sample(turns, len(turns)):
                 if flush:
                     self.flush()
                 start.record()
