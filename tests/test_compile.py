@@ -288,8 +288,9 @@ def test_opcheck(name: str, device: torch.device) -> None:
     for cases in CASES:
         for arguments, options in cases(device).get(name, []):
             tests = OPCHECKS
-            if name.endswith("_schedule") and device.type == "cuda":
-                # Words that no record takes are never written, so two lists may differ.
+            if name.endswith(("_schedule", "_prepare")) and device.type == "cuda":
+                # Words of a list that no record takes are never written, and no prepared call has
+                # an earlier one's number, so two results may differ.
                 tests = tuple(test for test in tests if test != "test_aot_dispatch_dynamic")
             if any(a.dtype in FP8 for a in arguments if isinstance(a, Tensor)):
                 # It multiplies what an op mutates, which torch does not do in 8 bits.

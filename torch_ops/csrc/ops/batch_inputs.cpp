@@ -114,7 +114,7 @@ Lengths check_inputs(const Inputs& in, const BatchOptions& options, int64_t max_
   const bool listed = in.schedule && !in.kv_indptr && !in.kv_lens;
   const bool ragged =
       options.single || (!paged && (listed ? in.k.rank() == 3 : in.kv_indptr.has_value()));
-  if (options.flags < 0 || options.flags > 15) {
+  if (options.flags < 0 || options.flags > kAllFlags) {
     fail(op, "flags",
          "a sum of 1 (HND), 2 (causal), 4 (batch_invariant) and 8 (kv_lens of paged "
          "keys are tokens)",

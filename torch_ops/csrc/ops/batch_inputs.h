@@ -14,6 +14,7 @@ inline constexpr int64_t kMaxBatchCount = int64_t{1} << 30;  // of tokens, pages
 
 // The argument `flags`, as torch_ops/_batch_attention_cpu.py has it.
 enum Flag : int64_t { kHnd = 1, kCausal = 2, kInvariant = 4, kLensAreTokens = 8 };
+inline constexpr int64_t kAllFlags = 15;
 
 // Beside these, as torch_ops/_list_report.py has it: one of two with an upper half, the number of a
 // report that the caller asks for or the tag of a list that leaves nothing to do behind its
@@ -35,8 +36,10 @@ struct BatchOptions {
 inline BatchOptions options_of(int64_t flags, int64_t window_left) {
   const auto upper = static_cast<uint32_t>(static_cast<uint64_t>(flags) >> 32);
   const int64_t said = flags & (kAsksForReport | kIsComplete);
-  const bool of_a_list = upper != 0 && (said == kAsksForReport || said == kIsComplete);
-  return {.flags = of_a_list ? (flags & 0xffffffff) - said : flags,
+  const int64_t others = (flags & 0xffffffff) - said;
+  const bool of_a_list =
+      upper != 0 && (said == kAsksForReport || said == kIsComplete) && others <= kAllFlags;
+  return {.flags = of_a_list ? others : flags,
           .window_left = window_left,
           .logits = {},
           .complete_tag = of_a_list && said == kIsComplete ? static_cast<int>(upper) : 0,
