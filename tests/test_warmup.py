@@ -156,10 +156,13 @@ def test_second_warmup_finds_everything_in_the_cache(tmp_path: Path) -> None:
 
 SERVING_STEPS = """
 import os, torch, ridgeline
-ridgeline.warmup({"num_qo_heads": 8, "num_kv_heads": 2, "head_dim": 64, "dtype": "float16"},
-                 progress=False)
+head_dim, qk_norm = int(os.environ["HEAD_DIM"]), os.environ["QK_NORM"] == "True"
+ridgeline.warmup({"num_qo_heads": 8, "num_kv_heads": 2, "head_dim": head_dim, "dtype": "float16",
+                  "qk_norm": qk_norm}, progress=False)
 os.environ["RIDGELINE_JIT"] = "0"
-cache = torch.zeros(64, 2, 16, 2, 64, dtype=torch.float16, device="cuda")
+cache = torch.zeros(64, 2, 16, 2, head_dim, dtype=torch.float16, device="cuda")
+weight = torch.ones(head_dim, dtype=torch.float16, device="cuda")
+norms = {"q_weight": weight, "k_weight": weight} if qk_norm else {}
 indices = torch.arange(64, dtype=torch.int32, device="cuda")
 for lengths, new in [([5, 300], [1, 1]), ([20, 300], [7, 9]), ([40, 900], [1, 700])]:
     ints = lambda values: torch.tensor(values, dtype=torch.int32, device="cuda")
@@ -167,12 +170,12 @@ for lengths, new in [([5, 300], [1, 1]), ([20, 300], [7, 9]), ([40, 900], [1, 70
     kv_indptr, qo_indptr = ints([0, pages[0], sum(pages)]), ints([0, new[0], sum(new)])
     last = ints([(length - 1) % 16 + 1 for length in lengths])
     table = {"kv_indices": indices, "kv_indptr": kv_indptr}
-    q, k, v = (torch.randn(sum(new), heads, 64, device="cuda").half() for heads in (8, 2, 2))
+    q, k, v = (torch.randn(sum(new), heads, head_dim, device="cuda").half() for heads in (8, 2, 2))
     requests, positions = ridgeline.get_batch_indices_positions(
         qo_indptr, ints(lengths), sum(new))
     ridgeline.append_paged_kv_cache(k, v, requests, positions, cache, **table,
                                     kv_last_page_len=last)
-    q = ridgeline.rope_append_paged_kv_cache(q, k, v, requests, positions, cache, **table)
+    q = ridgeline.rope_append_paged_kv_cache(q, k, v, requests, positions, cache, **table, **norms)
     out = ridgeline.attention(q, cache, qo_indptr=qo_indptr, **table, kv_last_page_len=last,
                               causal=True, max_q_len=max(new))
     assert out.abs().sum() > 0 and out.isfinite().all()
@@ -184,8 +187,12 @@ print("served")
 
 
 @pytest.mark.gpu
-def test_serving_steps_after_a_warmup_compile_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("head_dim", "qk_norm"), [(64, True), (128, False), (128, True)])
+def test_serving_steps_after_a_warmup_compile_nothing(
+    head_dim: int, qk_norm: bool, tmp_path: Path
+) -> None:
     env = {"RIDGELINE_CACHE_DIR": str(tmp_path), "RIDGELINE_PACK_DIR": ""}
+    env |= {"HEAD_DIM": str(head_dim), "QK_NORM": str(qk_norm)}
     result = run_python(SERVING_STEPS, env)
     assert (result.returncode, result.stdout) == (0, "served\n"), result.stderr
 

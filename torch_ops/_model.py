@@ -23,6 +23,7 @@ FIELDS = {
     "intermediate_size": "size of the gated MLP; without it no activation is prepared",
     "rotary_dim": "rotated part of a head; default: head_dim_qk",
     "interleave": "whether RoPE pairs neighbours; default: False",
+    "qk_norm": "whether query and key heads are normed before RoPE; default: False",
     "window_left": "sliding window; default: -1, none",
     "logits_soft_cap": "default: 0, none",
     "pos_encoding_mode": "applied inside the attention kernel; default: NONE",
@@ -63,6 +64,7 @@ def from_mapping(config: Mapping[str, Any]) -> dict[str, Any]:
         "intermediate_size": int(config.get("intermediate_size", 0)),
         "rotary_dim": int(config.get("rotary_dim", head_dim_qk)),
         "interleave": bool(config.get("interleave", False)),
+        "qk_norm": bool(config.get("qk_norm", False)),
         "window_left": int(config.get("window_left", -1)),
         "logits_soft_cap": float(config.get("logits_soft_cap", 0.0)),
         "pos_encoding_mode": str(config.get("pos_encoding_mode", "NONE")),
@@ -90,6 +92,7 @@ def from_transformers(config: Any) -> dict[str, Any]:
             "head_dim": head_dim,
             "hidden_size": hidden_size,
             "intermediate_size": getattr(config, "intermediate_size", None) or 0,
+            "qk_norm": getattr(config, "model_type", "").startswith("qwen3"),
             "rotary_dim": int(head_dim * (getattr(config, "partial_rotary_factor", None) or 1)),
             # A window of w tokens counts the query itself; window_left counts those before it.
             "window_left": -1 if window is None else window - 1,
@@ -142,7 +145,7 @@ def _serving(model: Mapping[str, Any], rope: Mapping[str, object]) -> list[Quest
     return [
         ("get_batch_indices_positions", {}),
         ("append_paged_kv_cache", {"dtype": model["dtype"]}),
-        ("rope_append_paged_kv_cache", dict(rope)),
+        ("rope_append_paged_kv_cache", {**rope, "qk_norm": model["qk_norm"]}),
         ("sample", {"dtype": "float32"}),
     ]
 

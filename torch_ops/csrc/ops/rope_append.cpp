@@ -89,10 +89,13 @@ Choice append_choose(const std::string&, const Config& config, int) {
   const std::string dtype = "torch." + config.get("dtype", "float16");
   const std::string kv_dtype = "torch." + config.get("kv_dtype", config.get("dtype", "float16"));
   for (const Conversion& types : all_types()) {
-    if (dtype == dtype_name(types.from) && kv_dtype == dtype_name(types.to)) {
-      return {{append_name(types, wide_elements(types.from), config.get_int("interleave", 0) != 0)},
-              {}};
+    if (dtype != dtype_name(types.from) || kv_dtype != dtype_name(types.to)) continue;
+    const bool interleave = config.get_int("interleave", 0) != 0;
+    const long head_dim = config.get_int("head_dim", 0);
+    if (serves_plain(types, head_dim, config.get_int("rotary_dim", head_dim))) {
+      return {{plain_name(types, interleave, config.get_int("qk_norm", 0) != 0)}, {}};
     }
+    return {{append_name(types, wide_elements(types.from), interleave)}, {}};
   }
   return {{},
           {"dtype " + dtype + " into kv_dtype " + kv_dtype +

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <limits>
-#include <string>
 
 #include "runtime/names.h"
 
@@ -19,11 +18,6 @@ constexpr std::array kTargets = {Dtype::Half, Dtype::BFloat16, Dtype::Float8_e4m
 bool serves(const Conversion& types) {
   const bool is_float8 = types.to == Dtype::Float8_e4m3fn || types.to == Dtype::Float8_e5m2;
   return std::ranges::count(kTypes, types.from) > 0 && (is_float8 || types.to == types.from);
-}
-
-std::string plain_name(const Conversion& types, bool interleave, bool norms) {
-  return kernel_name(kEntry, device_type(types.from), device_type(types.to), kPairings[interleave],
-                     norms);
 }
 
 Kernel& plain_kernel(const Conversion& types, bool interleave, bool norms) {
@@ -55,6 +49,15 @@ bool fits(int64_t stride) {
 
 }  // namespace
 
+bool serves_plain(const Conversion& types, int64_t head_dim, int64_t rotary_dim) {
+  return serves(types) && head_dim == kRopePlainHeadDim && rotary_dim == kRopePlainHeadDim;
+}
+
+std::string plain_name(const Conversion& types, bool interleave, bool norms) {
+  return kernel_name(kEntry, device_type(types.from), device_type(types.to), kPairings[interleave],
+                     norms);
+}
+
 std::vector<Row> rope_plain_rows(const char* op, const Conversion& types) {
   std::vector<Row> rows;
   if (!serves(types)) return rows;
@@ -75,11 +78,10 @@ bool is_rope_plain(const RopePlainCall& call) {
     return side.source_head_stride == kRopePlainHeadDim && fits(side.source_token_stride) &&
            side.scales == nullptr && fits(side.target_strides.head * params.shape.num_kv_heads);
   };
-  return serves(call.types) && call.head_dim == kRopePlainHeadDim &&
-         call.head_dim_vo == kRopePlainHeadDim && params.shape.num_pairs == kRopePlainHeadDim / 2 &&
-         params.cache.values == nullptr && !params.pos_ids.are_int64 &&
-         !params.positions.are_int64 && !params.batch_indices.are_int64 &&
-         params.q.input_head_stride == kRopePlainHeadDim &&
+  return serves_plain(call.types, call.head_dim, 2 * params.shape.num_pairs) &&
+         call.head_dim_vo == kRopePlainHeadDim && params.cache.values == nullptr &&
+         !params.pos_ids.are_int64 && !params.positions.are_int64 &&
+         !params.batch_indices.are_int64 && params.q.input_head_stride == kRopePlainHeadDim &&
          params.q.output_head_stride == kRopePlainHeadDim && fits(params.q.input_token_stride) &&
          fits(params.q.output_token_stride) && is_plain_side(params.k) && is_plain_side(params.v) &&
          !params.norm.weights_are_float && is_aligned16(params.norm.q_weight) &&

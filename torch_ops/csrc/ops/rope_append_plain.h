@@ -1,6 +1,7 @@
 // The kernel for the most common calls of rope_append_paged_kv_cache.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "ops/cache_cast.h"
@@ -16,6 +17,11 @@ struct RopePlainCall {
   int64_t head_dim, head_dim_vo;
   const RopeAppendParams& params;  // for vectors of 16 bytes
 };
+
+// Whether heads and types are such as the kernel serves.
+bool serves_plain(const Conversion& types, int64_t head_dim, int64_t rotary_dim);
+
+std::string plain_name(const Conversion& types, bool interleave, bool norms);
 
 // Its rows of the core table for one pair of types; none where it does not serve them.
 std::vector<Row> rope_plain_rows(const char* op, const Conversion& types);
