@@ -211,7 +211,7 @@ struct BatchAttentionParams {
   int tag;
   int64* report;  // the host's: gets the value where nothing is left to add up or clear; or null
   int64 report_value;
-  int keys_are_many;  // more than the L2 cache holds, so that none of them need stay there
+  int keys_are_read_once;  // so that they need not stay in the L2 cache
 };
 
 // Two segments of one launch, in the order of the line; what the list has is the same in both.

@@ -93,7 +93,7 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
       kv.turn_to(answer);
       key_copies<Traits>(params, kv, key_address + stage * Traits::kKeyBytes, loader,
                          place.first_key, items[place.item].work.kv_end)
-          .template copy_all<true>(batch.keys_are_many);
+          .template copy_all<true>(batch.keys_are_read_once);
     }
     cp_async_commit();
   };
@@ -103,7 +103,7 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
       kv.turn_to(answer);
       value_copies<Traits>(params, kv, value_address + stage * Traits::kValueBytes, loader,
                            place.first_key, items[place.item].work.kv_end)
-          .template copy_all<true>(batch.keys_are_many);
+          .template copy_all<true>(batch.keys_are_read_once);
     }
     cp_async_commit();
   };

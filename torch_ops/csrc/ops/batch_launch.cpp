@@ -272,6 +272,16 @@ const int* list_of(const Inputs& in, const Lengths& of) {
   return static_cast<const int*>(given.data);
 }
 
+// Whether keys need not stay in the L2 cache: there are more than it holds, and no more numbers in
+// the page table than pages, as there are where many requests share theirs.
+bool are_keys_read_once(const Lengths& of, const BatchProblem& problem, const Cache& cache,
+                        const Device& gpu) {
+  const double key_bytes = 2.0 * static_cast<double>(of.num_kv_heads) *
+                           static_cast<double>(of.head_dim_qk + of.head_dim_vo);
+  return static_cast<double>(problem.max_keys) * key_bytes > gpu.l2_bytes &&
+         problem.max_keys <= cache.outer * cache.tokens;
+}
+
 BatchCall call_of(const Inputs& in, const Lengths& of, const BatchOptions& options,
                   const Cache& cache, const Settled& settled, const BatchResults& results,
                   const int* list) {
@@ -290,9 +300,7 @@ BatchCall call_of(const Inputs& in, const Lengths& of, const BatchOptions& optio
       .num_counters = plan.in_one_launch ? num_batch_counters(plan.num_ctas) : 0,
       .params = make_params(in, of, options, cache, plan, layout, results, list)};
   call.params.tag = tag;
-  const double key_bytes = 2.0 * static_cast<double>(of.num_kv_heads) *
-                           static_cast<double>(of.head_dim_qk + of.head_dim_vo);
-  call.params.keys_are_many = static_cast<double>(problem.max_keys) * key_bytes > gpu.l2_bytes;
+  call.params.keys_are_read_once = are_keys_read_once(of, problem, cache, gpu);
   if (options.report != 0 && !complete) {
     call.params.report = reinterpret_cast<int64*>(report_place(options.report));
     call.params.report_value =
