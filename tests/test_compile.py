@@ -151,7 +151,7 @@ def batch_cases(device: torch.device) -> dict[str, list[Arguments]]:
         work = inputs.index["kv_lens" if form == "padded" else "kv_indptr"]
         if device.type == "cuda":
             work = inputs.schedule()
-        prepare = (*operands, inputs.index.get("kv_indices"), work, 0, inputs.index["qo_indptr"], 2)
+        prepare = (*operands, inputs.index.get("kv_indices"), work, 0, inputs.index["qo_indptr"], 0)
         cases["attention_prepare"] = [(prepare, {}), ((*prepare, -1, 7, 0.125, 30.0), {})]
         cases["attention_prepared"] = [((*operands, 0), {})]
         cases["attention_prepared_lse"] = [((*operands, 0), {})]
