@@ -49,6 +49,27 @@ def test_mapping_with_a_mistake(config: dict[str, int], expected: str) -> None:
         ridgeline.warmup(config, arch="sm_80")
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "model_type", "kernel"),
+    [
+        (128, "llama", "rope_append_plain<{0}, {0}, HalfSplit, 0>"),
+        (128, "qwen3", "rope_append_plain<{0}, {0}, HalfSplit, 1>"),
+        (64, "llama", "rope_append_paged_kv_cache<{0}, {0}, 8, HalfSplit>"),
+    ],
+)
+def test_rope_append_of_a_model(head_dim: int, model_type: str, kernel: str) -> None:
+    """Heads of 128 have a kernel of their own, with the norm that the model has."""
+    model = _model.from_transformers(
+        SimpleNamespace(
+            hidden_size=512, num_attention_heads=4, head_dim=head_dim, model_type=model_type
+        )
+    )
+    config = asked_for(model, "rope_append_paged_kv_cache")
+    answer = compiler.library().explain("rope_append_paged_kv_cache", 90, config)
+    (name,) = answer["kernels"]
+    assert name.split(":")[1] == kernel.format("__nv_bfloat16")
+
+
 def test_transformers_config() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
