@@ -90,6 +90,7 @@ def large() -> list[Batch]:
     prefill = ((512, 512), (1000, 1000), (3, 3), (130, 700))
     draw = random.Random(3)
     many = tuple((1, draw.randint(0, 600)) for _ in range(300))
+    short = tuple((1, draw.randint(65, 200)) for _ in range(300))
     serving = (*tuple((1, draw.randint(1, 900)) for _ in range(40)), (300, 300), (128, 1500))
     batches = [
         Batch(lengths=skewed, name="skewed", max_q_len=1, **gqa),
@@ -103,6 +104,8 @@ def large() -> list[Batch]:
         Batch(lengths=((8, 3000), (7, 4000)), name="verify", causal=True, max_q_len=8, **gqa),
         Batch(lengths=many, name="many", max_q_len=1),
         Batch(lengths=many, name="many", decode=True, form="padded", heads=(8, 1)),
+        Batch(lengths=short, name="short", max_q_len=1, **gqa),
+        Batch(lengths=short, name="short", decode=True, form="ragged", **gqa),
         Batch(lengths=serving, name="serving", causal=True, **gqa),
         Batch(lengths=serving[::-1], name="serving", causal=True, page_size=1, **gqa),
     ]

@@ -27,13 +27,13 @@ __device__ __forceinline__ StreamPlace begin_of(const BatchItem (&items)[2], int
   return {item, work.kv_begin + int(threadIdx.x / 32) * Traits::kKeys, num_steps<Traits>(work)};
 }
 
-// To the next step; from the last one of an item to the other item's first, if it joins. True where
-// it went there.
+// To the next step; from the current item's last one to the other item's first, if that joins. True
+// where it went there.
 template <typename Traits>
 __device__ __forceinline__ bool advance(StreamPlace& place, const BatchItem (&items)[2],
-                                        bool joins) {
+                                        int current, bool joins) {
   place.first_key += Traits::kKvTile;
-  const bool moves_on = --place.steps_left == 0 && joins;
+  const bool moves_on = --place.steps_left == 0 && joins && place.item == current;
   if (moves_on) place = begin_of<Traits>(items, 1 - place.item);
   return moves_on;
 }
@@ -44,7 +44,7 @@ template <typename Traits>
 __device__ __forceinline__ bool joins_next(const BatchAttentionParams& params,
                                            BatchItem (&items)[2], int current,
                                            Assignment& assignment, OwnCuts* cuts) {
-  constexpr int kLeast = Traits::kStages + 1;
+  constexpr int kLeast = Traits::kStages;
   const BatchItem& item = items[current];
   if (!Traits::kJoins || assignment.index + 1 >= assignment.end) return false;
   const WorkRecord record = assignment.next;
@@ -114,7 +114,7 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
   uint32 answers[kStages + 1];
 #pragma unroll
   for (int i = 0; i <= kStages; ++i) {
-    if (i > 0) advance<Traits>(ahead, items, false);
+    if (i > 0) advance<Traits>(ahead, items, 0, false);
     answers[i] = look_up(ahead);
   }
   start_query(items[0]);
@@ -124,7 +124,7 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
 #pragma unroll
   for (int stage = 1; stage < kStages; ++stage) {
     start_values(loads, answers[stage - 1], stage - 1);
-    advance<Traits>(loads, items, false);
+    advance<Traits>(loads, items, 0, false);
     start_keys(loads, answers[stage], stage);
   }
   uint32 answer = answers[kStages - 1];
@@ -161,10 +161,15 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
       joins = joins_next<Traits>(batch, items, current, assignment, cuts);
     }
     const QueryFragments<Traits> query(query_address,
-                                       down_first_lane_offset<Traits::kQueryRowBytes>());
+                                       down_first_lane_offset<Traits::kQueryRowBytes>(loader));
     RowState<Traits> state;
     __syncthreads();
     const bool goes_on = joins;
+    if (goes_on && ahead.steps_left == 0) {
+      // An item of as few steps as there are stages: what comes after it was not known before.
+      ahead = begin_of<Traits>(items, 1 - current);
+      next_answer = look_up(ahead);
+    }
 
     int step_key = item.work.kv_begin + warp * Traits::kKeys;
 #pragma unroll 1
@@ -173,9 +178,9 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
       cp_async_wait<kPending>();
       __syncwarp();
       start_values(loads, answer, previous_stage);
-      const bool starts_next = advance<Traits>(loads, items, goes_on);
+      const bool starts_next = advance<Traits>(loads, items, current, goes_on);
       answer = next_answer;
-      advance<Traits>(ahead, items, goes_on);
+      advance<Traits>(ahead, items, current, goes_on);
       next_answer = look_up(ahead);
       if constexpr (Variant::kTransformsKey) {
         Variant::template key<typename Traits::Element, Traits::kQk>(
@@ -186,7 +191,7 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
       }
       Logits<Traits> logits;
       multiply_keys<Traits>(logits, query, key_address + stage * Traits::kKeyBytes,
-                            right_first_lane_offset<Traits::kKeyRowBytes>(), [](int) {});
+                            right_first_lane_offset<Traits::kKeyRowBytes>(loader), [](int) {});
 
       float offset[Traits::kMFrags][2];
       if (Variant::transforms_logits(params)) {
@@ -213,7 +218,7 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
       start_keys(loads, answer, stage);
       multiply_values<Traits>(state, exponentials, logits, offset, scale,
                               value_address + stage * Traits::kValueBytes,
-                              down_first_lane_offset<Traits::kValueRowBytes>(), [](int) {});
+                              down_first_lane_offset<Traits::kValueRowBytes>(loader), [](int) {});
       stage = stage == kStages - 1 ? 0 : stage + 1;
       step_key += Traits::kKvTile;
     }
