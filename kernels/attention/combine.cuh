@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kCombineThreads, 2)
 #pragma unroll 1
   for (int first = 0; first < params.head_dim_vo; first += kColumnsOfWarp) {
     const int column = first + lane_column();
-    const RowSums sums = combine_parts(params, row, column, scale, together, of_warps);
+    const RowSums sums = together ? add_parts_together(params, row, column, scale, of_warps)
+                                  : add_parts<1>(params, row, column, scale);
     if (!together || warp == 0) store_sums<T>(params, {query, head}, column, sums, scale);
   }
 }

@@ -77,38 +77,41 @@ __device__ __forceinline__ float weigh(float2 stats, float scale, float& maximum
   return weight;
 }
 
-// All parts of a row, by one warp; those of kGroups groups are on their way together. Why past the
-// first cache: other SMs wrote them during this launch.
+// Parts of a row on their way: of kGroups groups at most. Why past the first cache: other SMs wrote
+// them during this launch.
 template <int kGroups>
-__device__ __forceinline__ RowSums add_parts(const AttentionParams& params, const CutRow& row,
-                                             int column, float scale) {
-  constexpr int kAtOnce = kGroups * kPartsOfGroup;
-  static_assert(kAtOnce <= 32, "a lane has the statistics of one of them");
-  const int lane = threadIdx.x % 32;
-  const bool has_columns = column < params.head_dim_vo;
-  const int64 step = int64(row.stride) * params.head_dim_vo;
-  RowSums sums = no_sums();
-#pragma unroll 1
-  for (int begin = 0; begin < row.num_parts; begin += kAtOnce) {
-    const int count = min(row.num_parts - begin, kAtOnce);
+struct PartsAtOnce {
+  static constexpr int kMost = kGroups * kPartsOfGroup;
+  static_assert(kMost <= 32, "a lane has the statistics of one of them");
+  int count;
+  float2 stats;
+  float4 values[kMost];
+
+  __device__ __forceinline__ PartsAtOnce(const AttentionParams& params, const CutRow& row,
+                                         int begin, int column)
+      : count(min(row.num_parts - begin, kMost)), stats(make_float2(-kInfinity, 0.0f)) {
+    const int lane = threadIdx.x % 32;
+    const bool has_columns = column < params.head_dim_vo;
+    const int64 step = int64(row.stride) * params.head_dim_vo;
     const int64 place = row.first + int64(begin) * row.stride;
-    float2 stats = make_float2(-kInfinity, 0.0f);
     if (lane < count) {
       stats = __ldcg(reinterpret_cast<const float2*>(params.partial_stats) + place +
                      int64(lane) * row.stride);
     }
     const float* part = params.partial_out + place * params.head_dim_vo + column;
-    float4 values[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < kMost; ++i) {
       values[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       if (has_columns && i < count) values[i] = __ldcg(reinterpret_cast<const float4*>(part));
       part += step;
     }
+  }
+
+  __device__ __forceinline__ void add_to(RowSums& sums, float scale) const {
     float maximum, sum;
     const float weight = weigh(stats, scale, maximum, sum);
 #pragma unroll
-    for (int first = 0; first < kAtOnce; first += kPartsOfGroup) {
+    for (int first = 0; first < kMost; first += kPartsOfGroup) {
       if (first >= count) break;
       RowSums group = no_sums();
       group.maximum = __shfl_sync(0xffffffffu, maximum, first);
@@ -120,25 +123,32 @@ __device__ __forceinline__ RowSums add_parts(const AttentionParams& params, cons
       append(sums, group, scale);
     }
   }
+};
+
+// All parts of a row, by one warp.
+template <int kGroups>
+__device__ __forceinline__ RowSums add_parts(const AttentionParams& params, const CutRow& row,
+                                             int column, float scale) {
+  RowSums sums = no_sums();
+#pragma unroll 1
+  for (int begin = 0; begin < row.num_parts; begin += PartsAtOnce<kGroups>::kMost) {
+    PartsAtOnce<kGroups>(params, row, begin, column).add_to(sums, scale);
+  }
   return sums;
 }
 
-// The same in a combining CTA: by each warp for a row of its own, which has kPartsOfGroup parts at
-// most, or together by all warps, which have every kCombineWarps-th group each; warp 0 has the
-// result then. Why one call for both: code comes from memory too.
-__device__ __forceinline__ RowSums combine_parts(const AttentionParams& params, const CutRow& row,
-                                                 int column, float scale, bool together,
-                                                 RowSums (&of_warps)[kCombineWarps][32]) {
+// The same by all warps of a combining CTA, which have every kCombineWarps-th group each; warp 0
+// has the result then.
+__device__ __forceinline__ RowSums add_parts_together(const AttentionParams& params,
+                                                      const CutRow& row, int column, float scale,
+                                                      RowSums (&of_warps)[kCombineWarps][32]) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   RowSums sums = no_sums();
 #pragma unroll 1
-  for (int begin = 0;;) {
-    const int own = together ? begin + warp * kPartsOfGroup : 0;
-    const CutRow group = {row.first + int64(own) * row.stride, row.stride,
-                          min(row.num_parts - own, kPartsOfGroup)};
-    const RowSums own_sums = add_parts<1>(params, group, column, scale);
-    if (!together) return own_sums;
+  for (int begin = 0; begin < row.num_parts; begin += kCombineWarps * kPartsOfGroup) {
+    RowSums own_sums = no_sums();
+    PartsAtOnce<1>(params, row, begin + warp * kPartsOfGroup, column).add_to(own_sums, scale);
     __syncthreads();
     of_warps[warp][lane] = own_sums;
     __syncthreads();
@@ -147,9 +157,8 @@ __device__ __forceinline__ RowSums combine_parts(const AttentionParams& params, 
     if (warp == 0) {
       for (int other = 0; other < num_groups; ++other) append(sums, of_warps[other][lane], scale);
     }
-    begin += kCombineWarps * kPartsOfGroup;
-    if (begin >= row.num_parts) return sums;
   }
+  return sums;
 }
 
 // The first of this lane's first columns.
