@@ -18,7 +18,7 @@
 namespace ridgeline {
 
 // Runs the record in items[0]: alone, or with those that its stream goes on with. Why not beside
-// tall tiles: their kernels have no registers to spare.
+// tall tiles: these lose what a stream gains there.
 template <typename Traits, bool kStreams>
 __device__ __forceinline__ void run_records(const BatchAttentionParams& params,
                                             BatchItem (&items)[2], Assignment& assignment,
@@ -48,7 +48,7 @@ __device__ __forceinline__ void run_records(const BatchAttentionParams& params,
       return item.seen_by_all;
     };
     attend_tile<Traits>(params.attention, item.request, 0, get_work, make_kv, keep, fetch_next,
-                        smem);
+                        params.keys_are_read_once != 0, smem);
   }
 }
 

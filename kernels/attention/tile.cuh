@@ -47,11 +47,12 @@ __device__ __forceinline__ int tile_rows(const AttentionParams& params, const Re
 // `get_work(index)` is the work item. Why not the item itself: it is made again after the loop, so
 // that what only the output needs holds no register that the accumulators want. `make_kv(work)` is
 // its addressing, `keep(range)` the place of a range that every step asks for; what `fetch_more()`
-// starts to copy arrives before the first step.
+// starts to copy arrives before the first step. `once`: tiles whose warps split the keys read these
+// as cp_async_16_once() does.
 template <typename Traits, typename GetWork, typename MakeKv, typename Keep, typename FetchMore>
 __device__ __forceinline__ void attend_tile(const AttentionParams& params, const Request& request,
                                             int index, GetWork get_work, MakeKv make_kv, Keep keep,
-                                            FetchMore fetch_more, unsigned char* smem) {
+                                            FetchMore fetch_more, bool once, unsigned char* smem) {
   using Variant = typename Traits::Variant;
   constexpr int kStages = Traits::kStages;
   constexpr int kPending = 2 * (kStages - 1);  // groups younger than the one a step waits for
@@ -88,7 +89,7 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
                                 first_key + step * Traits::kKvTile, work.kv_end);
   };
   const auto start_keys = [&](int step, int stage) {
-    if (step < end_step) keys_of(step, stage).copy_all();
+    if (step < end_step) keys_of(step, stage).template copy_all<Traits::kSplitsKeys>(once);
     cp_async_commit();
   };
   // What the addresses of a step need from memory, ahead of its keys; its values use it too. Of the
@@ -98,7 +99,7 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
                                                                 work.kv_end);
   };
   const auto start_values = [&](int step, int stage) {
-    if (step < end_step) values_of(step, stage).copy_all();
+    if (step < end_step) values_of(step, stage).template copy_all<Traits::kSplitsKeys>(once);
     cp_async_commit();
   };
 

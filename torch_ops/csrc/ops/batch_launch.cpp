@@ -159,6 +159,14 @@ Kernel& combine_kernel(bool bf16) {
 
 }  // namespace
 
+bool are_keys_read_once(const Lengths& of, const BatchProblem& problem, const Cache& cache,
+                        const Device& gpu) {
+  const double key_bytes = 2.0 * static_cast<double>(of.num_kv_heads) *
+                           static_cast<double>(of.head_dim_qk + of.head_dim_vo);
+  return static_cast<double>(problem.max_keys) * key_bytes > gpu.l2_bytes &&
+         problem.max_keys <= cache.outer * cache.tokens;
+}
+
 BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const BatchOptions& options,
                                  const Cache& cache, const BatchPlan& plan,
                                  const ListLayout& layout, const BatchResults& results,
@@ -270,16 +278,6 @@ const int* list_of(const Inputs& in, const Lengths& of) {
   const Arg given{of.op, "schedule", *in.schedule};
   check_list(given, list_length(of), in.q);
   return static_cast<const int*>(given.data);
-}
-
-// Whether keys need not stay in the L2 cache: there are more than it holds, and no more numbers in
-// the page table than pages, as there are where many requests share theirs.
-bool are_keys_read_once(const Lengths& of, const BatchProblem& problem, const Cache& cache,
-                        const Device& gpu) {
-  const double key_bytes = 2.0 * static_cast<double>(of.num_kv_heads) *
-                           static_cast<double>(of.head_dim_qk + of.head_dim_vo);
-  return static_cast<double>(problem.max_keys) * key_bytes > gpu.l2_bytes &&
-         problem.max_keys <= cache.outer * cache.tokens;
 }
 
 BatchCall call_of(const Inputs& in, const Lengths& of, const BatchOptions& options,

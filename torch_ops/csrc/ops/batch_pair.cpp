@@ -177,6 +177,8 @@ std::tuple<Tensor, Tensor> attention_pair(
   BatchPairParams params = {
       {make_params(in_b, b, options_b, cache_b, plan, pair.layout, results_b, list),
        make_params(in_a, a, options_a, cache_a, plan, pair.layout, results_a, list)}};
+  params.segments[0].keys_are_read_once = are_keys_read_once(b, pair.problem_b, cache_b, gpu);
+  params.segments[1].keys_are_read_once = are_keys_read_once(a, pair.problem_a, cache_a, gpu);
   const Workspace parts(gpu, plan.num_partial_rows * (a.head_dim_vo + 2) * int64_t{sizeof(float)},
                         0);
   for (BatchAttentionParams& of : params.segments) {
