@@ -173,3 +173,25 @@ def test_tiles_over_the_same_keys_are_cut_alike(queries: int) -> None:
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     if sms == 132 and sm_under_test(device) >= 80:
         assert len(set(map(frozenset, cuts.values()))) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["ragged", "paged"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_last_of_equal_tiles_are_split(form: str, causal: bool, rng: torch.Generator) -> None:
+    """Those that are left when all SMs have had as many, where they are few: heads of the first
+    request's tile, which has no rows for some of the small tiles."""
+    compile_kernels()
+    device = torch.device("cuda", 0)
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    heads = 8
+    size = next(n for n in range(sms, 2 * sms) if 0 < heads * n % sms < heads)
+    batch = Batch(
+        lengths=((27, 200), *[(32, 200)] * (size - 1)), heads=(4 * heads, heads),
+        head_dims=(128, 128), form=form, causal=causal,
+    )  # fmt: skip
+    header = batch.inputs(device, rng).schedule()[:4].tolist()
+    splits = sm_under_test(device) >= 90
+    assert header[BY_TILE] == 1 + (heads * size % sms if splits else 0)
+    assert header[NUM_RECORDS] == size
+    check(batch, device, rng)

@@ -113,9 +113,37 @@ __device__ __forceinline__ bool is_spare(const BatchAttentionParams& params) {
              : int(params.team_size.quotient(blockIdx.x)) >= header.num_ranges;
 }
 
+// Of a list by tile: the first CTA that has no whole tile, but a part of one that is split. Given
+// the header's first words.
+__device__ __forceinline__ int first_split(const BatchAttentionParams& params, const int4& header) {
+  return header.z * int(params.attention.num_kv_heads.divisor) - (header.y - 1);
+}
+
+// Where the calling CTA has a part of a tile that is split, kLow of its kHigh rows, makes it the
+// CTA's item. Why apart: whole tiles do not wait for it.
+template <typename T, int kLow, int kHigh>
+__device__ __forceinline__ void take_part(const BatchAttentionParams& params, BatchItem& item,
+                                          Assignment& assignment) {
+  constexpr int kParts = kHigh / kLow;
+  const int4 header = *reinterpret_cast<const int4*>(params.list);
+  const int first = first_split(params, header);
+  const int part = int(blockIdx.x) - first;
+  if (header.x != params.tag || header.y < 2 || part < 0) return;
+  const int number = held_to(first + part / kParts, 0, blockIdx.x);
+  const int tile = params.attention.num_kv_heads.quotient(number);
+  if (tile >= min(header.z, params.max_records)) return;
+  WorkRecord record = read_record(params.list + params.records_at + tile * int64(kRecordWords));
+  record.segment_height = 0;
+  record.q_row_begin += part % kParts * kLow;
+  if (record.q_row_begin >= record.qo_len * int(params.attention.group_size.divisor)) return;
+  item = checked_item<T>(params, record, params.attention.num_kv_heads.remainder(number));
+  assignment.index = tile;
+  assignment.end = tile + 1;
+}
+
 // A CTA's assignment, with its first record in `next`; none where the list has another tag.
 __device__ __forceinline__ Assignment read_assignment(const BatchAttentionParams& params,
-                                                      bool may_go_by_tile) {
+                                                      bool may_go_by_tile, bool may_split) {
   const int4 header = *reinterpret_cast<const int4*>(params.list);
   const int team = min(int(params.team_size.quotient(blockIdx.x)), kMaxBatchCtas - 1);
   const int* share = params.list + kSharesAt + team * kShareWords;
@@ -139,7 +167,9 @@ __device__ __forceinline__ Assignment read_assignment(const BatchAttentionParams
       result.next = of_tile;
       result.lane = params.attention.num_kv_heads.remainder(blockIdx.x);
       result.index = tile;
-      result.end = tile < min(header.z, params.max_records) ? tile + 1 : 0;
+      bool exists = tile < min(header.z, params.max_records);
+      if (may_split) exists = exists && int(blockIdx.x) < first_split(params, header);
+      result.end = exists ? tile + 1 : 0;
     }
   }
   if (header.x != params.tag) result.end = 0;

@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(
   using Kernel = BatchKernel<T, Dims, Heights, Kv, Variant>;
   constexpr int kWarps =
       batch_block_size(Dims::kQk, Dims::kVo, Kernel::kLow, Kernel::kHigh, kSm) / 32;
+  constexpr bool kSplits = kSm >= 90 && Kernel::kLow < Kernel::kHigh;
   extern __shared__ __align__(1024) unsigned char smem[];
   __shared__ BatchItem items[2];
   __shared__ Assignment assignment;
@@ -107,12 +108,17 @@ __global__ void __launch_bounds__(
   pdl_wait();
   if constexpr (Kernel::kHigh == 16) Kv::fetch_first(params);
   if (threadIdx.x == 0) {
-    const Assignment own = read_assignment(params, Kernel::kHigh > 16);
+    const Assignment own = read_assignment(params, Kernel::kHigh > 16, kSplits);
     items[0] = checked_item<T>(params, own.next, own.lane);
     assignment = own;
     cuts.index[0] = cuts.index[1] = -1;
     if constexpr (Kernel::kCountsArrivals) tile_arrivals().init(kWarps * 32);
     if (finishes && own.index < own.end) keep_cut(params, own.next, 0, cuts);
+    if constexpr (kSplits) {
+      if (own.index >= own.end) {
+        take_part<T, Kernel::kLow, Kernel::kHigh>(params, items[0], assignment);
+      }
+    }
   }
   if (finishes && threadIdx.x >= 32) {
     clear_rows<T>(params, reinterpret_cast<const ListHeader*>(params.list)->num_tokens,

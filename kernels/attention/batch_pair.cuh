@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(
   pdl_wait();
   if (is_spare(params.segments[0])) return;
   if (threadIdx.x == 0) {
-    const Assignment own = read_assignment(params.segments[0], Kernel::kHigh > 16);
+    const Assignment own = read_assignment(params.segments[0], Kernel::kHigh > 16, false);
     items[0] = checked_item<T>(params, own.next, own.lane);
     assignment = own;
     if constexpr (Kernel::kCountsArrivals) tile_arrivals().init(blockDim.x);

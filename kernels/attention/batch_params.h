@@ -8,7 +8,7 @@
 // them, and CTA i of a team takes the i-th of these heads. A list is of one of two kinds. Shared
 // out: every team of team_size CTAs has a range of records, and the ranges cost the same. By tile:
 // every team is of num_kv_heads CTAs and has one record, the dearest first, and the GPU starts the
-// next where one is done.
+// next where one is done; a tile that is split has a CTA for as many rows as the low height has.
 #pragma once
 
 #include "attention/params.h"
@@ -73,8 +73,8 @@ inline constexpr int kCutTileWords = 8;
 static_assert(sizeof(CutTile) == kCutTileWords * 4, "whole words");
 
 struct ListHeader {
-  int tag;  // of the configuration that the list was made for
-  int by_tile;
+  int tag;      // of the configuration that the list was made for
+  int by_tile;  // 0, or 1 and how many tiles of one head, the last ones, are split
   int num_records;
   int num_cut_tiles;
   int num_tokens;    // of all requests: rows of the output from here on are padding
@@ -167,7 +167,9 @@ struct ScheduleParams {
   int team_size;        // CTAs, a divisor of num_kv_heads
   Divider num_bundles;  // num_kv_heads / team_size
   int max_tiles;        // that the grid has CTAs for, where a list may be by tile; or 0
-  int max_ranges;       // of records, that the grid has teams for, at least num_teams
+  int max_split;        // tiles of one head that it has CTAs to split
+  Divider num_sms;
+  int max_ranges;  // of records, that the grid has teams for, at least num_teams
   Divider group_size;
   int invariant;
   int slot_rows;  // rows of a partial result

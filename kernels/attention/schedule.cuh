@@ -22,7 +22,9 @@
 // where one is done: of two CTAs on an SM one is faster by a fifth.
 //
 // By tile, where no tile is too dear: whole items in four classes of cost, dearest first, each
-// twice as dear as the next. Nothing is cut, and what SMs differ in speed evens out.
+// twice as dear as the next. Nothing is cut, and what SMs differ in speed evens out. Where all cost
+// the same, and few are left when every SM has had equally many, these are split into tiles of the
+// low height: else a few SMs would work through one more while all others wait.
 //
 // All lengths are clamped, so that bad contents give wrong work but none out of bounds. All SMs.
 //
@@ -70,6 +72,16 @@ __device__ __forceinline__ bool goes_by_tile(const ScheduleParams<kSegments>& pa
   const bool has_cheap_ones = 5 * total_cost <= 3 * most_cost * num_items;
   return num_items <= params.max_tiles && (has_cheap_ones ? 1 : 3) * most_cost * params.num_teams <=
                                               total_cost * params.num_bundles.divisor;
+}
+
+// Tiles of one head, the last of a list by tile, that are split.
+template <int kSegments>
+__device__ __forceinline__ int num_split_of(const ScheduleParams<kSegments>& params, int num_items,
+                                            int64 total_cost, int64 most_cost) {
+  if (kSegments > 1 || total_cost != most_cost * num_items) return 0;
+  const int num_tiles = num_items * int(params.num_bundles.divisor) * params.team_size;
+  const int num_left = params.num_sms.remainder(num_tiles);
+  return num_left <= params.max_split ? num_left : 0;
 }
 
 // Items by class of cost, the dearest class first, and the last items of a class first: the last
@@ -286,7 +298,7 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
       most_cost = max(most_cost, most_costs[i]);
     }
     if (goes_by_tile(params, num_items, cost_before, most_cost)) {
-      header.by_tile = 1;
+      header.by_tile = 1 + num_split_of(params, num_items, cost_before, most_cost);
       header.num_records = num_items;
       if (thread == 0 && blockIdx.x == 0) *reinterpret_cast<ListHeader*>(params.list) = header;
       write_by_tile<kTall>(params, found, num_items, most_cost, smem.warp_sums, turn);

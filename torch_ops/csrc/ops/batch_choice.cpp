@@ -379,6 +379,10 @@ BatchPlan plan_of(const BatchProblem& problem, int dims, int kernel, const Batch
       problem.invariant ? layout.max_items * problem.num_kv_heads : int64{2} * num_ctas;
   const int64 max_tiles = problem.batch_size + problem.num_tokens * group_size / heights.high;
   const bool by_tile = heights.high > 16 && !problem.invariant && max_tiles < kMaxTilesByTile;
+  const bool may_split = by_tile && gpu.sm >= 90 && heights.low < heights.high &&
+                         max_tiles * problem.num_kv_heads >= 3 * num_ctas;
+  // Why so few: split in tiles of 16 rows, a tile takes about three times as long.
+  const int max_split = may_split ? gpu.num_sms / 8 : 0;
   // Beyond a range a team, for lists in even parts: of two CTAs on an SM one is done before the
   // other, and takes more.
   const int64 most_ranges =
@@ -390,9 +394,11 @@ BatchPlan plan_of(const BatchProblem& problem, int dims, int kernel, const Batch
           .high = heights.high,
           .block = tile_of(dims, heights.high, gpu.sm).num_warps * 32,
           .dynamic_smem = smem_of(dims, kernel, gpu.sm, problem.rotates),
+          .num_sms = gpu.num_sms,
           .num_ctas = num_ctas,
           .team_size = team_size,
           .max_tiles = by_tile ? static_cast<int>(max_tiles) : 0,
+          .max_split = max_split,
           .max_ranges = may_be_even ? static_cast<int>(std::min<int64>(most_ranges, kMaxBatchCtas))
                                     : num_teams,
           .slot_rows = slot_rows,

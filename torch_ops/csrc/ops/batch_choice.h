@@ -37,10 +37,12 @@ struct BatchPlan {
   int low, high;  // tile heights, equal where there is one
   int block;
   int dynamic_smem;  // bytes
-  int num_ctas;      // that a list is shared out to
-  int team_size;     // CTAs that work on neighbouring KV heads side by side
-  int max_tiles;     // of a list by tile; 0: there is none
-  int max_ranges;    // of records, of a list that is shared out
+  int num_sms;
+  int num_ctas;    // that a list is shared out to
+  int team_size;   // CTAs that work on neighbouring KV heads side by side
+  int max_tiles;   // of a list by tile; 0: there is none
+  int max_split;   // of these, of one head, that may be split into ones of the low height
+  int max_ranges;  // of records, of a list that is shared out
   int slot_rows;
   int64 num_partial_rows;
   bool in_one_launch;  // the attention kernel adds up its parts itself, where it has counters

@@ -243,8 +243,8 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
 }
 
 unsigned batch_grid(const BatchPlan& plan, int64_t num_kv_heads) {
-  return static_cast<unsigned>(
-      std::max<int64_t>(plan.max_ranges * plan.team_size, plan.max_tiles * num_kv_heads));
+  const int64_t tiles = plan.max_tiles * num_kv_heads + plan.max_split * (plan.high / plan.low - 1);
+  return static_cast<unsigned>(std::max<int64_t>(plan.max_ranges * plan.team_size, tiles));
 }
 
 void launch_schedule(const Lengths& of, const Device& gpu, const Tensor& list) {

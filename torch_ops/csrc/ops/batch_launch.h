@@ -76,6 +76,8 @@ ScheduleParams<kSegments> schedule_params(const Lengths& of, const BatchPlan& pl
           .team_size = plan.team_size,
           .num_bundles = make_divider(static_cast<uint32>(num_bundles)),
           .max_tiles = plan.max_tiles,
+          .max_split = kSegments == 1 ? plan.max_split : 0,
+          .num_sms = make_divider(static_cast<uint32>(plan.num_sms)),
           .max_ranges = plan.max_ranges,
           .group_size = make_divider(static_cast<uint32>(of.group_size())),
           .invariant = (of.flags & kInvariant) != 0,
