@@ -155,6 +155,33 @@ def test_core_model_needs_core_kernels_only(arch: str) -> None:
                 assert set(answer["kernels"]) <= core, (op, config)
 
 
+@pytest.mark.parametrize(
+    ("arch", "change", "is_for_caps"),
+    [
+        ("sm_90a", {}, True),
+        ("sm_90a", {"logits_soft_cap": 0.0}, False),
+        ("sm_90a", {"logits_soft_cap": 60.0}, False),
+        ("sm_90a", {"dtype": "float16"}, False),
+        ("sm_90a", {"head_dim": 256}, False),
+        ("sm_80", {}, False),
+    ],
+)
+def test_prefill_of_a_model_with_a_soft_cap(
+    arch: str, change: dict[str, object], is_for_caps: bool
+) -> None:
+    model = _model.from_mapping(
+        {"num_qo_heads": 8, "num_kv_heads": 2, "head_dim": 128, "logits_soft_cap": 50.0, **change}
+    )
+    library, sm = compiler.library(), compiler.native.arch_number(arch)
+    asked = [
+        library.explain(op, sm, config)["kernels"][1]
+        for op, config in _model.questions(model)
+        if op == "attention"
+    ]
+    assert any("SoftCapVariant" in name for name in asked) == is_for_caps
+    assert not any("SoftCapVariant" in name for name in asked if "Heights<16>" in name)
+
+
 def test_bf16_attention_on_turing_is_refused_with_the_reason() -> None:
     with pytest.raises(RuntimeError, match="no kernel of single_attention serves this model"):
         ridgeline.warmup({**SMALL, "dtype": "bfloat16"}, arch="sm_75")

@@ -203,12 +203,13 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
       }
       if (__any_sync(0xffffffffu, moves)) move_origins<Traits>(state, logits, offset, scale);
       Exponentials<Traits> exponentials;
+      const auto take = [&](int group, int pair) {
+        exponentials.take(group, pair, logits, offset, scale);
+      };
 #pragma unroll
       for (int group = 0; group < Traits::kEarlyGroups; ++group) {
 #pragma unroll
-        for (int pair = 0; pair < exponentials.kPairs; ++pair) {
-          exponentials.take(group, pair, logits, offset, scale);
-        }
+        for (int pair = 0; pair < exponentials.kPairs; ++pair) take(group, pair);
       }
 
       cp_async_wait<kPending>();
@@ -216,7 +217,7 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
       // The query tile's fragments are in registers.
       if (starts_next) start_query(items[1 - current]);
       start_keys(loads, answer, stage);
-      multiply_values<Traits>(state, exponentials, logits, offset, scale,
+      multiply_values<Traits>(state, exponentials, take,
                               value_address + stage * Traits::kValueBytes,
                               down_first_lane_offset<Traits::kValueRowBytes>(loader), [](int) {});
       stage = stage == kStages - 1 ? 0 : stage + 1;

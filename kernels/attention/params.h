@@ -59,6 +59,13 @@ constexpr bool transforms_logits(float sm_scale, float logits_soft_cap) {
   return logits_soft_cap > 0.0f || !(sm_scale > 1e-30f);
 }
 
+// Whether all exponentials of a row, in bf16, can have one origin that is known before the first
+// (tile_capped.cuh): above 50 the smallest beside the largest would leave float32 no room for
+// products with small and large values.
+constexpr bool caps_products(float sm_scale, float logits_soft_cap) {
+  return logits_soft_cap > 1e-3f && logits_soft_cap <= 50.0f && sm_scale > 1e-30f;
+}
+
 // What turns logits, or products q * k where logits are not transformed, to powers of two.
 constexpr float exponent_scale(float sm_scale, float logits_soft_cap) {
   const float log2_e = 1.4426950408889634f;

@@ -15,6 +15,7 @@
 #pragma once
 
 #include "attention/tile_arrivals.cuh"
+#include "attention/tile_capped.cuh"
 #include "attention/tile_loads.cuh"
 #include "attention/tile_math.cuh"
 #include "attention/tile_output.cuh"
@@ -151,6 +152,7 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   const KeyRange& seen_by_all = keep({row_keys<Traits>(params, request, work, num_rows - 1).begin,
                                       row_keys<Traits>(params, request, work, 0).end});
   const float scale = Variant::exponent_scale(params);
+  const CappedLogits capped(params.sm_scale, params.logits_soft_cap);
 
   int turn = 0;
 #pragma unroll 1
@@ -174,97 +176,121 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
           Traits::kLoaders, step_key);
       pipeline_barrier<Traits>();
     }
-    Logits<Traits> logits;
     const uint32 key_tile = key_address + stage * Traits::kKeyBytes +
                             own_half * (Traits::kOwnKeys * Traits::kKeyRowBytes);
     const int own_key = step_key + own_half * Traits::kOwnKeys;
     const int thread = opaque(int(threadIdx.x));
     const uint32 key_lane_offset = right_first_lane_offset<Traits::kKeyRowBytes>(
         Traits::kCountsArrivals ? int(uint32(thread) % 32) : thread % 32);
-    multiply_keys<Traits>(logits, query, key_tile, key_lane_offset, [&](int k) {
-      // Why so early: the compiler starts no reads of fragments ahead of a wait, and more of them
-      // would have accumulators spilled.
-      if (Traits::kCountsArrivals && k == Traits::kQk / 32 - 1) {
-        tile_arrivals().read.wait(step + 1);
-        kv.turn_to(answers[0]);
+    const auto start_copies = [&](int i) {
+      if (Traits::kCountsArrivals && i == Traits::kCopiesAt && step + 1 < end_step) {
+        keys_of(step + 1, previous_stage).copy_all();
+        values_of(step + 1, previous_stage).copy_all();
+        tile_arrivals().there.arrive_after_copies();
       }
-    });
-
-    if constexpr (Traits::kSharers > 1) {
-      cp_async_wait<kPending>();
-      pipeline_barrier<Traits>();
-      start_keys(step + kStages, stage);
-    }
-
-    // Before the mask, which raises no logit, so that the maxima are found among the last products.
-    float offset[Traits::kMFrags][2];
-    if (Variant::transforms_logits(params)) {
-      Variant::template logits<sizeof(logits) / sizeof(float)>(params, &logits[0][0][0]);
-    }
-    const bool moves = find_offsets<Traits>(offset, state, logits, scale);
-    if constexpr (kSm >= 90) {
-      const bool ends_left = step_key < seen_by_all.begin;
-      const bool ends_right = step_key + Traits::kKeys > seen_by_all.end;
-      if constexpr (Traits::kCountsArrivals) {
-        if (ends_left) {
-          mask_logits<Traits, true, false>(logits, params, request, work, warp_row, own_key);
+    };
+    if constexpr (Traits::kCapsProducts) {
+      attend_capped<Traits>(
+          state, capped, query, key_tile, key_lane_offset,
+          value_address + stage * Traits::kValueBytes,
+          down_first_lane_offset<Traits::kValueRowBytes>(),
+          step_key >= seen_by_all.begin && step_key + Traits::kKeys <= seen_by_all.end,
+          [&] {
+            tile_arrivals().read.wait(step + 1);
+            kv.turn_to(answers[0]);
+          },
+          [&](Logits<Traits>& logits) {
+            if (step_key < seen_by_all.begin) {
+              mask_logits<Traits, true, false>(logits, params, request, work, warp_row, own_key);
+            }
+            if (step_key + Traits::kKeys > seen_by_all.end) {
+              mask_logits<Traits, false, true>(logits, params, request, work, warp_row, own_key);
+            }
+          },
+          start_copies);
+    } else {
+      Logits<Traits> logits;
+      multiply_keys<Traits>(logits, query, key_tile, key_lane_offset, [&](int k) {
+        // Why so early: the compiler starts no reads of fragments ahead of a wait, and more of them
+        // would have accumulators spilled.
+        if (Traits::kCountsArrivals && k == Traits::kQk / 32 - 1) {
+          tile_arrivals().read.wait(step + 1);
+          kv.turn_to(answers[0]);
         }
-        if (ends_right) {
-          mask_logits<Traits, false, true>(logits, params, request, work, warp_row, own_key);
-        }
-      } else if (ends_left || ends_right) {
-        mask_logits<Traits>(logits, params, request, work, warp_row, own_key);
-      }
-    } else if (step_key < seen_by_all.begin || step_key + Traits::kKeys > seen_by_all.end) {
-      // Why apart: both bounds ahead of the branch were compiled and measured from sm_90 on only.
-      mask_logits<Traits>(logits, params, request, work, warp_row, step_key);
-    }
-    bool moved = __any_sync(0xffffffffu, moves);
-    if (moved) {
+      });
+
       if constexpr (Traits::kSharers > 1) {
-        if (step == first_step) {
-          Sharing<Traits>::of_tile().hear_maxima(state, logits);
-          moved = false;
-        }
+        cp_async_wait<kPending>();
+        pipeline_barrier<Traits>();
+        start_keys(step + kStages, stage);
       }
-      move_origins<Traits>(state, logits, offset, scale);
-    }
-    Exponentials<Traits> exponentials;
-#pragma unroll
-    for (int group = 0; group < Traits::kEarlyGroups; ++group) {
-#pragma unroll
-      for (int pair = 0; pair < exponentials.kPairs; ++pair) {
-        exponentials.take(group, pair, logits, offset, scale);
-      }
-    }
 
-    const uint32 value_tile = value_address + stage * Traits::kValueBytes +
-                              own_half * (Traits::kOwnKeys * Traits::kValueRowBytes +
-                                          Traits::kOwnVo * int(sizeof(typename Traits::Element)));
-    const uint32 value_lane_offset = down_first_lane_offset<Traits::kValueRowBytes>();
-    if constexpr (Traits::kSharers > 1) {
-      Sharing<Traits>::of_tile().tell(exponentials, state, moved);
-    } else if constexpr (!Traits::kCountsArrivals) {
-      cp_async_wait<kPending>();
-      pipeline_barrier<Traits>();
-      start_keys(step + kStages, stage);
-    }
-    multiply_values<Traits>(
-        state, exponentials, logits, offset, scale, value_tile, value_lane_offset, [&](int i) {
-          if (Traits::kCountsArrivals && i == Traits::kCopiesAt && step + 1 < end_step) {
-            keys_of(step + 1, previous_stage).copy_all();
-            values_of(step + 1, previous_stage).copy_all();
-            tile_arrivals().there.arrive_after_copies();
+      // Before the mask, which raises no logit, so that the maxima are found among the last
+      // products.
+      float offset[Traits::kMFrags][2];
+      if (Variant::transforms_logits(params)) {
+        Variant::template logits<sizeof(logits) / sizeof(float)>(params, &logits[0][0][0]);
+      }
+      const bool moves = find_offsets<Traits>(offset, state, logits, scale);
+      if constexpr (kSm >= 90) {
+        const bool ends_left = step_key < seen_by_all.begin;
+        const bool ends_right = step_key + Traits::kKeys > seen_by_all.end;
+        if constexpr (Traits::kCountsArrivals) {
+          if (ends_left) {
+            mask_logits<Traits, true, false>(logits, params, request, work, warp_row, own_key);
           }
-        });
-    if constexpr (Traits::kSharers > 1) {
-      Sharing<Traits>::wait_for_other();
-      Exponentials<Traits> others;
-      Sharing<Traits>::of_tile().hear(others, state, moved, scale);
-      multiply_values<Traits>(
-          state, others, logits, offset, scale,
-          value_tile + (1 - 2 * own_half) * (Traits::kOwnKeys * Traits::kValueRowBytes),
-          value_lane_offset, [](int) {});
+          if (ends_right) {
+            mask_logits<Traits, false, true>(logits, params, request, work, warp_row, own_key);
+          }
+        } else if (ends_left || ends_right) {
+          mask_logits<Traits>(logits, params, request, work, warp_row, own_key);
+        }
+      } else if (step_key < seen_by_all.begin || step_key + Traits::kKeys > seen_by_all.end) {
+        // Why apart: both bounds ahead of the branch were compiled and measured from sm_90 on only.
+        mask_logits<Traits>(logits, params, request, work, warp_row, step_key);
+      }
+      bool moved = __any_sync(0xffffffffu, moves);
+      if (moved) {
+        if constexpr (Traits::kSharers > 1) {
+          if (step == first_step) {
+            Sharing<Traits>::of_tile().hear_maxima(state, logits);
+            moved = false;
+          }
+        }
+        move_origins<Traits>(state, logits, offset, scale);
+      }
+      Exponentials<Traits> exponentials;
+      const auto take = [&](int group, int pair) {
+        exponentials.take(group, pair, logits, offset, scale);
+      };
+#pragma unroll
+      for (int group = 0; group < Traits::kEarlyGroups; ++group) {
+#pragma unroll
+        for (int pair = 0; pair < exponentials.kPairs; ++pair) take(group, pair);
+      }
+
+      const uint32 value_tile = value_address + stage * Traits::kValueBytes +
+                                own_half * (Traits::kOwnKeys * Traits::kValueRowBytes +
+                                            Traits::kOwnVo * int(sizeof(typename Traits::Element)));
+      const uint32 value_lane_offset = down_first_lane_offset<Traits::kValueRowBytes>();
+      if constexpr (Traits::kSharers > 1) {
+        Sharing<Traits>::of_tile().tell(exponentials, state, moved);
+      } else if constexpr (!Traits::kCountsArrivals) {
+        cp_async_wait<kPending>();
+        pipeline_barrier<Traits>();
+        start_keys(step + kStages, stage);
+      }
+      multiply_values<Traits>(state, exponentials, take, value_tile, value_lane_offset,
+                              start_copies);
+      if constexpr (Traits::kSharers > 1) {
+        Sharing<Traits>::wait_for_other();
+        Exponentials<Traits> others;
+        Sharing<Traits>::of_tile().hear(others, state, moved, scale);
+        multiply_values<Traits>(
+            state, others, take,
+            value_tile + (1 - 2 * own_half) * (Traits::kOwnKeys * Traits::kValueRowBytes),
+            value_lane_offset, [](int) {});
+      }
     }
     if constexpr (Traits::kCountsArrivals) {
       __syncwarp();
@@ -275,6 +301,12 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
 
   if constexpr (Traits::kCountsArrivals) {
     if (threadIdx.x == 0) tile_arrivals().first_round = end_step % 2;
+  }
+  if constexpr (Traits::kCapsProducts) {
+#pragma unroll
+    for (int m = 0; m < Traits::kMFrags; ++m) {
+      state.maximum[m][0] = state.maximum[m][1] = capped.origin(params.logits_soft_cap);
+    }
   }
   if constexpr (Traits::kSharers > 1) Sharing<Traits>::of_tile().add_up(state.sum);
   pdl_launch_dependents();

@@ -94,8 +94,9 @@ __device__ __forceinline__ void value_operand(uint32 (&operand)[4], uint32 tile,
   ldmatrix_x4_transposed(operand, fragment_address<kRowBytes>(tile, lane_offset, key, chunk));
 }
 
-// beside(k) runs after the products with the k-th 16 elements of the rows.
-template <typename Traits, typename Beside>
+// The products with the keys of fragments kBegin to kEnd. beside(k) runs after those with the k-th
+// 16 elements of the rows.
+template <typename Traits, int kBegin = 0, int kEnd = Traits::kKeyFrags, typename Beside>
 __device__ __forceinline__ void multiply_keys(Logits<Traits>& logits,
                                               const QueryFragments<Traits>& query, uint32 key_tile,
                                               uint32 key_lane_offset, Beside beside) {
@@ -105,7 +106,7 @@ __device__ __forceinline__ void multiply_keys(Logits<Traits>& logits,
 #pragma unroll
   for (int m = 0; m < Traits::kMFrags; ++m) {
 #pragma unroll
-    for (int n = 0; n < Traits::kKeyFrags; ++n) {
+    for (int n = kBegin; n < kEnd; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) logits[m][n][i] = 0.0f;
       halves[m][n][0] = halves[m][n][1] = 0;
@@ -121,7 +122,7 @@ __device__ __forceinline__ void multiply_keys(Logits<Traits>& logits,
     uint32 a[Traits::kMFrags][4];
     query.get(a, k);
 #pragma unroll
-    for (int n = 0; n < Traits::kKeyFrags; n += 2) {
+    for (int n = kBegin; n < kEnd; n += 2) {
       uint32 b[4];
       key_operand<T, typename Traits::Element, Traits::kKeyRowBytes>(b, key_tile, key_lane_offset,
                                                                      n * 8, 2 * k);
@@ -339,26 +340,35 @@ struct Exponentials {
   __device__ __forceinline__ void take(int group, int pair, const Logits<Traits>& logits,
                                        const float (&offset)[Traits::kMFrags][2], float scale) {
     const int m = pair / 4;
-    const int n = group * 2 + pair % 4 / 2;
+    const int n = fragment(group, pair);
     const int half = pair % 2;
     const float first = exp2_fast(fmaf(logits[m][n][2 * half], scale, -offset[m][half]));
     const float second = exp2_fast(fmaf(logits[m][n][2 * half + 1], scale, -offset[m][half]));
+    add(group, pair, first, second);
+  }
+
+  // The fragment of logits that a pair is from.
+  static __device__ __forceinline__ int fragment(int group, int pair) {
+    return group * 2 + pair % 4 / 2;
+  }
+
+  __device__ __forceinline__ void add(int group, int pair, float first, float second) {
+    const int m = pair / 4;
+    const int half = pair % 2;
     const bool begins = Traits::kCountsArrivals && group == 0 && pair % 4 < 2;
     sum[m][half] = begins ? first + second : sum[m][half] + (first + second);
     operands[group][m][pair % 4] = pack_pair<typename Traits::T>(first, second);
   }
 };
 
-// The products with values. Exponentials from the kEarlyGroups-th group on are taken here, those of
-// a group among the products with the group before. beside(i) runs after the products with the i-th
-// fragments that are read.
-template <typename Traits, typename Beside>
+// The products with values. Exponentials from the kTaken-th group on are taken here by take(group,
+// pair), among the products with the kTaken-th group before. beside(i) runs after the products with
+// the i-th fragments that are read.
+template <typename Traits, int kTaken = Traits::kEarlyGroups, typename Take, typename Beside>
 __device__ __forceinline__ void multiply_values(RowState<Traits>& state,
-                                                Exponentials<Traits>& exponentials,
-                                                const Logits<Traits>& logits,
-                                                const float (&offset)[Traits::kMFrags][2],
-                                                float scale, uint32 value_tile,
-                                                uint32 value_lane_offset, Beside beside) {
+                                                const Exponentials<Traits>& exponentials, Take take,
+                                                uint32 value_tile, uint32 value_lane_offset,
+                                                Beside beside) {
   using T = typename Traits::T;
   constexpr int kPairs = Exponentials<Traits>::kPairs;
   constexpr int kReads = Traits::kVoFrags / 2;
@@ -376,11 +386,11 @@ __device__ __forceinline__ void multiply_values(RowState<Traits>& state,
         mma_m16n8k16<T>(state.out[m][n + 1], exponentials.operands[k][m], b[2], b[3]);
       }
       beside(k * kReads + read);
-      const int next = k + 1;
-      if (next >= Traits::kEarlyGroups && next < Exponentials<Traits>::kGroups) {
+      const int next = k + kTaken;
+      if (next < Exponentials<Traits>::kGroups) {
 #pragma unroll
         for (int pair = kPairs * read / kReads; pair < kPairs * (read + 1) / kReads; ++pair) {
-          exponentials.take(next, pair, logits, offset, scale);
+          take(next, pair);
         }
       }
     }

@@ -70,6 +70,9 @@ struct TileTraits {
                                        ? (kIsFull ? 0 : Places::kCopiesAtOfNarrow)
                                        : (kIsFull ? Places::kCopiesAtOfFull : Places::kCopiesAt);
 
+  // Whether steps are those of tile_capped.cuh.
+  static constexpr bool kCapsProducts = kCountsArrivals && Variant_::kCapsProducts;
+
   // Shared memory: query tile, then of each pipeline the K stages and the V stages, then the
   // variant's scratch.
   static constexpr int kQueryRowBytes = kQk * int(sizeof(T));

@@ -46,6 +46,7 @@ struct StandardVariant {
   static constexpr bool kTransformsQuery = false;
   static constexpr bool kTransformsKey = false;
   static constexpr bool kFp16Logits = false;
+  static constexpr bool kCapsProducts = false;
 
   static constexpr int scratch_bytes(int /*head_dim_qk*/) { return 0; }
 
@@ -77,6 +78,11 @@ struct StandardVariant {
   static __device__ __forceinline__ float output(const AttentionParams& /*params*/, float sum) {
     return sum == 0.0f ? 0.0f : reciprocal(sum);
   }
+};
+
+// The same for a soft cap in bf16 where caps_products() of params.h says so, and faster there.
+struct SoftCapVariant : StandardVariant {
+  static constexpr bool kCapsProducts = true;
 };
 
 // Rotary embedding as Llama has it, applied here to queries and keys that were stored without it.

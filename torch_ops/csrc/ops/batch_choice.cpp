@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <numeric>
 
 #include "ops/tile_sms.h"
@@ -35,7 +36,8 @@ constexpr std::array<Kernels, kNumBatchKernels> kKernels = {{
 
 constexpr std::array<const char*, kNumBatchVariants> kVariants = {
     "StandardVariant", "RopeLlamaVariant", "Fp16Logits<StandardVariant>",
-    "Fp16Logits<RopeLlamaVariant>"};
+    "Fp16Logits<RopeLlamaVariant>", "SoftCapVariant"};
+constexpr int kSoftCap = 4;
 
 TileConfig tile_of(int dims, int tile_q, int sm) {
   return attention_tile(kDims[dims].qk, kDims[dims].vo, tile_q, sm);
@@ -85,6 +87,18 @@ int dims_of(int head_dim_qk, int head_dim_vo) {
   int dims = 0;
   while (kDims[dims].qk < head_dim_qk || kDims[dims].vo < head_dim_vo) ++dims;
   return dims;
+}
+
+// Whether a kernel has tiles that SoftCapVariant is for (tile_capped.cuh).
+bool has_soft_cap(int dims, int kernel, bool bf16, int sm) {
+  return kernel == 2 && dims == 1 && bf16 && sm >= 90;
+}
+
+int variant_of(const BatchProblem& problem, int dims, int kernel, int sm) {
+  if (problem.rotates || problem.fp16_logits) {
+    return (problem.rotates ? 1 : 0) + (problem.fp16_logits ? 2 : 0);
+  }
+  return problem.caps && has_soft_cap(dims, kernel, problem.bf16, sm) ? kSoftCap : 0;
 }
 
 bool is_low(const BatchProblem& problem) {
@@ -150,6 +164,8 @@ Choice choose_batch(const std::string& op, const Config& config, int sm) {
     return {{}, {"pos_encoding_mode " + mode + ": expected NONE or ROPE_LLAMA"}};
   }
   problem.rotates = mode == "ROPE_LLAMA";
+  const double cap = std::strtod(config.get("logits_soft_cap", "0").c_str(), nullptr);
+  problem.caps = caps_products(1.0f, static_cast<float>(cap));
   const int dims = dims_of(problem.head_dim_qk, problem.head_dim_vo);
   if (op == "attention_pair") {
     // Of many queries beside decodes, unless told otherwise.
@@ -164,24 +180,26 @@ Choice choose_batch(const std::string& op, const Config& config, int sm) {
             {}};
   }
   const int kernel = kernel_of(problem, dims, sm);
-  return {{schedule_name(kKernels[kernel].high > 16),
-           batch_name(dims, kernel, problem.paged, problem.bf16, batch_variant(problem)),
-           batch_combine_name(problem.bf16)},
-          {}};
+  return {
+      {schedule_name(kKernels[kernel].high > 16),
+       batch_name(dims, kernel, problem.paged, problem.bf16, variant_of(problem, dims, kernel, sm)),
+       batch_combine_name(problem.bf16)},
+      {}};
 }
 
 void add_rows(std::vector<Row>& rows, const std::string& op, int dims, int kernel, int variant) {
   for (const bool paged : {true, false}) {
     for (const bool bf16 : {false, true}) {
-      if (bf16 && variant >= 2) continue;
+      if (bf16 && (variant == 2 || variant == 3)) continue;
       for (const auto& [min_sm, max_sm] : kTileSms) {
         if (!exists(dims, kernel, min_sm) || (bf16 && min_sm < 80)) continue;
         if (kernel == 3 && exists(dims, 1, min_sm)) continue;
+        if (variant == kSoftCap && !has_soft_cap(dims, kernel, bf16, min_sm)) continue;
         rows.push_back({.op = op,
                         .kernel = batch_name(dims, kernel, paged, bf16, variant),
                         .min_sm = min_sm,
                         .max_sm = max_sm,
-                        .core = variant == 0,
+                        .core = variant == 0 || variant == kSoftCap,
                         .block = tile_of(dims, kKernels[kernel].high, min_sm).num_warps * 32,
                         .dynamic_smem = smem_of(dims, kernel, min_sm, variant % 2 == 1),
                         .why = kKernels[kernel].why});
@@ -412,6 +430,10 @@ BatchPlan plan_of(const BatchProblem& problem, int dims, int kernel, const Batch
 BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu) {
   const int dims = dims_of(problem.head_dim_qk, problem.head_dim_vo);
   return plan_of(problem, dims, kernel_of(problem, dims, gpu.sm), gpu);
+}
+
+int batch_variant(const BatchProblem& problem, const BatchPlan& plan, int sm) {
+  return variant_of(problem, plan.dims, plan.kernel, sm);
 }
 
 PairPlan plan_pair(const BatchProblem& a, const BatchProblem& b, const BatchGpu& gpu) {

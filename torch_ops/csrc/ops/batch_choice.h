@@ -23,6 +23,7 @@ struct BatchProblem {
   bool invariant = false;
   bool rotates = false;
   bool fp16_logits = false;
+  bool caps = false;  // caps_products() says so
 };
 
 struct BatchGpu {
@@ -56,7 +57,7 @@ struct PairPlan {
 
 inline constexpr int kNumBatchDims = 4;
 inline constexpr int kNumBatchKernels = 4;
-inline constexpr int kNumBatchVariants = 4;
+inline constexpr int kNumBatchVariants = 5;
 
 BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu);
 std::string batch_name(int dims, int kernel, bool paged, bool bf16, int variant);
@@ -71,8 +72,7 @@ std::string pair_name(int dims, int kernel, bool paged, int kernel_b, bool bf16)
 std::array<int, 2> heights_of(int kernel);
 TileHeight tile_height(int dims, int tile_q, int sm);
 
-constexpr int batch_variant(const BatchProblem& problem) {
-  return (problem.rotates ? 1 : 0) + (problem.fp16_logits ? 2 : 0);
-}
+// Index of the variant's name, below kNumBatchVariants.
+int batch_variant(const BatchProblem& problem, const BatchPlan& plan, int sm);
 
 }  // namespace ridgeline

@@ -61,6 +61,8 @@ BatchProblem problem_of(const Inputs& in, const Lengths& of, const BatchOptions&
   problem.bf16 = in.q.dtype == Dtype::BFloat16;
   problem.rotates = options.logits.rotates;
   problem.fp16_logits = options.logits.fp16_logits;
+  problem.caps = caps_products(static_cast<float>(options.logits.sm_scale),
+                               static_cast<float>(options.logits.logits_soft_cap));
   problem.max_keys = in.kv_indices ? in.kv_indices->size(0) * of.page_size
                                    : in.k.numel() / (of.num_kv_heads * of.head_dim_qk);
   return problem;
@@ -287,16 +289,16 @@ BatchCall call_of(const Inputs& in, const Lengths& of, const BatchOptions& optio
   const ListLayout layout = list_layout(of.batch_size, of.num_tokens, of.group_size(),
                                         of.num_kv_heads, problem.invariant);
   const bool complete = options.complete_tag == tag;
-  BatchCall call = {
-      .gpu = &gpu,
-      .attention = &attention_kernel(plan, problem.paged, problem.bf16, batch_variant(problem)),
-      .combine = complete ? nullptr : &combine_kernel(problem.bf16),
-      .how = {.grid_x = batch_grid(plan, of.num_kv_heads),
-              .block = static_cast<unsigned>(plan.block),
-              .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
-      .num_partial_rows = plan.num_partial_rows,
-      .num_counters = plan.in_one_launch ? num_batch_counters(plan.num_ctas) : 0,
-      .params = make_params(in, of, options, cache, plan, layout, results, list)};
+  const int variant = batch_variant(problem, plan, gpu.sm);
+  BatchCall call = {.gpu = &gpu,
+                    .attention = &attention_kernel(plan, problem.paged, problem.bf16, variant),
+                    .combine = complete ? nullptr : &combine_kernel(problem.bf16),
+                    .how = {.grid_x = batch_grid(plan, of.num_kv_heads),
+                            .block = static_cast<unsigned>(plan.block),
+                            .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
+                    .num_partial_rows = plan.num_partial_rows,
+                    .num_counters = plan.in_one_launch ? num_batch_counters(plan.num_ctas) : 0,
+                    .params = make_params(in, of, options, cache, plan, layout, results, list)};
   call.params.tag = tag;
   call.params.keys_are_read_once = are_keys_read_once(of, problem, cache, gpu);
   if (options.report != 0 && !complete) {
