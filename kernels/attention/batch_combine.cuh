@@ -119,7 +119,8 @@ __device__ __forceinline__ void combine_segments(const BatchAttentionParams (&se
     pdl_wait();
     return;
   }
-  const float scale = exponent_scale(params.attention.sm_scale, params.attention.logits_soft_cap);
+  const AttentionParams& attention = params.attention;
+  const float scale = exponent_scale(attention.sm_scale, attention.logits_soft_cap);
 
   // A warp's own rows, two at a time, so that it waits for both at once. Why from the last warp on,
   // where CTAs have rows too: a CTA with both kinds takes twice as long, and the first CTAs start
@@ -133,7 +134,6 @@ __device__ __forceinline__ void combine_segments(const BatchAttentionParams (&se
   if (found) pdl_wait();
 #pragma unroll 1
   while (found) {
-    const AttentionParams& attention = rows.of(row.segment).attention;
 #pragma unroll 1
     for (int first = 0; first < attention.head_dim_vo; first += kColumnsOfWarp) {
       const int column = first + lane_column();
@@ -146,7 +146,7 @@ __device__ __forceinline__ void combine_segments(const BatchAttentionParams (&se
         parts.add_to(sums, scale);
         of_second.add_to(sums_of_second, scale);
       }
-      store_sums<T>(attention, row.target, column, sums, scale);
+      store_sums<T>(rows.of(row.segment).attention, row.target, column, sums, scale);
       if (!finds_second) continue;
       store_sums<T>(rows.of(second.segment).attention, second.target, column, sums_of_second,
                     scale);
@@ -162,12 +162,13 @@ __device__ __forceinline__ void combine_segments(const BatchAttentionParams (&se
   pdl_wait();
 #pragma unroll 1
   for (; found; found = shared.find(rows, row)) {
-    const AttentionParams& attention = rows.of(row.segment).attention;
 #pragma unroll 1
     for (int first = 0; first < attention.head_dim_vo; first += kColumnsOfWarp) {
       const int column = first + lane_column();
       const RowSums sums = add_parts_together(attention, row.parts, column, scale, of_warps);
-      if (warp == 0) store_sums<T>(attention, row.target, column, sums, scale);
+      if (warp == 0) {
+        store_sums<T>(rows.of(row.segment).attention, row.target, column, sums, scale);
+      }
     }
   }
 }
