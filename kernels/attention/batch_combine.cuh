@@ -40,9 +40,8 @@ struct CutRows {
 
   __device__ __forceinline__ CutRows(const BatchAttentionParams (&segments)[kSegments])
       : segments(segments), header(*reinterpret_cast<const ListHeader*>(first().list)) {
-    const int num_tiles = header.tag == first().tag
-                              ? max(0, min(header.num_cut_tiles, first().max_cut_tiles))
-                              : 0;
+    const int num_tiles =
+        header.tag == first().tag ? max(0, min(header.num_cut_tiles, first().max_cut_tiles)) : 0;
     count = num_tiles * int(first().team_size.divisor * first().slot_rows.divisor);
     // Groups of parts that one warp adds up while a CTA would go through its rows.
     most_of_warp = kPartsOfGroup * max(1, int(uint32(count) / gridDim.x));

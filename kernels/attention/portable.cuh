@@ -56,8 +56,9 @@ __global__ void __launch_bounds__(attention_block_size(Dims::kQk, Dims::kVo, kTi
   };
   const auto make_kv = [&](const WorkItem& work) { return typename Traits::Kv(params, work); };
   const auto keep = [](KeyRange keys) { return keys; };
-  attend_tile<Traits>(params, {params.qo_len, params.kv_len}, blockIdx.x, get_work, make_kv, keep,
-                      [] {}, false, smem);
+  attend_tile<Traits>(
+      params, {params.qo_len, params.kv_len}, blockIdx.x, get_work, make_kv, keep, [] {}, false,
+      smem);
   if constexpr (kTileQ == 16) {
     if (params.counters != nullptr)
       finish_part<T, Traits>(params, get_work(opaque(int(blockIdx.x))));
