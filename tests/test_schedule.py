@@ -133,27 +133,6 @@ def test_teams_of_all_heads(size: int, team_size: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("size", "kv_len"), [(64, 16384), (256, 4096), (64, 4096), (100, 9000)])
-def test_long_decodes_share_out_evenly(size: int, kv_len: int) -> None:
-    """No team has many more keys than another."""
-    device = torch.device("cuda", 0)
-    work = ridgeline.schedule(
-        kv_lens=torch.full((size,), kv_len, dtype=torch.int32, device=device),
-        num_qo_tokens=size, num_qo_heads=32, num_kv_heads=8, head_dim_qk=128,
-    ).cpu()  # fmt: skip
-    check_records(work, [1] * size, [kv_len] * size)
-    begin = LIST_HEADER + SHARES + CUT_TILES
-    records = work[begin : begin + int(work[NUM_RECORDS]) * RECORD_WORDS].view(-1, RECORD_WORDS)
-    lengths = (records[:, KV_END] - records[:, KV_BEGIN]).tolist()
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    if sms == 132 and sm_under_test(device) >= 80:
-        shares = work[LIST_HEADER : LIST_HEADER + 33 * SHARE_WORDS].view(-1, SHARE_WORDS)
-        ranges = shares[:, SHARE_BEGIN : SHARE_END + 1].tolist()
-        keys = [sum(lengths[begin:end]) for begin, end in ranges]
-        assert max(keys) < 1.025 * size * kv_len / 33
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("queries", [128, 256, 512])
 def test_tiles_over_the_same_keys_are_cut_alike(queries: int) -> None:
     """So that all of them are read against the same keys at any time."""

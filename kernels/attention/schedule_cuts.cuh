@@ -12,11 +12,6 @@ inline constexpr int kShortShare = 16;
 // So few items are a range then, that the last ones end at about the same time.
 inline constexpr int kItemsOfRange = 2;
 
-// What a cut takes off a unit's end is at least one of so many parts of a team's share. Why more of
-// decodes: of 64 requests that cost the same a few of 33 teams had 3% more than their share.
-template <bool kTall>
-inline constexpr int kPartsOfShare = kTall ? 32 : 128;
-
 // So many steps a team at most where units of one cost are shared out evenly.
 inline constexpr int kEqualSteps = 56;
 
@@ -78,9 +73,8 @@ __device__ __forceinline__ Cut cut_at(const ScheduleParams<kSegments>& params,
   const int keys_cost = int(min(max(within - height.tile_cost, Cost(0)), Cost(kMaxLength)));
   const int before = min(int(height.steps_of_cost.quotient(keys_cost)), num_tiles);
   const int after = num_tiles - before;
-  const float part =
-      __fdividef(float(total), float(params.num_teams * kPartsOfShare<kTall> * height.step_cost));
-  const int least = max(height.min_kv_tiles, int(fminf(part, 1e9f)));
+  const float share = __fdividef(float(total), float(params.num_teams * 32 * height.step_cost));
+  const int least = max(height.min_kv_tiles, int(fminf(share, 1e9f)));
   if (before == 0 || (before < least && before <= after)) return begin;
   if (after < least) return end;
   return {begin.unit, before};
