@@ -8,7 +8,7 @@ import pytest
 import torch
 from batch_problem import FORMS, Batch
 from pair_problem import OPS, Pair, compile_kernels
-from support import broken_lists, call_with_garbage, supports_bf16_attention
+from support import broken_lists, call_with_garbage, sm_under_test, supports_bf16_attention
 from torch import Tensor
 
 PREFILL = Batch(
@@ -110,6 +110,40 @@ def test_large(case: Case, dtype: torch.dtype, rng: torch.Generator) -> None:
     check(both(*case, dtype=dtype), torch.device("cuda", 0), rng)
 
 
+def beside_a_prefix() -> list[Case]:
+    """Requests of few keys beside eight tall tiles for each KV head, cut in even parts."""
+    prefix = Batch(lengths=((256, 20_000),), heads=(32, 8), head_dims=(128, 128), name="prefix")
+    lengths = tuple((1, 37 * i % 257) for i in range(100))
+    own = prefix.with_(lengths=lengths, decode=True, name="own")
+    found = [(prefix, own), (prefix, own.with_(window_left=50))]
+    for page_size in (1, 3):
+        found.append(both(prefix, own, page_size=page_size, kv_layout="HND"))
+    for group in (1, 7, 16):
+        queries = prefix.with_(lengths=((1024 // group, 20_000),))
+        found.append(both(queries, own, heads=(8 * group, 8)))
+    few = own.with_(lengths=tuple((1 + i % 4, i) for i in range(50)), decode=False, max_q_len=4)
+    found.append((prefix, few.with_(causal=True, form="paged-lens")))
+    found.append((prefix.with_(form="ragged"), own))
+    return [*found, both(prefix, own, logits_soft_cap=20.0)]
+
+
+RECORDS, RECORD_WORDS, BY_WARPS = 16 + 1024 * (16 + 8), 12, 1 << 16  # words of a list, a bit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", beside_a_prefix(), ids=case_id)
+def test_a_warp_a_request(case: Case, dtype: torch.dtype, rng: torch.Generator) -> None:
+    """Short requests beside a shared prefix, which a warp each takes from sm_90 on."""
+    device = torch.device("cuda", 0)
+    check(both(*case, dtype=dtype), device, rng)
+    work = Pair.of(*case, device, rng).schedule().cpu()
+    records = work[RECORDS : RECORDS + int(work[2]) * RECORD_WORDS].view(-1, RECORD_WORDS)
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    if sms == 132:
+        assert bool((records[:, 0] & BY_WARPS).any()) == (sm_under_test(device) >= 90)
+
+
 def test_longer_requests_are_cut_off(device: torch.device, rng: torch.Generator) -> None:
     pair = Pair.of(PREFILL, SHORT, device, rng)
     full, _ = pair.call()
@@ -129,12 +163,16 @@ def test_longer_requests_are_cut_off(device: torch.device, rng: torch.Generator)
 
 def test_bad_contents_are_memory_safe(device: torch.device, rng: torch.Generator) -> None:
     """Any contents of index tensors and work lists: results may be wrong, nothing else is."""
-    for a in (PREFILL, PREFILL.with_(form="padded"), PREFILL.with_(lengths=())):
-        pair = Pair.of(a, DECODE.with_(decode=False), device, rng)
+    wide = both(PREFILL, DECODE, head_dims=(128, 128), heads=(8, 2))
+    others = (PREFILL, PREFILL.with_(form="padded"), PREFILL.with_(lengths=()))
+    for a, b in (wide, *((a, DECODE) for a in others)):
+        pair = Pair.of(a, b.with_(decode=False), device, rng)
         good, work = pair.call(), pair.schedule()
         call_with_garbage(pair.call, *pair.a.index.values(), *pair.b.index.values())
         if device.type == "cuda":
             for broken in broken_lists(work, rng):
+                pair.call(broken)
+                broken[1:] |= BY_WARPS
                 pair.call(broken)
             torch.cuda.synchronize()
         for got, expected in zip(pair.call(), good, strict=True):

@@ -1,29 +1,28 @@
 // What is left of a batch when its records are done (cut_tiles.cuh), as a launch of its own: for
 // tall tiles and many parts, which are too much for the CTA that finishes last, and for calls
-// without counters. A warp takes a row; a row of many parts is shared by the eight warps of a CTA.
+// without counters. A warp takes two rows at a time, or four neighbours of few parts each; a row
+// of many parts is shared by the eight warps of a CTA.
 // All SMs; any head_dim_vo that is a multiple of 8 up to 256.
 #pragma once
 
 #include "attention/cut_tiles.cuh"
+#include "attention/merge_rows.cuh"
 #include "common/pdl.cuh"
 
 namespace ridgeline {
 
-// Row `row` of the i-th rows of all slots, in order of tiles, their heads and rows.
-struct SlotRow {
-  CutTile tile;
-  int row;
+// With so few parts, a warp has registers for so many rows.
+inline constexpr int kFewParts = 4;
+inline constexpr int kRowsOfFewParts = 4;
 
-  __device__ __forceinline__ SlotRow(const BatchAttentionParams& params, int i) {
-    const int of_head = params.slot_rows.quotient(i);
-    const int index = params.team_size.quotient(of_head);
-    row = i - of_head * int(params.slot_rows.divisor);
-    tile = checked_tile(params, cut_tiles_of(params.list)[index],
-                        of_head - index * int(params.team_size.divisor));
-  }
+// Rows of a slot that a warp adds up together, neighbours from `first` on.
+struct SlotRows {
+  CutTile tile;
+  int first;
+  int count;
 };
 
-// A row that is to be added up.
+// One of them.
 struct FoundRow {
   RowTarget target;
   CutRow parts;
@@ -35,16 +34,24 @@ template <int kSegments>
 struct CutRows {
   const BatchAttentionParams (&segments)[kSegments];
   ListHeader header;
-  int count;         // rows of slots, of which a tall slot's most may not exist
-  int most_of_warp;  // a row of more parts is shared by a CTA's warps
+  int at_once;            // neighbours that are found together
+  uint32 groups_of_slot;  // of these, of which a tall slot's most may not exist
+  int count;              // of all slots
+  int most_of_warp;       // a row of more parts is shared by a CTA's warps
 
   __device__ __forceinline__ CutRows(const BatchAttentionParams (&segments)[kSegments])
       : segments(segments), header(*reinterpret_cast<const ListHeader*>(first().list)) {
     const int num_tiles =
         header.tag == first().tag ? max(0, min(header.num_cut_tiles, first().max_cut_tiles)) : 0;
-    count = num_tiles * int(first().team_size.divisor * first().slot_rows.divisor);
+    const int num_slots = num_tiles * int(first().team_size.divisor);
+    const uint32 slot_rows = first().slot_rows.divisor;
+    const uint32 num_rows = num_slots * slot_rows;
     // Groups of parts that one warp adds up while a CTA would go through its rows.
-    most_of_warp = kPartsOfGroup * max(1, int(uint32(count) / gridDim.x));
+    most_of_warp = kPartsOfGroup * max(1, int(num_rows / gridDim.x));
+    const bool has_few = header.most_pieces <= kFewParts && num_rows > gridDim.x * kCombineWarps;
+    at_once = has_few ? kRowsOfFewParts : 1;
+    groups_of_slot = (slot_rows + at_once - 1) / uint32(at_once);
+    count = num_slots * groups_of_slot;
   }
 
   // But for tensors and lengths that of both.
@@ -52,23 +59,32 @@ struct CutRows {
   __device__ __forceinline__ const BatchAttentionParams& of(int segment) const {
     return segments[kSegments > 1 ? segment & 1 : 0];
   }
-  __device__ __forceinline__ FoundRow at(int i) const {
-    const SlotRow of_slot(first(), i);
-    const int segment = of_slot.tile.segment;
-    return {row_target(of(segment), of_slot.tile, of_slot.row),
-            row_parts(of_slot.tile, of_slot.row), segment};
+  // The i-th in order of tiles, their heads and rows.
+  __device__ __forceinline__ SlotRows rows_at(int i) const {
+    const int slot = uint32(i) / groups_of_slot;
+    const int index = first().team_size.quotient(slot);
+    SlotRows rows;
+    rows.tile = checked_tile(first(), cut_tiles_of(first().list)[index],
+                             slot - index * int(first().team_size.divisor));
+    rows.first = (i - slot * int(groups_of_slot)) * at_once;
+    rows.count = min(at_once, rows.tile.num_rows - rows.first);
+    return rows;
   }
-  // Whether it exists and has parts, more than most_of_warp or at most so many.
+  __device__ __forceinline__ FoundRow row_of(const SlotRows& rows, int row) const {
+    return {row_target(of(rows.tile.segment), rows.tile, rows.first + row),
+            row_parts(rows.tile, rows.first + row), rows.tile.segment};
+  }
+  __device__ __forceinline__ FoundRow at(int i) const { return row_of(rows_at(i), 0); }
+  // Whether they exist and have parts, more than most_of_warp or at most so many.
   __device__ __forceinline__ bool has(int i, bool many) const {
     if (i >= count) return false;
-    const SlotRow of_slot(first(), i);
-    return of_slot.row < of_slot.tile.num_rows && of_slot.tile.num_pieces > 0 &&
-           (of_slot.tile.num_pieces > most_of_warp) == many &&
-           row_target(of(of_slot.tile.segment), of_slot.tile, of_slot.row).token >= 0;
+    const SlotRows rows = rows_at(i);
+    return rows.count > 0 && rows.tile.num_pieces > 0 &&
+           (rows.tile.num_pieces > most_of_warp) == many && row_of(rows, 0).target.token >= 0;
   }
 };
 
-// A search through every step-th row from base on, 32 at once.
+// A search through every step-th of these from base on, 32 at once.
 template <bool kMany>
 struct RowSearch {
   int base, step;
@@ -78,18 +94,43 @@ struct RowSearch {
   __device__ __forceinline__ RowSearch(int base, int step) : base(base), step(step), wanted(0) {}
 
   template <int kSegments>
-  __device__ __forceinline__ bool find(const CutRows<kSegments>& rows, FoundRow& row) {
+  __device__ __forceinline__ bool find(const CutRows<kSegments>& rows, int& found) {
     while (wanted == 0) {
       if (base >= rows.count) return false;
       begin = base;
       base += 32 * step;
       wanted = __ballot_sync(0xffffffffu, rows.has(begin + threadIdx.x % 32 * step, kMany));
     }
-    row = rows.at(begin + (__ffs(wanted) - 1) * step);
+    found = begin + (__ffs(wanted) - 1) * step;
     wanted &= wanted - 1;
     return true;
   }
+  template <int kSegments>
+  __device__ __forceinline__ bool find(const CutRows<kSegments>& rows, FoundRow& row) {
+    int found = 0;
+    if (!find(rows, found)) return false;
+    row = rows.at(found);
+    return true;
+  }
 };
+
+// The rows of a list whose tiles have few parts each, several at a time.
+template <typename T, int kSegments>
+__device__ __forceinline__ void add_neighbours(const CutRows<kSegments>& rows, int warp_idx,
+                                               int num_warps, float scale) {
+  RowSearch<false> own(warp_idx, num_warps);
+  int found = 0;
+#pragma unroll 1
+  while (own.find(rows, found)) {
+    const SlotRows group = rows.rows_at(found);
+    const FoundRow own_row = rows.row_of(group, min(int(threadIdx.x) % 32, group.count - 1));
+    pdl_wait();
+    add_rows<T, kRowsOfFewParts, kFewParts>(rows.of(own_row.segment).attention,
+                                            row_parts(group.tile, group.first), group.count, scale,
+                                            own_row.target);
+  }
+  pdl_wait();
+}
 
 // A launch of one batch, or of two, whose cut tiles tell of which they are.
 template <typename T, int kSegments>
@@ -120,6 +161,11 @@ __device__ __forceinline__ void combine_segments(const BatchAttentionParams (&se
   }
   const AttentionParams& attention = params.attention;
   const float scale = exponent_scale(attention.sm_scale, attention.logits_soft_cap);
+
+  if (rows.at_once > 1) {
+    add_neighbours<T>(rows, warp_idx, num_warps, scale);
+    return;
+  }
 
   // A warp's own rows, two at a time, so that it waits for both at once. Why from the last warp on,
   // where CTAs have rows too: a CTA with both kinds takes twice as long, and the first CTAs start

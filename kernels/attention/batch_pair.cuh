@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention/batch.cuh"
+#include "attention/batch_warps.cuh"
 
 namespace ridgeline {
 
@@ -21,10 +22,13 @@ template <typename T, typename Dims, typename HeightsA, typename KvA, typename H
           typename KvB, typename Variant>
 struct PairKernel<T, Dims, Segment<HeightsA, KvA>, Segment<HeightsB, KvB>, Variant> {
   using A = BatchKernel<T, Dims, HeightsA, KvA, Variant>;
+  using KvOfA = KvA;
   using B = BatchKernel<T, Dims, HeightsB, KvB, Variant>;
   static constexpr int kLow = min_int(A::kLow, B::kLow);
   static constexpr int kHigh = max_int(A::kHigh, B::kHigh);
   static constexpr bool kCountsArrivals = A::kCountsArrivals || B::kCountsArrivals;
+  // Whether short requests of the first are a warp's each.
+  static constexpr bool kHasWarps = batch_fits_warps(Dims::kQk, Dims::kVo, A::kHigh, B::kHigh, kSm);
   static_assert(attention_block_size(Dims::kQk, Dims::kVo, A::kHigh, kSm) ==
                     attention_block_size(Dims::kQk, Dims::kVo, B::kHigh, kSm),
                 "both segments' tiles have the CTA's threads");
@@ -53,6 +57,7 @@ __global__ void __launch_bounds__(
   extern __shared__ __align__(1024) unsigned char smem[];
   __shared__ BatchItem items[2];
   __shared__ Assignment assignment;
+  __shared__ bool by_warps;
   pdl_wait();
   if (is_spare(params.segments[0])) return;
   if (threadIdx.x == 0) {
@@ -60,9 +65,11 @@ __global__ void __launch_bounds__(
     items[0] = checked_item<T>(params, own.next, own.lane);
     assignment = own;
     if constexpr (Kernel::kCountsArrivals) tile_arrivals().init(blockDim.x);
+    by_warps = Kernel::kHasWarps && (own.next.segment_height & kByWarps) != 0 &&
+               params.segments[0].num_tokens > 0;
   }
   __syncthreads();
-  while (assignment.index < assignment.end) {
+  while (!by_warps && assignment.index < assignment.end) {
     if (items[0].work.segment != 0) {
       Kernel::B::template run<false>(params.segments[1], items, assignment, nullptr,
                                      smem + opaque(0));
@@ -75,6 +82,11 @@ __global__ void __launch_bounds__(
       items[0] = checked_item<T>(params, assignment.next, assignment.lane);
     }
     __syncthreads();
+  }
+  // Why behind the loop: ahead of it, launches without such requests took 1 to 30% longer.
+  if constexpr (Kernel::kHasWarps) {
+    using Traits = TileTraits<T, Dims, 16, typename Kernel::KvOfA, Variant>;
+    if (by_warps) attend_by_warps<Traits>(params.segments[0], assignment, smem + opaque(0));
   }
 }
 

@@ -32,7 +32,8 @@ constexpr bool is_paged(KvForm form) {
 
 // One query tile against a range of keys, for each head of a team.
 struct alignas(16) WorkRecord {
-  int segment_height;  // segment * 256 + index of the tile height in the kernel's list of heights
+  int segment_height;  // segment * 256 + index of the tile height in the kernel's list of heights,
+                       // + kByWarps
   int request;
   int kv_head;      // of the team's first CTA
   int q_row_begin;  // first packed row, from the request's first on
@@ -45,6 +46,9 @@ struct alignas(16) WorkRecord {
   int cut_tile;          // which of the cut tiles it is a part of, where it is one
 };
 inline constexpr int kRecordWords = 12;
+// In the records of a range of which each warp takes its own (batch_warps.cuh).
+inline constexpr int kByWarps = 1 << 16;
+inline constexpr int kRecordsByWarps = 4;
 static_assert(sizeof(WorkRecord) == kRecordWords * 4, "whole words");
 
 // A team's share of a list: records from begin to end, the first of them here too, so that a CTA
@@ -170,6 +174,7 @@ struct ScheduleParams {
   int max_split;        // tiles of one head that it has CTAs to split
   Divider num_sms;
   int max_ranges;  // of records, that the grid has teams for, at least num_teams
+  int few_tiles;   // KV tiles of an item before even parts, at most, for a warp to take it alone
   Divider group_size;
   int invariant;
   int slot_rows;  // rows of a partial result
@@ -245,6 +250,17 @@ constexpr int batch_block_size(int head_dim_qk, int head_dim_vo, int low, int hi
 constexpr int batch_ctas_per_sm(int head_dim_qk, int head_dim_vo, int low, int high, int sm) {
   return min_int(attention_tile(head_dim_qk, head_dim_vo, low, sm).ctas_per_sm,
                  attention_tile(head_dim_qk, head_dim_vo, high, sm).ctas_per_sm);
+}
+// Whether a launch of two segments runs short requests a warp each (batch_warps.cuh): the first has
+// tiles of 16 rows alone, and each warp has memory for its queries.
+constexpr bool batch_fits_warps(int head_dim_qk, int head_dim_vo, int high_of_first, int high,
+                                int sm) {
+  const TileConfig tile = attention_tile(head_dim_qk, head_dim_vo, 16, sm);
+  const int bytes =
+      kRecordsByWarps * 16 * head_dim_qk * 2 + attention_kv_bytes(head_dim_qk, head_dim_vo, 16, sm);
+  return sm >= 90 && high_of_first == 16 && tile.query_in_registers &&
+         tile.warps_kv == kRecordsByWarps &&
+         bytes <= attention_smem_bytes(head_dim_qk, head_dim_vo, high, sm, false);
 }
 constexpr int batch_smem_bytes(int head_dim_qk, int head_dim_vo, int low, int high, int sm,
                                bool rotates) {

@@ -61,17 +61,18 @@ __device__ __forceinline__ void append(RowSums& to, const RowSums& group, float 
 
 // The weights of a warp's parts, a lane each, with the largest logit and the sum of the lane's
 // group.
+template <int kParts = kPartsOfGroup>
 __device__ __forceinline__ float weigh(float2 stats, float scale, float& maximum, float& sum) {
   maximum = stats.x;
 #pragma unroll
-  for (int distance = kPartsOfGroup / 2; distance > 0; distance /= 2) {
+  for (int distance = kParts / 2; distance > 0; distance /= 2) {
     maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, distance));
   }
   // A part without visible keys has sum 0.
   const float weight = stats.y == 0.0f ? 0.0f : exp2_fast((stats.x - origin_of(maximum)) * scale);
   sum = __fmul_rn(weight, stats.y);
 #pragma unroll
-  for (int distance = kPartsOfGroup / 2; distance > 0; distance /= 2) {
+  for (int distance = kParts / 2; distance > 0; distance /= 2) {
     sum += __shfl_xor_sync(0xffffffffu, sum, distance);
   }
   return weight;

@@ -386,6 +386,7 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
     const int index = params.num_bundles.quotient(unit);
     const ScheduledItem item = found.items[index];
     WorkRecord record = record_of<kTall>(params, found, index);
+    if (even.by_warps && c >= even.num_of_tiles) record.segment_height |= kByWarps;
     const int segment_idx = segment_of(params, item.request);
     const TileHeight& height = params.segments[segment_idx].heights[record.segment_height % 256];
     const int num_rows = record.qo_len * int(params.group_size.divisor);

@@ -38,6 +38,7 @@ struct EvenParts {
   int num_short;     // of a tile, beside these
   int num_of_tiles;  // ranges of the tiles
   int num_ranges;
+  bool by_warps;  // the items before are a warp's each
 
   // Where a range is among all: the first parts of all tiles, then the second ones.
   __device__ __forceinline__ int place_of(int range) const {
@@ -192,7 +193,11 @@ __device__ __forceinline__ EvenParts even_parts(const ScheduleParams<kSegments>&
     even.num_short = num_short;
     even.num_of_tiles += num_short * even.num_units;
   }
-  const int items_left = (even.num_before * num_bundles + kItemsOfRange - 1) / kItemsOfRange;
+  const ScheduleSegment& before = params.segments[0];
+  even.by_warps = kSegments > 1 && before.num_heights == 1 &&
+                  most_before <= cost_of(before.heights[0], params.few_tiles) * num_bundles;
+  const int items_of_range = even.by_warps ? kRecordsByWarps : kItemsOfRange;
+  const int items_left = (even.num_before * num_bundles + items_of_range - 1) / items_of_range;
   even.num_ranges = min(even.num_of_tiles + items_left, params.max_ranges);
   return even;
 }

@@ -44,6 +44,7 @@ struct BatchPlan {
   int max_tiles;   // of a list by tile; 0: there is none
   int max_split;   // of these, of one head, that may be split into ones of the low height
   int max_ranges;  // of records, of a list that is shared out
+  int few_tiles;   // KV tiles that a request of a pair's second segment has for a warp alone
   int slot_rows;
   int64 num_partial_rows;
   bool in_one_launch;  // the attention kernel adds up its parts itself, where it has counters

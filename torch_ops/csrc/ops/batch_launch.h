@@ -79,6 +79,7 @@ ScheduleParams<kSegments> schedule_params(const Lengths& of, const BatchPlan& pl
           .max_split = kSegments == 1 ? plan.max_split : 0,
           .num_sms = make_divider(static_cast<uint32>(plan.num_sms)),
           .max_ranges = plan.max_ranges,
+          .few_tiles = plan.few_tiles,
           .group_size = make_divider(static_cast<uint32>(of.group_size())),
           .invariant = (of.flags & kInvariant) != 0,
           .slot_rows = plan.slot_rows,
