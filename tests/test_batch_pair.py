@@ -112,14 +112,14 @@ def test_large(case: Case, dtype: torch.dtype, rng: torch.Generator) -> None:
 
 def beside_a_prefix() -> list[Case]:
     """Requests of few keys beside eight tall tiles for each KV head, cut in even parts."""
-    prefix = Batch(lengths=((256, 20_000),), heads=(32, 8), head_dims=(128, 128), name="prefix")
-    lengths = tuple((1, 37 * i % 257) for i in range(100))
+    prefix = Batch(lengths=((256, 10_000),), heads=(32, 8), head_dims=(128, 128), name="prefix")
+    lengths = tuple((1, 37 * i % 257) for i in range(60))
     own = prefix.with_(lengths=lengths, decode=True, name="own")
     found = [(prefix, own), (prefix, own.with_(window_left=50))]
     for page_size in (1, 3):
         found.append(both(prefix, own, page_size=page_size, kv_layout="HND"))
     for group in (1, 7, 16):
-        queries = prefix.with_(lengths=((1024 // group, 20_000),))
+        queries = prefix.with_(lengths=((1024 // group, 10_000),))
         found.append(both(queries, own, heads=(8 * group, 8)))
     few = own.with_(lengths=tuple((1 + i % 4, i) for i in range(50)), decode=False, max_q_len=4)
     found.append((prefix, few.with_(causal=True, form="paged-lens")))
