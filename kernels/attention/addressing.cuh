@@ -7,9 +7,9 @@
 // read of tokens from `end` on; where kHasAllRows, the last token stands in for them.
 //
 // WithPlaces is the addressing of tiles that have a step's answer well before they ask for its rows
-// (kCountsArrivals). kCopiesAt: beside which read of values these copies start, as early as
-// registers are left for their addresses (kCopiesAtOfNarrow: with heads of 64; kCopiesAtOfFull:
-// with others where all exponentials are taken before).
+// (kCountsArrivals). kCopiesAt: beside which read of values these copies start, by what was
+// fastest: an early one leaves fewer registers, a late one less time (kCopiesAtOfNarrow: with heads
+// of 64; kCopiesAtOfFull: with others where all exponentials are taken before).
 #pragma once
 
 #include "attention/batch_params.h"
@@ -94,9 +94,9 @@ struct RaggedKv {
   using WithPlaces = RaggedKv;
   using Element = T;
   using Rows = StridedRows<T>;
-  static constexpr int kCopiesAt = 8;
+  static constexpr int kCopiesAt = 9;
   static constexpr int kCopiesAtOfNarrow = 0;
-  static constexpr int kCopiesAtOfFull = 8;
+  static constexpr int kCopiesAtOfFull = 9;
 
   const BatchAttentionParams& params;
   const BatchItem& item;
@@ -245,7 +245,7 @@ template <typename T>
 struct PlacedKv {
   using Element = T;
   using Rows = PlacedRows<T>;
-  static constexpr int kCopiesAt = 0;
+  static constexpr int kCopiesAt = 2;
   static constexpr int kCopiesAtOfNarrow = 0;
   static constexpr int kCopiesAtOfFull = 0;
 

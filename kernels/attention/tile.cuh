@@ -57,6 +57,10 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   using Variant = typename Traits::Variant;
   constexpr int kStages = Traits::kStages;
   constexpr int kPending = 2 * (kStages - 1);  // groups younger than the one a step waits for
+  // Whether warps meet before the first step. Else it is by its copies that they wait for what the
+  // first thread writes in fetch_more().
+  constexpr bool kMeets =
+      !Traits::kCountsArrivals || Variant::kTransformsQuery || Variant::kTransformsKey;
 
   const WorkItem& work = get_work(index);
   const int warp = threadIdx.x / 32;
@@ -111,14 +115,18 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
     answers[stage] = first_step < end_step ? look_up(first_step + stage) : 0;
   }
   load_query<Traits>(params, work, num_rows, query_address);
-  fetch_more();
+  if constexpr (kMeets) fetch_more();
   cp_async_commit();
   kv.turn_to(answers[0]);
   if constexpr (Traits::kCountsArrivals) {
     start_keys(first_step, first_step);
     start_values(first_step, first_step);
-    // Else what waits for the first step's keys and values waits for the query too.
-    if (Variant::kTransformsQuery || first_step == end_step) cp_async_wait<2>();
+    if constexpr (!kMeets) {
+      fetch_more();
+      cp_async_commit();
+    }
+    // Else what waits for the first step's keys and values waits for all of it.
+    if (Variant::kTransformsQuery || first_step == end_step) cp_async_wait<kMeets ? 2 : 0>();
   } else {
     start_keys(0, 0);
 #pragma unroll
@@ -133,7 +141,7 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   if constexpr (Variant::kTransformsKey) {
     Variant::prepare(params, scratch, threadIdx.x, Traits::kNumThreads);
   }
-  __syncthreads();
+  if (kMeets || first_step == end_step) __syncthreads();
   if constexpr (Traits::kCountsArrivals) {
     if (first_step < end_step) tile_arrivals().there.arrive_after_copies();
   }

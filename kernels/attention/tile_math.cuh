@@ -269,7 +269,12 @@ __device__ __forceinline__ bool find_offsets(float (&offset)[Traits::kMFrags][2]
       }
     }
     if (__any_sync(0xffffffffu, origins > __float_as_uint(kFarLogit))) {
-      moves = outgrow_origins<Traits>(offset, logits, scale);
+      // Of a row without an origin, as all are in the first step, the answer is known.
+      if (__any_sync(0xffffffffu, origins >= __float_as_uint(-kInfinity))) {
+        moves = true;
+      } else {
+        moves = outgrow_origins<Traits>(offset, logits, scale);
+      }
     }
     // Why opaque: searched for behind the mask, the logits before it would hold registers.
     return opaque(int(moves)) != 0;

@@ -3,7 +3,9 @@
 
 #include "attention/row_target.cuh"
 #include "attention/tile_math.cuh"
+#include "common/ldmatrix.cuh"
 #include "common/opaque.cuh"
+#include "common/swizzle.cuh"
 
 namespace ridgeline {
 
@@ -43,6 +45,32 @@ __device__ __forceinline__ void store_partial(const AttentionParams& params, con
   }
 }
 
+// A warp's sums, each times its row's factor, to a swizzled tile of its rows.
+template <typename Traits>
+__device__ __forceinline__ void write_fragments(const RowState<Traits>& state,
+                                                const float (&factors)[Traits::kMFrags][2],
+                                                uint32 tile) {
+  using T = typename Traits::T;
+  constexpr int kRowBytes = Traits::kVo * int(sizeof(T));
+  const int lane = threadIdx.x % 32;
+  const uint32 lane_offset = swizzled_offset<kRowBytes>(lane % 16, lane / 16);
+#pragma unroll
+  for (int m = 0; m < Traits::kMFrags; ++m) {
+#pragma unroll
+    for (int n = 0; n < Traits::kVoFrags; n += 2) {
+      uint32 matrices[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float (&four)[4] = state.out[m][n + i / 2];
+        const int half = i % 2;
+        matrices[i] = pack_pair<T>(four[2 * half] * factors[m][half],
+                                   four[2 * half + 1] * factors[m][half]);
+      }
+      stmatrix_x4(fragment_address<kRowBytes>(tile, lane_offset, m * 16, n), matrices);
+    }
+  }
+}
+
 // Rows pass through the warp's own rows of the query tile, which nobody reads any more, so that
 // they leave as whole 128-byte lines. A lane finds the place of one row, and tells the others.
 template <typename Traits>
@@ -63,6 +91,7 @@ __device__ __forceinline__ void store_final(const AttentionParams& params, const
   const int64 offset =
       row_target(params, work, min(warp_row + lane, num_rows - 1)).out_offset(params);
   float sum[Traits::kMFrags][2];
+  float factors[Traits::kMFrags][2];
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < Traits::kMFrags; ++m) {
@@ -71,14 +100,18 @@ __device__ __forceinline__ void store_final(const AttentionParams& params, const
       const int row = m * 16 + half * 8 + lane / 4;
       sum[m][half] = quad_sum(state.sum[m][half]);
       const float factor = Traits::Variant::output(params, sum[m][half]);
+      factors[m][half] = factor;
+      if constexpr (!Traits::kCountsArrivals) {
 #pragma unroll
-      for (int n = 0; n < Traits::kVoFrags; ++n) {
-        *reinterpret_cast<uint32*>(rows + swizzled_offset<kRowBytes>(row, n) + lane % 4 * 4) =
-            pack_pair<T>(state.out[m][n][2 * half] * factor,
-                         state.out[m][n][2 * half + 1] * factor);
+        for (int n = 0; n < Traits::kVoFrags; ++n) {
+          *reinterpret_cast<uint32*>(rows + swizzled_offset<kRowBytes>(row, n) + lane % 4 * 4) =
+              pack_pair<T>(state.out[m][n][2 * half] * factor,
+                           state.out[m][n][2 * half + 1] * factor);
+        }
       }
     }
   }
+  if constexpr (Traits::kCountsArrivals) write_fragments(state, factors, shared_address(rows));
   __syncwarp();
   if (params.lse != nullptr && own_half == 0) {
 #pragma unroll
