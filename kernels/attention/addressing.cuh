@@ -9,7 +9,8 @@
 // WithPlaces is the addressing of tiles that have a step's answer well before they ask for its rows
 // (kCountsArrivals). kCopiesAt: beside which read of values these copies start, by what was
 // fastest: an early one leaves fewer registers, a late one less time (kCopiesAtOfNarrow: with heads
-// of 64; kCopiesAtOfFull: with others where all exponentials are taken before).
+// of 64; kCopiesAtOfFull: with others where all exponentials are taken before; kCopiesAtOfCapped:
+// in the steps of tile_capped.cuh).
 #pragma once
 
 #include "attention/batch_params.h"
@@ -54,6 +55,7 @@ struct StridedKv {
   static constexpr int kCopiesAt = 10;
   static constexpr int kCopiesAtOfNarrow = 10;
   static constexpr int kCopiesAtOfFull = 0;
+  static constexpr int kCopiesAtOfCapped = 10;
 
   const AttentionParams& params;
   int kv_head;
@@ -97,6 +99,7 @@ struct RaggedKv {
   static constexpr int kCopiesAt = 9;
   static constexpr int kCopiesAtOfNarrow = 0;
   static constexpr int kCopiesAtOfFull = 9;
+  static constexpr int kCopiesAtOfCapped = 9;
 
   const BatchAttentionParams& params;
   const BatchItem& item;
@@ -248,6 +251,7 @@ struct PlacedKv {
   static constexpr int kCopiesAt = 2;
   static constexpr int kCopiesAtOfNarrow = 0;
   static constexpr int kCopiesAtOfFull = 0;
+  static constexpr int kCopiesAtOfCapped = 0;
 
   const BatchAttentionParams& params;
   const BatchItem& item;

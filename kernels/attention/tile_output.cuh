@@ -63,8 +63,8 @@ __device__ __forceinline__ void write_fragments(const RowState<Traits>& state,
       for (int i = 0; i < 4; ++i) {
         const float (&four)[4] = state.out[m][n + i / 2];
         const int half = i % 2;
-        matrices[i] = pack_pair<T>(four[2 * half] * factors[m][half],
-                                   four[2 * half + 1] * factors[m][half]);
+        matrices[i] =
+            pack_pair<T>(four[2 * half] * factors[m][half], four[2 * half + 1] * factors[m][half]);
       }
       stmatrix_x4(fragment_address<kRowBytes>(tile, lane_offset, m * 16, n), matrices);
     }

@@ -64,14 +64,14 @@ struct TileTraits {
   // Whether warps wait for each other by counting arrivals (tile_arrivals.cuh), with two steps'
   // tiles in shared memory, rather than at barriers.
   static constexpr bool kCountsArrivals = kSm >= 90 && kMFrags == 2 && kStages == 2;
-  using Kv = typename AddressingOf<Kv_, kCountsArrivals>::Type;
-  using Places = typename Kv_::WithPlaces;
-  static constexpr int kCopiesAt = kQk == 64
-                                       ? (kIsFull ? 0 : Places::kCopiesAtOfNarrow)
-                                       : (kIsFull ? Places::kCopiesAtOfFull : Places::kCopiesAt);
-
   // Whether steps are those of tile_capped.cuh.
   static constexpr bool kCapsProducts = kCountsArrivals && Variant_::kCapsProducts;
+  using Kv = typename AddressingOf<Kv_, kCountsArrivals>::Type;
+  using Places = typename Kv_::WithPlaces;
+  static constexpr int kCopiesAt = kQk == 64       ? (kIsFull ? 0 : Places::kCopiesAtOfNarrow)
+                                   : kCapsProducts ? Places::kCopiesAtOfCapped
+                                   : kIsFull       ? Places::kCopiesAtOfFull
+                                                   : Places::kCopiesAt;
 
   // Shared memory: query tile, then of each pipeline the K stages and the V stages, then the
   // variant's scratch.

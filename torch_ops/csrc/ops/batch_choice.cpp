@@ -23,8 +23,9 @@ constexpr std::array<Dims, kNumBatchDims> kDims = {{{64, 64}, {128, 128}, {192, 
 constexpr int kMaxPartsOfWarp = 136;
 
 // Of requests beside a shared prefix. On an H200 256 of them behind 32,768 keys took, by warps and
-// by CTAs, 364 and 379 us with 128 keys of their own, 393 and 402 with 256.
-constexpr int kFewTiles = 4;
+// by CTAs, 364 and 379 us with 128 keys of their own, 393 and 402 with 256; behind 65,536 with 512,
+// 740 and 760.
+constexpr int kFewTiles = 8;
 
 struct Kernels {
   int low, high;
