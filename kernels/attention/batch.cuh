@@ -36,7 +36,6 @@ __device__ __forceinline__ void run_records(const BatchAttentionParams& params,
         item.seen_by_all = {
             row_keys<Traits>(params.attention, item.request, item.work, last_row).begin,
             row_keys<Traits>(params.attention, item.request, item.work, 0).end};
-        __threadfence_block();
       }
     };
     const auto get_work = [&](int) -> const WorkItem& { return item.work; };

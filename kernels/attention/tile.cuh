@@ -57,8 +57,9 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   using Variant = typename Traits::Variant;
   constexpr int kStages = Traits::kStages;
   constexpr int kPending = 2 * (kStages - 1);  // groups younger than the one a step waits for
-  // Whether warps meet before the first step. Else it is by its copies that they wait for what the
-  // first thread writes in fetch_more().
+  // Whether warps meet before the first step. Else they wait for what the first thread writes in
+  // fetch_more() with the first step's copies: it arrives itself there, which copies alone would
+  // not do for what was written beside them.
   constexpr bool kMeets =
       !Traits::kCountsArrivals || Variant::kTransformsQuery || Variant::kTransformsKey;
 
@@ -143,7 +144,14 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   }
   if (kMeets || first_step == end_step) __syncthreads();
   if constexpr (Traits::kCountsArrivals) {
-    if (first_step < end_step) tile_arrivals().there.arrive_after_copies();
+    if (first_step < end_step) {
+      if (!kMeets && threadIdx.x == 0) {
+        cp_async_wait<0>();
+        tile_arrivals().there.arrive();
+      } else {
+        tile_arrivals().there.arrive_after_copies();
+      }
+    }
   }
   if constexpr (Variant::kTransformsQuery) {
     Variant::template query<typename Traits::T, Traits::kQk>(
