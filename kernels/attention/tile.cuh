@@ -142,7 +142,12 @@ __device__ __forceinline__ void attend_tile(const AttentionParams& params, const
   if constexpr (Variant::kTransformsKey) {
     Variant::prepare(params, scratch, threadIdx.x, Traits::kNumThreads);
   }
-  if (kMeets || first_step == end_step) __syncthreads();
+  if (kMeets || first_step == end_step) {
+    __syncthreads();
+  } else {
+    // A lane's places of rows, which the others have read, change as the first step begins.
+    __syncwarp();
+  }
   if constexpr (Traits::kCountsArrivals) {
     if (first_step < end_step) {
       if (!kMeets && threadIdx.x == 0) {
