@@ -404,7 +404,7 @@ BatchPlan plan_of(const BatchProblem& problem, int dims, int kernel, const Batch
   const bool by_tile = heights.high > 16 && !problem.invariant && max_tiles < kMaxTilesByTile;
   const bool may_split = by_tile && gpu.sm >= 90 && heights.low < heights.high &&
                          max_tiles * problem.num_kv_heads >= 3 * num_ctas;
-  // Why so few: split in tiles of 16 rows, a tile takes about three times as long.
+  // Why so few: each of the tiles of 16 rows reads all of the keys again.
   const int max_split = may_split ? gpu.num_sms / 8 : 0;
   // Beyond a range a team, for lists in even parts: of two CTAs on an SM one is done before the
   // other, and takes more.

@@ -159,8 +159,8 @@ Kernel& combine_kernel(bool bf16) {
   return bf16 ? of_bf16 : of_half;
 }
 
-}  // namespace
-
+// Whether keys need not stay in the L2 cache: there are more than it holds, and no more numbers in
+// the page table than pages, as there are where many requests share theirs.
 bool are_keys_read_once(const Lengths& of, const BatchProblem& problem, const Cache& cache,
                         const Device& gpu) {
   const double key_bytes = 2.0 * static_cast<double>(of.num_kv_heads) *
@@ -169,10 +169,12 @@ bool are_keys_read_once(const Lengths& of, const BatchProblem& problem, const Ca
          problem.max_keys <= cache.outer * cache.tokens;
 }
 
+}  // namespace
+
 BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const BatchOptions& options,
-                                 const Cache& cache, const BatchPlan& plan,
-                                 const ListLayout& layout, const BatchResults& results,
-                                 const int* list) {
+                                 const Cache& cache, const BatchProblem& problem,
+                                 const BatchPlan& plan, const Device& gpu, const ListLayout& layout,
+                                 const BatchResults& results, const int* list) {
   const Arg &q = in.q, &k = in.k, &v = in.v;
   const KvForm form = of.form;
   BatchAttentionParams params = {};
@@ -239,8 +241,9 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
   params.last_partial_row = static_cast<int>(plan.num_partial_rows) - plan.high;
   params.last_slot_row = static_cast<int>(plan.num_partial_rows) - plan.slot_rows;
   params.batch_size = static_cast<int>(of.batch_size);
-  params.max_q_len = static_cast<int>(problem_of(of).max_q_len);
+  params.max_q_len = static_cast<int>(problem.max_q_len);
   params.qo_indptr = ints(of.qo_indptr);
+  params.keys_are_read_once = are_keys_read_once(of, problem, cache, gpu);
   return params;
 }
 
@@ -290,17 +293,17 @@ BatchCall call_of(const Inputs& in, const Lengths& of, const BatchOptions& optio
                                         of.num_kv_heads, problem.invariant);
   const bool complete = options.complete_tag == tag;
   const int variant = batch_variant(problem, plan, gpu.sm);
-  BatchCall call = {.gpu = &gpu,
-                    .attention = &attention_kernel(plan, problem.paged, problem.bf16, variant),
-                    .combine = complete ? nullptr : &combine_kernel(problem.bf16),
-                    .how = {.grid_x = batch_grid(plan, of.num_kv_heads),
-                            .block = static_cast<unsigned>(plan.block),
-                            .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
-                    .num_partial_rows = plan.num_partial_rows,
-                    .num_counters = plan.in_one_launch ? num_batch_counters(plan.num_ctas) : 0,
-                    .params = make_params(in, of, options, cache, plan, layout, results, list)};
+  BatchCall call = {
+      .gpu = &gpu,
+      .attention = &attention_kernel(plan, problem.paged, problem.bf16, variant),
+      .combine = complete ? nullptr : &combine_kernel(problem.bf16),
+      .how = {.grid_x = batch_grid(plan, of.num_kv_heads),
+              .block = static_cast<unsigned>(plan.block),
+              .dynamic_smem = static_cast<unsigned>(plan.dynamic_smem)},
+      .num_partial_rows = plan.num_partial_rows,
+      .num_counters = plan.in_one_launch ? num_batch_counters(plan.num_ctas) : 0,
+      .params = make_params(in, of, options, cache, problem, plan, gpu, layout, results, list)};
   call.params.tag = tag;
-  call.params.keys_are_read_once = are_keys_read_once(of, problem, cache, gpu);
   if (options.report != 0 && !complete) {
     call.params.report = reinterpret_cast<int64*>(report_place(options.report));
     call.params.report_value =

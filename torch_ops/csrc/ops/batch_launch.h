@@ -46,14 +46,10 @@ BatchGpu gpu_of(const Device& gpu);
 int tag_of(std::initializer_list<int64_t> given);
 ScheduleSegment schedule_segment(const Lengths& of, const BatchProblem& problem, int dims, int low,
                                  int high, int sm);
-// Whether keys need not stay in the L2 cache: there are more than it holds, and no more numbers in
-// the page table than pages, as there are where many requests share theirs.
-bool are_keys_read_once(const Lengths& of, const BatchProblem& problem, const Cache& cache,
-                        const Device& gpu);
 BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const BatchOptions& options,
-                                 const Cache& cache, const BatchPlan& plan,
-                                 const ListLayout& layout, const BatchResults& results,
-                                 const int* list);
+                                 const Cache& cache, const BatchProblem& problem,
+                                 const BatchPlan& plan, const Device& gpu, const ListLayout& layout,
+                                 const BatchResults& results, const int* list);
 
 // What a list's maker is told of all its segments; these are still to be filled in.
 template <int kSegments>

@@ -174,11 +174,10 @@ std::tuple<Tensor, Tensor> attention_pair(
   const BatchResults results_a = {out_a, row, a.head_dim_vo, lse_a};
   const BatchResults results_b = {out_a + a.num_tokens * row * in_a.q.element_size(), row,
                                   a.head_dim_vo, lse_a + a.num_tokens * a.num_qo_heads};
-  BatchPairParams params = {
-      {make_params(in_b, b, options_b, cache_b, plan, pair.layout, results_b, list),
-       make_params(in_a, a, options_a, cache_a, plan, pair.layout, results_a, list)}};
-  params.segments[0].keys_are_read_once = are_keys_read_once(b, pair.problem_b, cache_b, gpu);
-  params.segments[1].keys_are_read_once = are_keys_read_once(a, pair.problem_a, cache_a, gpu);
+  BatchPairParams params = {{make_params(in_b, b, options_b, cache_b, pair.problem_b, plan, gpu,
+                                         pair.layout, results_b, list),
+                             make_params(in_a, a, options_a, cache_a, pair.problem_a, plan, gpu,
+                                         pair.layout, results_a, list)}};
   const Workspace parts(gpu, plan.num_partial_rows * (a.head_dim_vo + 2) * int64_t{sizeof(float)},
                         0);
   for (BatchAttentionParams& of : params.segments) {
