@@ -360,7 +360,7 @@ struct Exponentials {
   __device__ __forceinline__ void add(int group, int pair, float first, float second) {
     const int m = pair / 4;
     const int half = pair % 2;
-    const bool begins = Traits::kCountsArrivals && group == 0 && pair % 4 < 2;
+    const bool begins = Traits::kStoresMatrices && group == 0 && pair % 4 < 2;
     sum[m][half] = begins ? first + second : sum[m][half] + (first + second);
     operands[group][m][pair % 4] = pack_pair<typename Traits::T>(first, second);
   }

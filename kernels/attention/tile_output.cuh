@@ -101,7 +101,7 @@ __device__ __forceinline__ void store_final(const AttentionParams& params, const
       sum[m][half] = quad_sum(state.sum[m][half]);
       const float factor = Traits::Variant::output(params, sum[m][half]);
       factors[m][half] = factor;
-      if constexpr (!Traits::kCountsArrivals) {
+      if constexpr (!Traits::kStoresMatrices) {
 #pragma unroll
         for (int n = 0; n < Traits::kVoFrags; ++n) {
           *reinterpret_cast<uint32*>(rows + swizzled_offset<kRowBytes>(row, n) + lane % 4 * 4) =
@@ -111,7 +111,7 @@ __device__ __forceinline__ void store_final(const AttentionParams& params, const
       }
     }
   }
-  if constexpr (Traits::kCountsArrivals) write_fragments(state, factors, shared_address(rows));
+  if constexpr (Traits::kStoresMatrices) write_fragments(state, factors, shared_address(rows));
   __syncwarp();
   if (params.lse != nullptr && own_half == 0) {
 #pragma unroll

@@ -64,6 +64,9 @@ struct TileTraits {
   // Whether warps wait for each other by counting arrivals (tile_arrivals.cuh), with two steps'
   // tiles in shared memory, rather than at barriers.
   static constexpr bool kCountsArrivals = kSm >= 90 && kMFrags == 2 && kStages == 2;
+  // Whether results leave by stmatrix, and a row's sum begins with a step's first exponentials: in
+  // tall tiles that were compiled and measured so.
+  static constexpr bool kStoresMatrices = kCountsArrivals || kSharers > 1;
   // Whether steps are those of tile_capped.cuh.
   static constexpr bool kCapsProducts = kCountsArrivals && Variant_::kCapsProducts;
   using Kv = typename AddressingOf<Kv_, kCountsArrivals>::Type;
