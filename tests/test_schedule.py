@@ -8,7 +8,7 @@ import torch
 from batch_problem import Batch, check, compile_kernels
 from support import sm_under_test
 
-BY_TILE, NUM_RECORDS, NUM_CUT_TILES = 1, 2, 3  # words of a list's header
+BY_TILE, NUM_RECORDS, NUM_CUT_TILES, NUM_RANGES = 1, 2, 3, 7  # words of a list's header
 
 PROMPTS = Batch(lengths=((1024, 1024),) * 8, heads=(32, 8), head_dims=(64, 64), causal=True)
 BESIDE_A_LONG_ONE = PROMPTS.with_(lengths=((128, 40000), *[(64, 64)] * 8))
@@ -94,7 +94,7 @@ def check_records(work: torch.Tensor, q_lens: list[int], kv_lens: list[int]) -> 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("size", "kv_len", "num_records", "num_cut"),
-    [(64, 1024, 2, 0), (32, 300, 1, 0), (16, 1024, 1, 16), (48, 1024, None, None), (64, 1, 2, 0)],
+    [(64, 1024, 2, 0), (32, 300, 1, 0), (16, 2048, 1, 16), (48, 1024, None, None), (64, 1, 2, 0)],
 )
 def test_decodes_of_one_length(
     size: int, kv_len: int, num_records: int | None, num_cut: int | None
@@ -113,6 +113,40 @@ def test_decodes_of_one_length(
         records = (shares[:, SHARE_END] - shares[:, SHARE_BEGIN]).tolist()
         assert records == [num_records] * 32 + [0]
         assert int(work[NUM_CUT_TILES]) == num_cut
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kv_lens", "whole"),
+    [
+        ([1024] * 16, True),
+        ([2048] * 16, False),
+        ([256] * 5, True),
+        (list(range(1, 300, 10)), True),
+        ([3, 0, 190], True),
+        ([1024, *[20] * 15], False),
+        ([130] * 34, False),
+    ],
+    ids=["16", "long", "5", "unequal", "one", "one long", "more than teams"],
+)
+@pytest.mark.parametrize("form", ["padded", "paged"])
+def test_short_decodes_stay_whole(
+    kv_lens: list[int], whole: bool, form: str, rng: torch.Generator
+) -> None:
+    """Where a team has one at most, and the longest is little more than an equal share."""
+    compile_kernels()
+    device = torch.device("cuda", 0)
+    batch = Batch(
+        lengths=tuple((1, length) for length in kv_lens), heads=(32, 8), head_dims=(128, 128),
+        form=form, max_q_len=1,
+    )  # fmt: skip
+    work = batch.inputs(device, rng).schedule().cpu()
+    check_records(work, [1] * len(kv_lens), kv_lens)
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    if sms == 132 and sm_under_test(device) >= 80:
+        assert (int(work[NUM_CUT_TILES]) == 0) == whole
+        assert (int(work[NUM_RANGES]) == len(kv_lens)) == whole
+    check(batch, device, rng)
 
 
 @pytest.mark.gpu

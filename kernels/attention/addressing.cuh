@@ -182,8 +182,7 @@ struct PagedKv {
     constexpr int kMostEntries = 1 << 16;  // in a larger table nothing is gained
     __shared__ int words[128];
     const int team = params.team_size.quotient(blockIdx.x);
-    const int num_teams = params.team_size.quotient(params.num_ctas);
-    const int place = int(__fdividef(float(team), float(num_teams)) * float(params.num_indices));
+    const int place = int(float(team) * params.entries_of_team);
     const int before = params.page_size.quotient(kTokensBefore) + kEntriesOfSector;
     const int count = params.page_size.quotient(kTokens) + 2 * kEntriesOfSector;
     const int first = (int(threadIdx.x) - 32) * kEntriesOfSector;

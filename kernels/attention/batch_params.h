@@ -140,6 +140,25 @@ struct TileHeight {
   int min_kv_tiles;  // of a part: less is not worth a partial result
 };
 
+// The time of a query tile of one KV head that sees so many KV tiles, relative.
+constexpr int64 cost_of(const TileHeight& height, int num_kv_tiles) {
+  return int64{height.step_cost} * num_kv_tiles + height.tile_cost;
+}
+
+// Whether decodes stay whole, a team each: the dearest costs little more than an equal share of the
+// work, so that cutting it would gain less than it takes to add up its parts. `most` is the cost of
+// a request, `total` that of all, each for all bundles of heads; num_units counts requests and
+// bundles. What is lost and gained was measured on an H200, with 1 to 256 units of 1 to 32 KV tiles
+// of 64 keys; longer ones need more than one CTA on an SM to fill the memory's time.
+inline constexpr int kWholeKeys = 1024;
+constexpr bool stays_whole(const TileHeight& height, int64 most, int64 total, int64 num_units,
+                           int64 num_teams, int64 num_bundles) {
+  constexpr int64 kCostOfParts = 22;
+  return num_units <= num_teams && total > num_units * cost_of(height, 1) &&
+         most <= cost_of(height, height.kv_tile.quotient(kWholeKeys)) * num_bundles &&
+         5 * num_teams * (most - kCostOfParts * num_bundles) <= 9 * total * num_bundles;
+}
+
 // Requests over one cache. Of two segments the one with fewer rows a tile comes first on the line
 // of units, where it is not the first in the output.
 struct ScheduleSegment {
@@ -219,6 +238,7 @@ struct BatchAttentionParams {
   int64* report;  // the host's: gets the value where nothing is left to add up or clear; or null
   int64 report_value;
   int keys_are_read_once;  // so that they need not stay in the L2 cache
+  float entries_of_team;   // of kv_indices, if requests share them about as they share the teams
 };
 
 // Two segments of one launch, in the order of the line; what the list has is the same in both.

@@ -281,6 +281,11 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
     }
   }
   equal = __syncthreads_and(equal);
+  const int num_units = num_items * num_bundles;
+  const bool whole =
+      !kTall && !params.invariant &&
+      __syncthreads_and(stays_whole(params.segments[0].heights[0], most_costs[0], cost_before,
+                                    num_units, params.num_teams, num_bundles));
 
   ListHeader header = {};
   header.tag = params.tag;
@@ -307,8 +312,9 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
     even = even_parts(params, found, num_items, kSegments > 1 ? most_costs[0] : 0,
                       most_costs[kSegments - 1]);
   }
-  const int num_units = num_items * num_bundles;
-  const int num_equal = equal ? ranges_of_equals(params, num_units, cost_before) : 0;
+  const int num_equal = whole   ? num_units
+                        : equal ? ranges_of_equals(params, num_units, cost_before)
+                                : 0;
   const int num_ranges = even.num_parts > 0 ? even.num_ranges
                          : num_equal > 0    ? num_equal
                                             : params.num_teams;

@@ -110,11 +110,6 @@ __device__ __forceinline__ int num_kv_tiles(const TileHeight& height, const Sche
   return max(0, kv_tiles_up_to(height, item.end_key) - item.first_kv_tile);
 }
 
-// Of one KV head.
-__device__ __forceinline__ int64 cost_of(const TileHeight& height, int num_tiles) {
-  return int64(num_tiles) * height.step_cost + height.tile_cost;
-}
-
 // A query tile of a request with all its keys. In lists that are not tall it is the only one.
 template <bool kTall, int kSegments>
 __device__ __forceinline__ ScheduledItem whole_tile(const ScheduleParams<kSegments>& params,

@@ -169,6 +169,23 @@ bool are_keys_read_once(const Lengths& of, const BatchProblem& problem, const Ca
          problem.max_keys <= cache.outer * cache.tokens;
 }
 
+// Teams that the work would go to if all requests had the same length, as far as the table tells.
+int64 sharing_teams(const Lengths& of, const BatchProblem& problem, const BatchPlan& plan,
+                    const Device& gpu) {
+  const int num_teams = plan.max_ranges;
+  if (plan.high > 16 || problem.invariant || problem.batch_size == 0) return num_teams;
+  const int64 num_bundles = of.num_kv_heads / plan.team_size;
+  const int64 num_units = problem.batch_size * num_bundles;
+  const TileHeight height = tile_height(plan.dims, plan.low, gpu.sm);
+  const int64 keys = std::min(problem.max_keys / problem.batch_size, int64{kWholeKeys} + 1);
+  const int kv_tile = static_cast<int>(height.kv_tile.divisor);
+  const int64 cost = cost_of(height, (static_cast<int>(keys) + kv_tile - 1) / kv_tile);
+  return stays_whole(height, cost * num_bundles, cost * num_units, num_units, num_teams,
+                     num_bundles)
+             ? num_units
+             : num_teams;
+}
+
 }  // namespace
 
 BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const BatchOptions& options,
@@ -213,6 +230,8 @@ BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const Batc
     params.kv_indices = ints(in.kv_indices);
     params.num_indices = cache.outer == 0 ? 0 : static_cast<int>(in.kv_indices->size(0));
     params.num_pages = static_cast<int>(cache.outer);
+    params.entries_of_team = static_cast<float>(params.num_indices) /
+                             static_cast<float>(sharing_teams(of, problem, plan, gpu));
     const Units keys = units_of(in.k, cache);
     const Units values = units_of(in.v, cache);
     params.k_page_units = keys.page;
