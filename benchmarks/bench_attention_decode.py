@@ -29,7 +29,7 @@ def run(session: Session) -> list[Row]:
         cells += [(heads, *cell) for cell in every if wanted(session, heads, *cell)]
     if not cells:
         return []
-    warm(session.device, r"bfloat16.*HeadDims<128, 128>, Heights<16>.*bfloat16>, StandardVariant")
+    warm(session.device, r"bfloat16.*HeadDims<128, 128>, \w+<16>.*bfloat16>, StandardVariant")
     memory = Memory(session, max(size * whole_pages(n) * h[1] * 128 for h, size, n in cells))
     rows = []
     for heads, size, kv_len in cells:

@@ -146,6 +146,27 @@ def batches(dtype: torch.dtype) -> Iterator[torch.Tensor]:
             yield ridgeline.attention(q[:3], (k, v), kv_lens=kv_lens)
 
 
+def decodes(dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """About as many requests and KV heads as SMs, with tables as they should be and garbage."""
+    sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    lengths = [61 * i % 400 for i in range(sms * 9 // 10 // 4)]
+    counts = [-(-length // 5) for length in lengths]
+    kv_indptr = ints(0, *(sum(counts[: i + 1]) for i in range(len(counts))))
+    last = ints(*((length - 1) % 5 + 1 if length else 0 for length in lengths))
+    pages = torch.randperm(sum(counts)).to(torch.int32).to(DEVICE)
+    garbage = torch.randint(-(2**31), 2**31 - 1, (sum(counts),)).to(torch.int32).to(DEVICE)
+    for head_dim in (80, 128):
+        q = random(len(lengths), 12, head_dim, dtype=dtype)
+        pool = random(sum(counts), 2, 5, 4, head_dim, dtype=dtype)
+        for indices in (pages, garbage):
+            yield ridgeline.attention(
+                q, pool, kv_indptr=kv_indptr, kv_indices=indices, kv_last_page_len=last
+            )
+        k, v = (with_gaps(random(len(lengths), 61, 4, head_dim, dtype=dtype)) for _ in range(2))
+        for kv_lens in (ints(*(length % 62 for length in lengths)), garbage[: len(lengths)]):
+            yield ridgeline.attention(q, (k, v), kv_lens=kv_lens)
+
+
 def paging(dtype: torch.dtype) -> Iterator[torch.Tensor]:
     garbage = torch.randint(-(2**31), 2**31 - 1, (70,)).to(torch.int32).to(DEVICE)
     kv_indptr, last = ints(0, 2, 2, 5), ints(3, 0, 1)
@@ -201,7 +222,7 @@ def main() -> None:
     torch.manual_seed(0)
     results = 0
     for dtype in dtypes():
-        for family in (elementwise, attention, merging, batches, paging, sampling, bits):
+        for family in (elementwise, attention, merging, batches, decodes, paging, sampling, bits):
             for result in family(dtype):
                 finite = bool(result.cpu().isfinite().all())
                 assert finite, f"{family.__name__}, {dtype}: a value that is not finite"

@@ -93,17 +93,24 @@ def check_records(work: torch.Tensor, q_lens: list[int], kv_lens: list[int]) -> 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("size", "kv_len", "num_records", "num_cut"),
-    [(64, 1024, 2, 0), (32, 300, 1, 0), (16, 2048, 1, 16), (48, 1024, None, None), (64, 1, 2, 0)],
+    ("size", "kv_len", "num_records", "num_cut", "head_dim_qk"),
+    [
+        (64, 1024, 2, 0, 128),
+        (32, 300, 1, 0, 128),
+        (16, 2048, 1, 16, 192),
+        (48, 1024, None, None, 128),
+        (64, 1, 2, 0, 128),
+    ],
 )
 def test_decodes_of_one_length(
-    size: int, kv_len: int, num_records: int | None, num_cut: int | None
+    size: int, kv_len: int, num_records: int | None, num_cut: int | None, head_dim_qk: int
 ) -> None:
     """Where almost as many ranges as there are teams divide them evenly, all ranges are alike."""
     device = torch.device("cuda", 0)
     work = ridgeline.schedule(
         kv_lens=torch.full((size,), kv_len, dtype=torch.int32, device=device),
-        num_qo_tokens=size, num_qo_heads=32, num_kv_heads=8, head_dim_qk=128,
+        num_qo_tokens=size, num_qo_heads=32, num_kv_heads=8, head_dim_qk=head_dim_qk,
+        head_dim_vo=128,
     ).cpu()  # fmt: skip
     check_records(work, [1] * size, [kv_len] * size)
     # Of 33 teams 32 have work then.
@@ -120,7 +127,7 @@ def test_decodes_of_one_length(
     ("kv_lens", "whole"),
     [
         ([1024] * 16, True),
-        ([2048] * 16, False),
+        ([2048] * 10, False),
         ([256] * 5, True),
         (list(range(1, 300, 10)), True),
         ([3, 0, 190], True),

@@ -55,25 +55,33 @@ __device__ __forceinline__ void run_records(const BatchAttentionParams& params,
 template <typename T, typename Dims, typename Heights, typename Kv, typename Variant>
 struct BatchKernel;
 
-template <typename T, typename Dims, int kHeight, typename Kv, typename Variant>
-struct BatchKernel<T, Dims, Heights<kHeight>, Kv, Variant> {
-  static constexpr int kLow = kHeight;
-  static constexpr int kHigh = kHeight;
-  static constexpr bool kCountsArrivals =
-      TileTraits<T, Dims, kHeight, Kv, Variant>::kCountsArrivals;
+template <typename Traits, bool kIsWide>
+struct OfOneHeight {
+  static constexpr int kLow = Traits::kTileQ;
+  static constexpr int kHigh = Traits::kTileQ;
+  static constexpr bool kWide = kIsWide;
+  static constexpr bool kCountsArrivals = Traits::kCountsArrivals;
   template <bool kStreams>
   static __device__ __forceinline__ void run(const BatchAttentionParams& params,
                                              BatchItem (&items)[2], Assignment& assignment,
                                              OwnCuts* cuts, unsigned char* smem) {
-    run_records<TileTraits<T, Dims, kHeight, Kv, Variant>, kStreams>(params, items, assignment,
-                                                                     cuts, smem);
+    run_records<Traits, kStreams>(params, items, assignment, cuts, smem);
   }
 };
+
+template <typename T, typename Dims, int kHeight, typename Kv, typename Variant>
+struct BatchKernel<T, Dims, Heights<kHeight>, Kv, Variant>
+    : OfOneHeight<TileTraits<T, Dims, kHeight, Kv, Variant>, false> {};
+
+template <typename T, typename Dims, int kHeight, typename Kv, typename Variant>
+struct BatchKernel<T, Dims, WideHeight<kHeight>, Kv, Variant>
+    : OfOneHeight<TileTraits<T, Dims, kHeight, Kv, Variant, true>, true> {};
 
 template <typename T, typename Dims, int low, int high, typename Kv, typename Variant>
 struct BatchKernel<T, Dims, Heights<low, high>, Kv, Variant> {
   static constexpr int kLow = low;
   static constexpr int kHigh = high;
+  static constexpr bool kWide = false;
   static constexpr bool kCountsArrivals = TileTraits<T, Dims, high, Kv, Variant>::kCountsArrivals;
   template <bool kStreams>
   static __device__ __forceinline__ void run(const BatchAttentionParams& params,
@@ -92,13 +100,15 @@ struct BatchKernel<T, Dims, Heights<low, high>, Kv, Variant> {
 template <typename T, typename Dims, typename Heights, typename Kv, typename Variant>
 __global__ void __launch_bounds__(
     batch_block_size(Dims::kQk, Dims::kVo, BatchKernel<T, Dims, Heights, Kv, Variant>::kLow,
-                     BatchKernel<T, Dims, Heights, Kv, Variant>::kHigh, kSm),
+                     BatchKernel<T, Dims, Heights, Kv, Variant>::kHigh, kSm,
+                     BatchKernel<T, Dims, Heights, Kv, Variant>::kWide),
     batch_ctas_per_sm(Dims::kQk, Dims::kVo, BatchKernel<T, Dims, Heights, Kv, Variant>::kLow,
-                      BatchKernel<T, Dims, Heights, Kv, Variant>::kHigh, kSm))
+                      BatchKernel<T, Dims, Heights, Kv, Variant>::kHigh, kSm,
+                      BatchKernel<T, Dims, Heights, Kv, Variant>::kWide))
     batch_attention(const __grid_constant__ BatchAttentionParams params) {
   using Kernel = BatchKernel<T, Dims, Heights, Kv, Variant>;
   constexpr int kWarps =
-      batch_block_size(Dims::kQk, Dims::kVo, Kernel::kLow, Kernel::kHigh, kSm) / 32;
+      batch_block_size(Dims::kQk, Dims::kVo, Kernel::kLow, Kernel::kHigh, kSm, Kernel::kWide) / 32;
   constexpr bool kSplits = kSm >= 90 && Kernel::kLow < Kernel::kHigh;
   extern __shared__ __align__(1024) unsigned char smem[];
   __shared__ BatchItem items[2];

@@ -49,9 +49,9 @@ __device__ __forceinline__ BatchItem checked_item(const BatchPairParams& params,
 template <typename T, typename Dims, typename First, typename Second, typename Variant>
 __global__ void __launch_bounds__(
     batch_block_size(Dims::kQk, Dims::kVo, PairKernel<T, Dims, First, Second, Variant>::kLow,
-                     PairKernel<T, Dims, First, Second, Variant>::kHigh, kSm),
+                     PairKernel<T, Dims, First, Second, Variant>::kHigh, kSm, false),
     batch_ctas_per_sm(Dims::kQk, Dims::kVo, PairKernel<T, Dims, First, Second, Variant>::kLow,
-                      PairKernel<T, Dims, First, Second, Variant>::kHigh, kSm))
+                      PairKernel<T, Dims, First, Second, Variant>::kHigh, kSm, false))
     batch_attention_pair(const __grid_constant__ BatchPairParams params) {
   using Kernel = PairKernel<T, Dims, First, Second, Variant>;
   extern __shared__ __align__(1024) unsigned char smem[];

@@ -254,6 +254,9 @@ constexpr int num_batch_counters(int num_ctas) {
 // Tile heights that one kernel holds, ascending.
 template <int... heights>
 struct Heights {};
+// One, for a CTA that has an SM to itself (`wide` in params.h).
+template <int height>
+struct WideHeight {};
 
 constexpr int max_int(int a, int b) {
   return a > b ? a : b;
@@ -263,13 +266,15 @@ constexpr int min_int(int a, int b) {
 }
 
 // Threads, CTAs of an SM and shared memory of a kernel that holds two heights (or one, twice).
-constexpr int batch_block_size(int head_dim_qk, int head_dim_vo, int low, int high, int sm) {
-  return max_int(attention_block_size(head_dim_qk, head_dim_vo, low, sm),
-                 attention_block_size(head_dim_qk, head_dim_vo, high, sm));
+constexpr int batch_block_size(int head_dim_qk, int head_dim_vo, int low, int high, int sm,
+                               bool wide) {
+  return max_int(attention_block_size(head_dim_qk, head_dim_vo, low, sm, wide),
+                 attention_block_size(head_dim_qk, head_dim_vo, high, sm, wide));
 }
-constexpr int batch_ctas_per_sm(int head_dim_qk, int head_dim_vo, int low, int high, int sm) {
-  return min_int(attention_tile(head_dim_qk, head_dim_vo, low, sm).ctas_per_sm,
-                 attention_tile(head_dim_qk, head_dim_vo, high, sm).ctas_per_sm);
+constexpr int batch_ctas_per_sm(int head_dim_qk, int head_dim_vo, int low, int high, int sm,
+                                bool wide) {
+  return min_int(attention_tile(head_dim_qk, head_dim_vo, low, sm, wide).ctas_per_sm,
+                 attention_tile(head_dim_qk, head_dim_vo, high, sm, wide).ctas_per_sm);
 }
 // Whether a launch of two segments runs short requests a warp each (batch_warps.cuh): the first has
 // tiles of 16 rows alone, and each warp has memory for its queries.
@@ -283,9 +288,9 @@ constexpr bool batch_fits_warps(int head_dim_qk, int head_dim_vo, int high_of_fi
          bytes <= attention_smem_bytes(head_dim_qk, head_dim_vo, high, sm, false);
 }
 constexpr int batch_smem_bytes(int head_dim_qk, int head_dim_vo, int low, int high, int sm,
-                               bool rotates) {
-  return max_int(attention_smem_bytes(head_dim_qk, head_dim_vo, low, sm, rotates),
-                 attention_smem_bytes(head_dim_qk, head_dim_vo, high, sm, rotates));
+                               bool rotates, bool wide) {
+  return max_int(attention_smem_bytes(head_dim_qk, head_dim_vo, low, sm, rotates, wide),
+                 attention_smem_bytes(head_dim_qk, head_dim_vo, high, sm, rotates, wide));
 }
 
 }  // namespace ridgeline

@@ -109,7 +109,14 @@ struct TileConfig {
 // sm_80 on, so that one table serves sm_80 to sm_89, and within 64 KiB on sm_75, whose copies do
 // not overlap with arithmetic: there one stage does, and small KV tiles leave room for a second
 // CTA.
-constexpr TileConfig attention_tile(int head_dim_qk, int head_dim_vo, int tile_q, int sm) {
+// `wide` tiles are for decodes of about as many requests and KV heads as SMs: one CTA has the warps
+// and the bytes in flight of two, and what its warps add up stays in shared memory.
+constexpr TileConfig attention_tile(int head_dim_qk, int head_dim_vo, int tile_q, int sm,
+                                    bool wide = false) {
+  if (wide) {
+    const bool exists = head_dim_qk == 128 && head_dim_vo == 128 && tile_q == 16 && sm >= 90;
+    return exists ? TileConfig{8, 8, 128, 2, 1, true} : TileConfig{};
+  }
   if (head_dim_qk == 64 && head_dim_vo == 64) {
     if (tile_q == 16) return {4, 4, 64, sm == 75 ? 1 : 3, 4, true};
     if (tile_q == 64) return {4, 1, 64, sm == 75 ? 1 : 2, 3, true};
@@ -137,8 +144,9 @@ constexpr TileConfig attention_tile(int head_dim_qk, int head_dim_vo, int tile_q
   return {};
 }
 
-constexpr int attention_block_size(int head_dim_qk, int head_dim_vo, int tile_q, int sm) {
-  return attention_tile(head_dim_qk, head_dim_vo, tile_q, sm).num_warps * 32;
+constexpr int attention_block_size(int head_dim_qk, int head_dim_vo, int tile_q, int sm,
+                                   bool wide = false) {
+  return attention_tile(head_dim_qk, head_dim_vo, tile_q, sm, wide).num_warps * 32;
 }
 
 // CTAs of an SM that the kernel of one request has registers for. Why not a third in tiles of 128
@@ -154,15 +162,16 @@ constexpr int rotation_table_bytes(int head_dim_qk) {
 }
 
 // Bytes of the K and V tiles of all stages, for elements of 16 bits.
-constexpr int attention_kv_bytes(int head_dim_qk, int head_dim_vo, int tile_q, int sm) {
-  const TileConfig tile = attention_tile(head_dim_qk, head_dim_vo, tile_q, sm);
+constexpr int attention_kv_bytes(int head_dim_qk, int head_dim_vo, int tile_q, int sm,
+                                 bool wide = false) {
+  const TileConfig tile = attention_tile(head_dim_qk, head_dim_vo, tile_q, sm, wide);
   return tile.stages * tile.kv_tile * (head_dim_qk + head_dim_vo) * 2;
 }
 
 // Dynamic shared memory of a launch, for elements of 16 bits.
 constexpr int attention_smem_bytes(int head_dim_qk, int head_dim_vo, int tile_q, int sm,
-                                   bool rotates) {
-  return tile_q * head_dim_qk * 2 + attention_kv_bytes(head_dim_qk, head_dim_vo, tile_q, sm) +
+                                   bool rotates, bool wide = false) {
+  return tile_q * head_dim_qk * 2 + attention_kv_bytes(head_dim_qk, head_dim_vo, tile_q, sm, wide) +
          (rotates ? rotation_table_bytes(head_dim_qk) : 0);
 }
 

@@ -77,23 +77,40 @@ struct QueryRows {
   }
 };
 
+__device__ __forceinline__ int64 query_offset(const AttentionParams& params, const WorkItem& work,
+                                              int row) {
+  const RowTarget target = row_target(params, work, row);
+  return target.token * params.q_stride_token + target.head * params.q_stride_head;
+}
+
 // A warp loads four rows of a pass: each lane finds the place of one row of its warp's, and tells
-// the others.
+// the others. Where there are more threads than that takes, each copies one chunk of a row: if some
+// copied nothing, the compiler would have all that follows twice.
 template <typename Traits>
 __device__ __forceinline__ void load_query(const AttentionParams& params, const WorkItem& work,
                                            int num_rows, uint32 tile) {
   using T = typename Traits::T;
   constexpr int kRowsPerPass = Traits::kNumThreads / 8;
-  static_assert(Traits::kTileQ / kRowsPerPass <= 8, "a warp has a lane for each of its rows");
-  const int lane = threadIdx.x % 32;
-  const int row = lane / 4 * kRowsPerPass + threadIdx.x / 32 * 4 + lane % 4;
-  const RowTarget target = row_target(params, work, min(row, num_rows - 1));
-  const int64 offset = target.token * params.q_stride_token + target.head * params.q_stride_head;
-  using Copies =
-      RowCopies<Traits::kTileQ, Traits::kQk, Traits::kNumThreads, false, T, QueryRows<T>>;
-  const QueryRows<T> rows = {static_cast<const T*>(params.q) + Copies::lane_element(threadIdx.x),
-                             offset};
-  Copies(rows, tile, threadIdx.x, params.head_dim_qk, num_rows).copy_all();
+  if constexpr (kRowsPerPass > Traits::kTileQ) {
+    constexpr int kChunksOfRow = Traits::kQueryRowBytes / 16;
+    static_assert(Traits::kTileQ * kChunksOfRow == Traits::kNumThreads, "a chunk a thread");
+    const int thread = opaque(int(threadIdx.x));
+    const int row = uint32(thread) / kChunksOfRow, chunk = uint32(thread) % kChunksOfRow;
+    const T* source = static_cast<const T*>(params.q) +
+                      query_offset(params, work, min(row, num_rows - 1)) + chunk * 8;
+    cp_async_16(tile + swizzled_offset<Traits::kQueryRowBytes>(row, chunk), source,
+                row < num_rows && chunk * 8 < params.head_dim_qk);
+  } else {
+    static_assert(Traits::kTileQ / kRowsPerPass <= 8, "a warp has a lane for each of its rows");
+    const int lane = threadIdx.x % 32;
+    const int row = lane / 4 * kRowsPerPass + threadIdx.x / 32 * 4 + lane % 4;
+    const int64 offset = query_offset(params, work, min(row, num_rows - 1));
+    using Copies =
+        RowCopies<Traits::kTileQ, Traits::kQk, Traits::kNumThreads, false, T, QueryRows<T>>;
+    const QueryRows<T> rows = {static_cast<const T*>(params.q) + Copies::lane_element(threadIdx.x),
+                               offset};
+    Copies(rows, tile, threadIdx.x, params.head_dim_qk, num_rows).copy_all();
+  }
 }
 
 template <typename Traits>

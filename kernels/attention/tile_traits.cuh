@@ -16,13 +16,14 @@ struct AddressingOf<Kv, true> {
   using Type = typename Kv::WithPlaces;
 };
 
-template <typename T_, typename Dims, int kTileQ_, typename Kv_, typename Variant_>
+template <typename T_, typename Dims, int kTileQ_, typename Kv_, typename Variant_,
+          bool kWide = false>
 struct TileTraits {
   using T = T_;  // queries, outputs and the operands of the products
   using Element = typename Kv_::Element;
   using Variant = Variant_;
 
-  static constexpr TileConfig kConfig = attention_tile(Dims::kQk, Dims::kVo, kTileQ_, kSm);
+  static constexpr TileConfig kConfig = attention_tile(Dims::kQk, Dims::kVo, kTileQ_, kSm, kWide);
   static constexpr int kQk = Dims::kQk;
   static constexpr int kVo = Dims::kVo;
   static constexpr int kTileQ = kTileQ_;

@@ -31,32 +31,54 @@ struct Kernels {
   int low, high;
   const char* heights;
   const char* why;
+  bool wide = false;
 };
 constexpr std::array<Kernels, kNumBatchKernels> kKernels = {{
     {16, 16, "Heights<16>", "decode: no request has more than 16 rows"},
     {16, 64, "Heights<16, 64>", "few queries, or heads too wide for 128 rows"},
     {16, 128, "Heights<16, 128>", "prefill, alone or beside decode"},
     {64, 64, "Heights<64>", "where tiles of 16 and 64 rows differ in threads"},
+    {16, 16, "WideHeight<16>", "decode of about as many requests and KV heads as SMs", true},
 }};
+constexpr int kWide = 4;
 
 constexpr std::array<const char*, kNumBatchVariants> kVariants = {
     "StandardVariant", "RopeLlamaVariant", "Fp16Logits<StandardVariant>",
     "Fp16Logits<RopeLlamaVariant>", "SoftCapVariant"};
 constexpr int kSoftCap = 4;
 
-TileConfig tile_of(int dims, int tile_q, int sm) {
-  return attention_tile(kDims[dims].qk, kDims[dims].vo, tile_q, sm);
+TileConfig tile_of(int dims, int tile_q, int sm, bool wide = false) {
+  return attention_tile(kDims[dims].qk, kDims[dims].vo, tile_q, sm, wide);
+}
+
+TileConfig high_tile_of(int dims, int kernel, int sm) {
+  return tile_of(dims, kKernels[kernel].high, sm, kKernels[kernel].wide);
 }
 
 bool exists(int dims, int kernel, int sm) {
-  const TileConfig low = tile_of(dims, kKernels[kernel].low, sm);
-  const TileConfig high = tile_of(dims, kKernels[kernel].high, sm);
+  const TileConfig low = tile_of(dims, kKernels[kernel].low, sm, kKernels[kernel].wide);
+  const TileConfig high = high_tile_of(dims, kernel, sm);
   return low.num_warps > 0 && high.num_warps == low.num_warps;
 }
 
 int smem_of(int dims, int kernel, int sm, bool rotates) {
   return batch_smem_bytes(kDims[dims].qk, kDims[dims].vo, kKernels[kernel].low,
-                          kKernels[kernel].high, sm, rotates);
+                          kKernels[kernel].high, sm, rotates, kKernels[kernel].wide);
+}
+
+// Beside dynamic shared memory, of a CTA.
+constexpr int kReservedSmem = 1024;
+
+// Whether nearly each SM has one request's KV head, and none has two. On an H200 16 requests with 8
+// KV heads took, by wide tiles and by others, 22.3 and 23.9 us with 1,024 keys each, 66.6 and 68.7
+// with 4,096; but two of 1,024 12.6 and 11.5: where many CTAs share a request, more and smaller
+// ones do that sooner. Why not with batch_invariant: a request's bits must not depend on how many
+// others there are.
+bool is_for_wide(const BatchProblem& problem, int dims, const BatchGpu& gpu) {
+  const int64 num_units = problem.batch_size * problem.num_kv_heads;
+  return !problem.invariant && 3 * num_units >= 2 * gpu.num_sms && num_units <= gpu.num_sms &&
+         exists(dims, kWide, gpu.sm) &&
+         smem_of(dims, kWide, gpu.sm, problem.rotates) + kReservedSmem <= gpu.smem_per_sm;
 }
 
 int kernel_of(const BatchProblem& problem, int dims, int sm) {
@@ -74,15 +96,14 @@ int kernel_of(const BatchProblem& problem, int dims, int sm) {
 // stage has half: with half of that, 64 requests of 4,096 keys in pages of one token took 314 us in
 // place of 263 (H200), and more would cut the work into smaller parts.
 int num_ctas_of(int dims, int kernel, const BatchGpu& gpu) {
-  constexpr int kReserved = 1024;
   const Kernels& heights = kKernels[kernel];
-  const int by_smem = gpu.smem_per_sm / (smem_of(dims, kernel, gpu.sm, false) + kReserved);
-  const int budget =
-      batch_ctas_per_sm(kDims[dims].qk, kDims[dims].vo, heights.low, heights.high, gpu.sm);
+  const int by_smem = gpu.smem_per_sm / (smem_of(dims, kernel, gpu.sm, false) + kReservedSmem);
+  const int budget = batch_ctas_per_sm(kDims[dims].qk, kDims[dims].vo, heights.low, heights.high,
+                                       gpu.sm, heights.wide);
   int per_sm = std::clamp(by_smem, 1, budget);
   if (heights.high == 16) {
-    const int bytes = attention_kv_bytes(kDims[dims].qk, kDims[dims].vo, 16, gpu.sm);
-    const int in_flight = tile_of(dims, 16, gpu.sm).stages == 1 ? bytes / 2 : bytes;
+    const int bytes = attention_kv_bytes(kDims[dims].qk, kDims[dims].vo, 16, gpu.sm, heights.wide);
+    const int in_flight = high_tile_of(dims, kernel, gpu.sm).stages == 1 ? bytes / 2 : bytes;
     per_sm = std::min(per_sm, (128 * 1024 + in_flight - 1) / in_flight);
   }
   return std::min(gpu.num_sms * per_sm, kMaxBatchCtas);
@@ -185,11 +206,16 @@ Choice choose_batch(const std::string& op, const Config& config, int sm) {
             {}};
   }
   const int kernel = kernel_of(problem, dims, sm);
-  return {
-      {schedule_name(kKernels[kernel].high > 16),
-       batch_name(dims, kernel, problem.paged, problem.bf16, variant_of(problem, dims, kernel, sm)),
-       batch_combine_name(problem.bf16)},
-      {}};
+  const int variant = variant_of(problem, dims, kernel, sm);
+  Choice choice = {{schedule_name(kKernels[kernel].high > 16),
+                    batch_name(dims, kernel, problem.paged, problem.bf16, variant),
+                    batch_combine_name(problem.bf16)},
+                   {}};
+  // Which of the two a call takes follows from its batch size and the GPU.
+  if (kernel == 0 && !problem.invariant && exists(dims, kWide, sm)) {
+    choice.kernels.push_back(batch_name(dims, kWide, problem.paged, problem.bf16, variant));
+  }
+  return choice;
 }
 
 void add_rows(std::vector<Row>& rows, const std::string& op, int dims, int kernel, int variant) {
@@ -205,7 +231,7 @@ void add_rows(std::vector<Row>& rows, const std::string& op, int dims, int kerne
                         .min_sm = min_sm,
                         .max_sm = max_sm,
                         .core = variant == 0 || variant == kSoftCap,
-                        .block = tile_of(dims, kKernels[kernel].high, min_sm).num_warps * 32,
+                        .block = high_tile_of(dims, kernel, min_sm).num_warps * 32,
                         .dynamic_smem = smem_of(dims, kernel, min_sm, variant % 2 == 1),
                         .why = kKernels[kernel].why});
       }
@@ -226,7 +252,7 @@ void add_pair_rows(std::vector<Row>& rows, int dims, int kernel, int kernel_b) {
                         .min_sm = min_sm,
                         .max_sm = max_sm,
                         .core = kernel_b == 0 && (dims == 0 || (dims == 1 && kernel == 2)),
-                        .block = tile_of(dims, kKernels[kernel].high, min_sm).num_warps * 32,
+                        .block = high_tile_of(dims, kernel, min_sm).num_warps * 32,
                         .dynamic_smem = smem_of(dims, kernel, min_sm, false),
                         .why = "two batches in one launch"});
       }
@@ -339,8 +365,8 @@ std::array<int, 2> heights_of(int kernel) {
 // rows 5.3 us beside its keys; with 7 in place of 11 the decodes of a mixed batch waited for its
 // prefills (828 us, 669). A decoding tile costs 3.5 us beside its keys; with 8 in place of 10 a
 // cascade waited for its decodes (465 us, 456; one of 64 requests 100 us, 86).
-TileHeight tile_height(int dims, int tile_q, int sm) {
-  const int kv_tile = tile_of(dims, tile_q, sm).kv_tile;
+TileHeight tile_height(int dims, int tile_q, int sm, bool wide) {
+  const int kv_tile = tile_of(dims, tile_q, sm, wide).kv_tile;
   const int per_64_keys = tile_q == 16 ? 4 : tile_q == 64 ? 8 : 11;
   const bool tall = tile_q > 16;
   const int step_cost = std::max(1, per_64_keys * kv_tile / 64);
@@ -374,14 +400,15 @@ struct Teams {
 // H200 16 requests of 4,096 keys in pages of one token took 250 us in place of 257, and one of
 // 1,024 keys 13.5 in place of 14.2; but 33 of 300 keys, which 33 teams of 8 share evenly, 47.3 in
 // place of 45.3.
-Teams teams_of(const BatchProblem& problem, int high, int num_ctas, int num_sms) {
+Teams teams_of(const BatchProblem& problem, const Kernels& heights, int num_ctas, int num_sms) {
   const auto num_heads = static_cast<int>(problem.num_kv_heads);
   const int64 num_teams = num_ctas / num_heads;
   const int left_over = num_ctas % num_heads;
   const int64 batch_size = std::max<int64>(1, problem.batch_size);
   const bool share_evenly =
       num_teams > 0 && (batch_size % num_teams == 0 || num_teams % batch_size == 0);
-  if (high == 16 && num_ctas >= 2 * num_sms && 32 * left_over <= num_ctas && share_evenly) {
+  const bool may = heights.wide || (heights.high == 16 && num_ctas >= 2 * num_sms && share_evenly);
+  if (may && num_teams > 0 && 32 * left_over <= num_ctas) {
     return {num_ctas - left_over, num_heads};
   }
   return {num_ctas, std::gcd(num_ctas, num_heads)};
@@ -391,7 +418,7 @@ BatchPlan plan_of(const BatchProblem& problem, int dims, int kernel, const Batch
   const Kernels& heights = kKernels[kernel];
   const int64 group_size = problem.num_qo_heads / problem.num_kv_heads;
   const auto [num_ctas, team_size] =
-      teams_of(problem, heights.high, num_ctas_of(dims, kernel, gpu), gpu.num_sms);
+      teams_of(problem, heights, num_ctas_of(dims, kernel, gpu), gpu.num_sms);
   const int num_teams = num_ctas / team_size;
   const int tallest_part = problem.invariant ? 16 : heights.high;
   const auto slot_rows = static_cast<int>(
@@ -415,7 +442,8 @@ BatchPlan plan_of(const BatchProblem& problem, int dims, int kernel, const Batch
           .kernel = kernel,
           .low = heights.low,
           .high = heights.high,
-          .block = tile_of(dims, heights.high, gpu.sm).num_warps * 32,
+          .wide = heights.wide,
+          .block = high_tile_of(dims, kernel, gpu.sm).num_warps * 32,
           .dynamic_smem = smem_of(dims, kernel, gpu.sm, problem.rotates),
           .num_sms = gpu.num_sms,
           .num_ctas = num_ctas,
@@ -427,15 +455,18 @@ BatchPlan plan_of(const BatchProblem& problem, int dims, int kernel, const Batch
           .few_tiles = 0,
           .slot_rows = slot_rows,
           .num_partial_rows = slots * slot_rows + heights.high,
-          .in_one_launch = heights.high == 16 && !problem.invariant &&
-                           adds_up_parts(problem, tile_of(dims, 16, gpu.sm), slot_rows, num_teams)};
+          .in_one_launch =
+              heights.high == 16 && !problem.invariant &&
+              adds_up_parts(problem, high_tile_of(dims, kernel, gpu.sm), slot_rows, num_teams)};
 }
 
 }  // namespace
 
 BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu) {
   const int dims = dims_of(problem.head_dim_qk, problem.head_dim_vo);
-  return plan_of(problem, dims, kernel_of(problem, dims, gpu.sm), gpu);
+  const int kernel = kernel_of(problem, dims, gpu.sm);
+  return plan_of(problem, dims, kernel == 0 && is_for_wide(problem, dims, gpu) ? kWide : kernel,
+                 gpu);
 }
 
 int batch_variant(const BatchProblem& problem, const BatchPlan& plan, int sm) {

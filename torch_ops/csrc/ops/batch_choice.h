@@ -36,6 +36,7 @@ struct BatchPlan {
   int dims;       // index of the head dims
   int kernel;     // index of the tile heights
   int low, high;  // tile heights, equal where there is one
+  bool wide;      // a CTA has an SM to itself
   int block;
   int dynamic_smem;  // bytes
   int num_sms;
@@ -57,7 +58,7 @@ struct PairPlan {
 };
 
 inline constexpr int kNumBatchDims = 4;
-inline constexpr int kNumBatchKernels = 4;
+inline constexpr int kNumBatchKernels = 5;
 inline constexpr int kNumBatchVariants = 5;
 
 BatchPlan plan_batch(const BatchProblem& problem, const BatchGpu& gpu);
@@ -71,7 +72,7 @@ PairPlan plan_pair(const BatchProblem& a, const BatchProblem& b, const BatchGpu&
 std::string pair_name(int dims, int kernel, bool paged, int kernel_b, bool bf16);
 // Lowest and highest tile height of a kernel.
 std::array<int, 2> heights_of(int kernel);
-TileHeight tile_height(int dims, int tile_q, int sm);
+TileHeight tile_height(int dims, int tile_q, int sm, bool wide);
 
 // Index of the variant's name, below kNumBatchVariants.
 int batch_variant(const BatchProblem& problem, const BatchPlan& plan, int sm);

@@ -73,7 +73,7 @@ BatchGpu gpu_of(const Device& gpu) {
 }
 
 ScheduleSegment schedule_segment(const Lengths& of, const BatchProblem& problem, int dims, int low,
-                                 int high, int sm) {
+                                 int high, int sm, bool wide) {
   return {.qo_indptr = ints(of.qo_indptr),
           .kv_indptr = ints(of.kv_indptr),
           .kv_lens = ints(of.kv_lens),
@@ -86,7 +86,7 @@ ScheduleSegment schedule_segment(const Lengths& of, const BatchProblem& problem,
           .causal = (of.flags & kCausal) != 0,
           .window_left = window_of(of.window_left),
           .num_heights = low == high ? 1 : 2,
-          .heights = {tile_height(dims, low, sm), tile_height(dims, high, sm)}};
+          .heights = {tile_height(dims, low, sm, wide), tile_height(dims, high, sm, wide)}};
 }
 
 unsigned schedule_ctas(const ListLayout& layout, const Lengths& of, const BatchPlan& plan) {
@@ -109,7 +109,8 @@ void launch_schedule(const Lengths& of, const BatchProblem& problem, const Batch
   const ListLayout layout = list_layout(problem.batch_size, problem.num_tokens, of.group_size(),
                                         problem.num_kv_heads, problem.invariant);
   ScheduleParams<1> params = schedule_params<1>(of, plan, layout, problem.batch_size, list, tag);
-  params.segments[0] = schedule_segment(of, problem, plan.dims, plan.low, plan.high, gpu.sm);
+  params.segments[0] =
+      schedule_segment(of, problem, plan.dims, plan.low, plan.high, gpu.sm, plan.wide);
   const bool tall = plan.high > 16;
   launch(tall ? of_tall : of_low, gpu,
          {.grid_x = schedule_ctas(layout, of, plan),
@@ -176,7 +177,7 @@ int64 sharing_teams(const Lengths& of, const BatchProblem& problem, const BatchP
   if (plan.high > 16 || problem.invariant || problem.batch_size == 0) return num_teams;
   const int64 num_bundles = of.num_kv_heads / plan.team_size;
   const int64 num_units = problem.batch_size * num_bundles;
-  const TileHeight height = tile_height(plan.dims, plan.low, gpu.sm);
+  const TileHeight height = tile_height(plan.dims, plan.low, gpu.sm, plan.wide);
   const int64 keys = std::min(problem.max_keys / problem.batch_size, int64{kWholeKeys} + 1);
   const int kv_tile = static_cast<int>(height.kv_tile.divisor);
   const int64 cost = cost_of(height, (static_cast<int>(keys) + kv_tile - 1) / kv_tile);

@@ -45,7 +45,7 @@ BatchProblem problem_of(const Inputs& in, const Lengths& of, const BatchOptions&
 BatchGpu gpu_of(const Device& gpu);
 int tag_of(std::initializer_list<int64_t> given);
 ScheduleSegment schedule_segment(const Lengths& of, const BatchProblem& problem, int dims, int low,
-                                 int high, int sm);
+                                 int high, int sm, bool wide);
 BatchAttentionParams make_params(const Inputs& in, const Lengths& of, const BatchOptions& options,
                                  const Cache& cache, const BatchProblem& problem,
                                  const BatchPlan& plan, const Device& gpu, const ListLayout& layout,

@@ -86,9 +86,10 @@ void launch_schedule(const Pair& pair, const Device& gpu, int* list) {
   const auto [low_b, high_b] = heights_of(pair.plan.kernel_b);
   ScheduleParams<2> params = schedule_params<2>(
       pair.a, plan, pair.layout, pair.a.batch_size + pair.b.batch_size, list, pair.tag);
-  params.segments[0] = schedule_segment(pair.b, pair.problem_b, plan.dims, low_b, high_b, gpu.sm);
+  params.segments[0] =
+      schedule_segment(pair.b, pair.problem_b, plan.dims, low_b, high_b, gpu.sm, false);
   params.segments[1] =
-      schedule_segment(pair.a, pair.problem_a, plan.dims, plan.low, plan.high, gpu.sm);
+      schedule_segment(pair.a, pair.problem_a, plan.dims, plan.low, plan.high, gpu.sm, false);
   launch(schedule, gpu,
          {.grid_x = schedule_ctas(pair.layout, pair.a, plan),
           .block = static_cast<unsigned>(schedule_threads(true))},
