@@ -33,8 +33,8 @@ def lengths_for(name: str, num_kv_heads: int) -> tuple[tuple[int, int], ...]:
     lengths: dict[str, Callable[[int], int]] = {
         "short": lambda _: draw.randint(0, 200),
         "equal": lambda _: 129,
-        "any": lambda _: draw.randint(1, 3000),
-        "skewed": lambda i: 20_000 if i == 3 else draw.randint(1, 300),
+        "any": lambda _: draw.randint(1, 1200),
+        "skewed": lambda i: 6_000 if i == 3 else draw.randint(1, 300),
     }
     return tuple((1, lengths[name](i)) for i in range(size))
 
@@ -59,13 +59,21 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.fixture
+def has_wide_tiles() -> None:
+    if sm_under_test(GPU) < 90:
+        pytest.skip("before sm_90 there are none: --arch 90a has them")
+
+
+@pytest.mark.usefixtures("has_wide_tiles")
 @pytest.mark.parametrize("name", ["short", "equal", "any", "skewed"])
 @pytest.mark.parametrize(
     "case", CASES, ids=lambda case: "-".join(map(str, case.values())) or "plain"
 )
-def test_values(case: dict[str, Any], name: str, dtype: torch.dtype, rng: torch.Generator) -> None:
+def test_values(case: dict[str, Any], name: str, rng: torch.Generator) -> None:
     options = BASE | case
+    is_half = "rope" in case or name in ("short", "skewed")
+    dtype = torch.float16 if is_half else torch.bfloat16
     lengths = lengths_for(name, options["heads"][1])
     check(Batch(lengths=lengths, dtype=dtype, **options), GPU, rng)
 
@@ -104,6 +112,7 @@ def test_which_batches(
     assert ("WideHeight" in kernel) == (wide and sm_under_test(GPU) >= 90)
 
 
+@pytest.mark.usefixtures("has_wide_tiles")
 @pytest.mark.parametrize("name", ["short", "skewed"])
 def test_a_graph_gives_the_same_bits(name: str, rng: torch.Generator) -> None:
     inputs = Batch(lengths=lengths_for(name, 8), dtype=torch.float16, **BASE).inputs(GPU, rng)

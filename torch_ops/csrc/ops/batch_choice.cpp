@@ -69,16 +69,16 @@ int smem_of(int dims, int kernel, int sm, bool rotates) {
 // Beside dynamic shared memory, of a CTA.
 constexpr int kReservedSmem = 1024;
 
-// Whether nearly each SM has one request's KV head, and none has two. On an H200 16 requests with 8
-// KV heads took, by wide tiles and by others, 22.3 and 23.9 us with 1,024 keys each, 66.6 and 68.7
+// Whether most SMs have one request's KV head, and none has two. On an H200 16 requests with 8 KV
+// heads took, by wide tiles and by others, 22.3 and 23.9 us with 1,024 keys each, 66.6 and 68.7
 // with 4,096; but two of 1,024 12.6 and 11.5: where many CTAs share a request, more and smaller
 // ones do that sooner. Why not with batch_invariant: a request's bits must not depend on how many
-// others there are.
+// others there are. Why the memory of a variant that rotates: a list is made without knowing of it.
 bool is_for_wide(const BatchProblem& problem, int dims, const BatchGpu& gpu) {
   const int64 num_units = problem.batch_size * problem.num_kv_heads;
   return !problem.invariant && 3 * num_units >= 2 * gpu.num_sms && num_units <= gpu.num_sms &&
          exists(dims, kWide, gpu.sm) &&
-         smem_of(dims, kWide, gpu.sm, problem.rotates) + kReservedSmem <= gpu.smem_per_sm;
+         smem_of(dims, kWide, gpu.sm, true) + kReservedSmem <= gpu.smem_per_sm;
 }
 
 int kernel_of(const BatchProblem& problem, int dims, int sm) {
