@@ -8,7 +8,7 @@ access past its end is seen. Results are only checked for being finite: the test
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import ridgeline
 import torch
@@ -112,6 +112,15 @@ def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
+def page_table(lengths: Sequence[int], page_size: int) -> tuple[torch.Tensor, ...]:
+    """Of requests with keys of so many tokens: kv_indptr, kv_indices, kv_last_page_len."""
+    counts = [-(-length // page_size) for length in lengths]
+    kv_indptr = ints(0, *(sum(counts[: i + 1]) for i in range(len(counts))))
+    pages = torch.randperm(sum(counts)).to(torch.int32).to(DEVICE)
+    last = ints(*((length - 1) % page_size + 1 if length else 0 for length in lengths))
+    return kv_indptr, pages, last
+
+
 def batches(dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """Requests of 1, 3 and 40 queries over 7, 130 and 333 keys; then indices that are garbage."""
     qo_indptr, lengths = ints(0, 1, 4, 44), (7, 130, 333)
@@ -119,15 +128,12 @@ def batches(dtype: torch.dtype) -> Iterator[torch.Tensor]:
     for head_dim in (64, 80, 256):
         q = random(44, 6, head_dim, dtype=dtype)
         for page_size in (1, 5):
-            counts = [-(-length // page_size) for length in lengths]
-            kv_indptr = ints(0, *(sum(counts[: i + 1]) for i in range(3)))
-            pages = torch.randperm(sum(counts)).to(torch.int32).to(DEVICE)
-            last = ints(*((length - 1) % page_size + 1 for length in lengths))
-            pool = random(sum(counts), 2, page_size, 2, head_dim, dtype=dtype)
+            kv_indptr, pages, last = page_table(lengths, page_size)
+            pool = random(len(pages), 2, page_size, 2, head_dim, dtype=dtype)
             for indptr, indices, last_page_len in (
                 (kv_indptr, pages, last),
-                (kv_indptr, garbage[: sum(counts)], last),
-                (garbage[:4], garbage[: sum(counts)], garbage[4:7]),
+                (kv_indptr, garbage[: len(pages)], last),
+                (garbage[:4], garbage[: len(pages)], garbage[4:7]),
             ):
                 for invariant in (False, True):
                     yield ridgeline.attention(
@@ -150,14 +156,11 @@ def decodes(dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """About as many requests and KV heads as SMs, with tables as they should be and garbage."""
     sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     lengths = [61 * i % 400 for i in range(sms * 9 // 10 // 4)]
-    counts = [-(-length // 5) for length in lengths]
-    kv_indptr = ints(0, *(sum(counts[: i + 1]) for i in range(len(counts))))
-    last = ints(*((length - 1) % 5 + 1 if length else 0 for length in lengths))
-    pages = torch.randperm(sum(counts)).to(torch.int32).to(DEVICE)
-    garbage = torch.randint(-(2**31), 2**31 - 1, (sum(counts),)).to(torch.int32).to(DEVICE)
+    kv_indptr, pages, last = page_table(lengths, 5)
+    garbage = torch.randint(-(2**31), 2**31 - 1, (len(pages),)).to(torch.int32).to(DEVICE)
     for head_dim in (80, 128):
         q = random(len(lengths), 12, head_dim, dtype=dtype)
-        pool = random(sum(counts), 2, 5, 4, head_dim, dtype=dtype)
+        pool = random(len(pages), 2, 5, 4, head_dim, dtype=dtype)
         for indices in (pages, garbage):
             yield ridgeline.attention(
                 q, pool, kv_indptr=kv_indptr, kv_indices=indices, kv_last_page_len=last

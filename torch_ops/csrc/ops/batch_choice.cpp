@@ -395,11 +395,11 @@ struct Teams {
   int size;
 };
 
-// Teams of as many CTAs as divide both these and the KV heads. Where two CTAs fit an SM, hardly any
-// is left over and the requests share out evenly, decodes get teams of all heads: with 32 on an
-// H200 16 requests of 4,096 keys in pages of one token took 250 us in place of 257, and one of
-// 1,024 keys 13.5 in place of 14.2; but 33 of 300 keys, which 33 teams of 8 share evenly, 47.3 in
-// place of 45.3.
+// Teams of as many CTAs as divide both these and the KV heads. Where hardly any CTA is left over,
+// wide tiles get teams of all heads, and other decodes do if two CTAs fit an SM and the requests
+// share out evenly: with 32 on an H200 16 requests of 4,096 keys in pages of one token took 250 us
+// in place of 257, and one of 1,024 keys 13.5 in place of 14.2; but 33 of 300 keys, which 33 teams
+// of 8 share evenly, 47.3 in place of 45.3.
 Teams teams_of(const BatchProblem& problem, const Kernels& heights, int num_ctas, int num_sms) {
   const auto num_heads = static_cast<int>(problem.num_kv_heads);
   const int64 num_teams = num_ctas / num_heads;
