@@ -1,4 +1,4 @@
-"""Decodes of about as many requests and KV heads as SMs, a CTA each: sm_90 on, heads of 128."""
+"""Decodes of half as many to as many requests and KV heads as SMs: sm_90 on, heads of 128."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def compiled_kernels() -> None:
     compile_kernels(rotating=True)
 
 
-def size_for(num_kv_heads: int) -> int:
-    """Requests whose KV heads are nine of ten SMs."""
+def size_for(num_kv_heads: int, share: float) -> int:
+    """Requests whose KV heads are such a share of the SMs."""
     sms = torch.cuda.get_device_properties(GPU).multi_processor_count
-    return max(1, sms * 9 // 10 // num_kv_heads)
+    return max(1, round(share * sms) // num_kv_heads)
 
 
-def lengths_for(name: str, num_kv_heads: int) -> tuple[tuple[int, int], ...]:
-    size = size_for(num_kv_heads)
+def lengths_for(name: str, num_kv_heads: int, share: float = 0.9) -> tuple[tuple[int, int], ...]:
+    size = size_for(num_kv_heads, share)
     draw = random.Random(size)
     lengths: dict[str, Callable[[int], int]] = {
         "short": lambda _: draw.randint(0, 200),
@@ -56,6 +56,7 @@ CASES = [
     {"logits_soft_cap": 4.0},
     {"rope": (8.0, 5e5)},
     {"padding": 37},
+    {"heads": (64, 8), "share": 0.5},
 ]
 
 
@@ -74,7 +75,7 @@ def test_values(case: dict[str, Any], name: str, rng: torch.Generator) -> None:
     options = BASE | case
     is_half = "rope" in case or name in ("short", "skewed")
     dtype = torch.float16 if is_half else torch.bfloat16
-    lengths = lengths_for(name, options["heads"][1])
+    lengths = lengths_for(name, options["heads"][1], options.pop("share", 0.9))
     check(Batch(lengths=lengths, dtype=dtype, **options), GPU, rng)
 
 
@@ -93,6 +94,9 @@ def kernels_of(batch: Batch, rng: torch.Generator) -> list[str]:
     [
         (0.6, False, {}),
         (0.7, True, {}),
+        (0.43, False, {"heads": (32, 8)}),
+        (0.5, True, {"heads": (32, 8)}),
+        (0.5, False, {"heads": (32, 32)}),
         (1.0, True, {}),
         (1.1, False, {}),
         (0.9, False, {"invariant": True}),
@@ -100,14 +104,25 @@ def kernels_of(batch: Batch, rng: torch.Generator) -> list[str]:
         (0.9, False, {"head_dims": (136, 128)}),
         (0.9, False, {"max_q_len": 5, "causal": True}),
     ],
-    ids=["few", "two thirds", "all", "more", "invariant", "64", "136", "20 rows"],
+    ids=[
+        "few",
+        "two thirds",
+        "fewer",
+        "half",
+        "two requests",
+        "all",
+        "more",
+        "invariant",
+        "64",
+        "136",
+        "20 rows",
+    ],
 )
 def test_which_batches(
     size: float, wide: bool, changes: dict[str, Any], rng: torch.Generator
 ) -> None:
-    sms = torch.cuda.get_device_properties(GPU).multi_processor_count
-    lengths = ((1, 200),) * (round(size * sms) // 4)
     options = BASE | {"heads": (16, 4)} | changes
+    lengths = ((1, 200),) * size_for(options["heads"][1], size)
     (kernel,) = kernels_of(Batch(lengths=lengths, **options), rng)
     assert ("WideHeight" in kernel) == (wide and sm_under_test(GPU) >= 90)
 

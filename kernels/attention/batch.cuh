@@ -55,11 +55,11 @@ __device__ __forceinline__ void run_records(const BatchAttentionParams& params,
 template <typename T, typename Dims, typename Heights, typename Kv, typename Variant>
 struct BatchKernel;
 
-template <typename Traits, bool kIsWide>
+template <typename Traits>
 struct OfOneHeight {
   static constexpr int kLow = Traits::kTileQ;
   static constexpr int kHigh = Traits::kTileQ;
-  static constexpr bool kWide = kIsWide;
+  static constexpr bool kWide = Traits::kWide;
   static constexpr bool kCountsArrivals = Traits::kCountsArrivals;
   template <bool kStreams>
   static __device__ __forceinline__ void run(const BatchAttentionParams& params,
@@ -71,11 +71,11 @@ struct OfOneHeight {
 
 template <typename T, typename Dims, int kHeight, typename Kv, typename Variant>
 struct BatchKernel<T, Dims, Heights<kHeight>, Kv, Variant>
-    : OfOneHeight<TileTraits<T, Dims, kHeight, Kv, Variant>, false> {};
+    : OfOneHeight<TileTraits<T, Dims, kHeight, Kv, Variant>> {};
 
 template <typename T, typename Dims, int kHeight, typename Kv, typename Variant>
 struct BatchKernel<T, Dims, WideHeight<kHeight>, Kv, Variant>
-    : OfOneHeight<TileTraits<T, Dims, kHeight, Kv, Variant, true>, true> {};
+    : OfOneHeight<TileTraits<T, Dims, kHeight, Kv, Variant, true>> {};
 
 template <typename T, typename Dims, int low, int high, typename Kv, typename Variant>
 struct BatchKernel<T, Dims, Heights<low, high>, Kv, Variant> {

@@ -153,7 +153,7 @@ constexpr int64 cost_of(const TileHeight& height, int num_kv_tiles) {
 inline constexpr int kWholeKeys = 1024;
 constexpr bool stays_whole(const TileHeight& height, int64 most, int64 total, int64 num_units,
                            int64 num_teams, int64 num_bundles) {
-  constexpr int64 kCostOfParts = 22;
+  constexpr int64 kCostOfParts = 22;  // as much as 5.5 KV tiles of 64 keys
   return num_units <= num_teams && total > num_units * cost_of(height, 1) &&
          most <= cost_of(height, height.kv_tile.quotient(kWholeKeys)) * num_bundles &&
          5 * num_teams * (most - kCostOfParts * num_bundles) <= 9 * total * num_bundles;

@@ -17,12 +17,13 @@ struct AddressingOf<Kv, true> {
 };
 
 template <typename T_, typename Dims, int kTileQ_, typename Kv_, typename Variant_,
-          bool kWide = false>
+          bool kWide_ = false>
 struct TileTraits {
   using T = T_;  // queries, outputs and the operands of the products
   using Element = typename Kv_::Element;
   using Variant = Variant_;
 
+  static constexpr bool kWide = kWide_;
   static constexpr TileConfig kConfig = attention_tile(Dims::kQk, Dims::kVo, kTileQ_, kSm, kWide);
   static constexpr int kQk = Dims::kQk;
   static constexpr int kVo = Dims::kVo;

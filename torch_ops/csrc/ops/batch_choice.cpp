@@ -69,15 +69,19 @@ int smem_of(int dims, int kernel, int sm, bool rotates) {
 // Beside dynamic shared memory, of a CTA.
 constexpr int kReservedSmem = 1024;
 
-// Whether most SMs have one request's KV head, and none has two. On an H200 16 requests with 8 KV
-// heads took, by wide tiles and by others, 22.3 and 23.9 us with 1,024 keys each, 66.6 and 68.7
-// with 4,096; but two of 1,024 12.6 and 11.5: where many CTAs share a request, more and smaller
-// ones do that sooner. Why not with batch_invariant: a request's bits must not depend on how many
-// others there are. Why the memory of a variant that rotates: a list is made without knowing of it.
+// Whether most SMs have one request's KV head, or half of them where these come in larger teams,
+// and none has two. On an H200 16 requests with 8 KV heads took, by wide tiles and by others, 22.3
+// and 23.9 us with 1,024 keys each, 66.6 and 68.7 with 4,096, 8 requests of 512 14.0 and 15.4; but
+// two of 1,024 13.2 and 12.3, and 64 of 1 to 2,048 with one KV head 22.6 and 21.1: where many CTAs
+// share a request, more and smaller ones do that sooner. Why not with batch_invariant: a request's
+// bits must not depend on how many others there are. Why the memory of a variant that rotates: a
+// list is made without knowing of it.
 bool is_for_wide(const BatchProblem& problem, int dims, const BatchGpu& gpu) {
   const int64 num_units = problem.batch_size * problem.num_kv_heads;
-  return !problem.invariant && 3 * num_units >= 2 * gpu.num_sms && num_units <= gpu.num_sms &&
-         exists(dims, kWide, gpu.sm) &&
+  const bool large_teams = problem.num_kv_heads >= 8 && problem.batch_size >= 4;
+  const bool enough = large_teams ? 32 * num_units >= 15 * gpu.num_sms  // 64 units of 132 SMs
+                                  : 3 * num_units >= 2 * gpu.num_sms;
+  return !problem.invariant && enough && num_units <= gpu.num_sms && exists(dims, kWide, gpu.sm) &&
          smem_of(dims, kWide, gpu.sm, true) + kReservedSmem <= gpu.smem_per_sm;
 }
 
@@ -364,7 +368,9 @@ std::array<int, 2> heights_of(int kernel) {
 // both kinds in one launch that is 1.4 us, 64 keys of a 128-row tile take 3.9, and a tile of 128
 // rows 5.3 us beside its keys; with 7 in place of 11 the decodes of a mixed batch waited for its
 // prefills (828 us, 669). A decoding tile costs 3.5 us beside its keys; with 8 in place of 10 a
-// cascade waited for its decodes (465 us, 456; one of 64 requests 100 us, 86).
+// cascade waited for its decodes (465 us, 456; one of 64 requests 100 us, 86). Beside a wide tile's
+// keys its SM has nothing else to do: with 18 in place of 10 batches of unequal lengths take 1.1%
+// less (171 of them on an H200), at best 12%.
 TileHeight tile_height(int dims, int tile_q, int sm, bool wide) {
   const int kv_tile = tile_of(dims, tile_q, sm, wide).kv_tile;
   const int per_64_keys = tile_q == 16 ? 4 : tile_q == 64 ? 8 : 11;
@@ -374,7 +380,8 @@ TileHeight tile_height(int dims, int tile_q, int sm, bool wide) {
           .kv_tile = make_divider(static_cast<uint32>(kv_tile)),
           .step_cost = step_cost,
           .steps_of_cost = make_divider(static_cast<uint32>(step_cost)),
-          .tile_cost = tile_q == 16   ? 10
+          .tile_cost = wide           ? 18
+                       : tile_q == 16 ? 10
                        : tile_q == 64 ? 14
                                       : 19,
           .min_kv_tiles = tall ? std::max(1, 512 / kv_tile) : 1};
