@@ -5,7 +5,7 @@
 
 #include "attention/addressing.cuh"
 #include "attention/assignment.cuh"
-#include "attention/tile.cuh"
+#include "attention/pipeline_step.cuh"
 
 namespace ridgeline {
 
@@ -89,21 +89,15 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
   };
   const auto start_keys = [&](const StreamPlace& place, uint32 answer, int stage) {
     if (place.steps_left > 0) {
-      Kv kv(batch, items[place.item]);
-      kv.turn_to(answer);
-      key_copies<Traits>(params, kv, key_address + stage * Traits::kKeyBytes, loader,
-                         place.first_key, items[place.item].work.kv_end)
-          .template copy_all<true>(batch.keys_are_read_once);
+      start_keys_of<Traits>(batch, items[place.item], place.first_key, answer,
+                            key_address + stage * Traits::kKeyBytes, loader);
     }
     cp_async_commit();
   };
   const auto start_values = [&](const StreamPlace& place, uint32 answer, int stage) {
     if (place.steps_left > 0) {
-      Kv kv(batch, items[place.item]);
-      kv.turn_to(answer);
-      value_copies<Traits>(params, kv, value_address + stage * Traits::kValueBytes, loader,
-                           place.first_key, items[place.item].work.kv_end)
-          .template copy_all<true>(batch.keys_are_read_once);
+      start_values_of<Traits>(batch, items[place.item], place.first_key, answer,
+                              value_address + stage * Traits::kValueBytes, loader);
     }
     cp_async_commit();
   };
@@ -189,37 +183,14 @@ __device__ __forceinline__ void attend_stream(const BatchAttentionParams& batch,
             Traits::kLoaders, step_key);
         __syncwarp();
       }
-      Logits<Traits> logits;
-      multiply_keys<Traits>(logits, query, key_address + stage * Traits::kKeyBytes,
-                            right_first_lane_offset<Traits::kKeyRowBytes>(loader), [](int) {});
-
-      float offset[Traits::kMFrags][2];
-      if (Variant::transforms_logits(params)) {
-        Variant::template logits<sizeof(logits) / sizeof(float)>(params, &logits[0][0][0]);
-      }
-      const bool moves = find_offsets<Traits>(offset, state, logits, scale);
-      if (step_key < item.seen_by_all.begin || step_key + Traits::kKeys > item.seen_by_all.end) {
-        mask_logits<Traits>(logits, params, item.request, item.work, 0, step_key);
-      }
-      if (__any_sync(0xffffffffu, moves)) move_origins<Traits>(state, logits, offset, scale);
-      Exponentials<Traits> exponentials;
-      const auto take = [&](int group, int pair) {
-        exponentials.take(group, pair, logits, offset, scale);
-      };
-#pragma unroll
-      for (int group = 0; group < Traits::kEarlyGroups; ++group) {
-#pragma unroll
-        for (int pair = 0; pair < exponentials.kPairs; ++pair) take(group, pair);
-      }
-
-      cp_async_wait<kPending>();
-      __syncwarp();
-      // The query tile's fragments are in registers.
-      if (starts_next) start_query(items[1 - current]);
-      start_keys(loads, answer, stage);
-      multiply_values<Traits>(state, exponentials, take,
-                              value_address + stage * Traits::kValueBytes,
-                              down_first_lane_offset<Traits::kValueRowBytes>(loader), [](int) {});
+      attend_step<Traits>(params, item, query, state, step_key, key_address, value_address, stage,
+                          loader, scale, [&] {
+                            cp_async_wait<kPending>();
+                            __syncwarp();
+                            // The query tile's fragments are in registers.
+                            if (starts_next) start_query(items[1 - current]);
+                            start_keys(loads, answer, stage);
+                          });
       stage = stage == kStages - 1 ? 0 : stage + 1;
       step_key += Traits::kKvTile;
     }

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "attention/assignment.cuh"
-#include "attention/tile.cuh"
+#include "attention/pipeline_step.cuh"
 
 namespace ridgeline {
 
@@ -69,21 +69,15 @@ __device__ __forceinline__ void attend_by_warps(const BatchAttentionParams& batc
     };
     const auto start_keys = [&](int step, uint32 answer, int stage) {
       if (step < num_steps) {
-        Kv kv(batch, item);
-        kv.turn_to(answer);
-        key_copies<Traits>(params, kv, key_address + stage * Traits::kKeyBytes, lane,
-                           first_key(step), work.kv_end)
-            .template copy_all<true>(batch.keys_are_read_once);
+        start_keys_of<Traits>(batch, item, first_key(step), answer,
+                              key_address + stage * Traits::kKeyBytes, lane);
       }
       cp_async_commit();
     };
     const auto start_values = [&](int step, uint32 answer, int stage) {
       if (step < num_steps) {
-        Kv kv(batch, item);
-        kv.turn_to(answer);
-        value_copies<Traits>(params, kv, value_address + stage * Traits::kValueBytes, lane,
-                             first_key(step), work.kv_end)
-            .template copy_all<true>(batch.keys_are_read_once);
+        start_values_of<Traits>(batch, item, first_key(step), answer,
+                                value_address + stage * Traits::kValueBytes, lane);
       }
       cp_async_commit();
     };
@@ -116,33 +110,12 @@ __device__ __forceinline__ void attend_by_warps(const BatchAttentionParams& batc
       start_values(step + kStages - 1, answer, previous_stage);
       answer = next_answer;
       next_answer = look_up(step + kStages + 1);
-      Logits<Traits> logits;
-      multiply_keys<Traits>(logits, query, key_address + stage * Traits::kKeyBytes,
-                            right_first_lane_offset<Traits::kKeyRowBytes>(lane), [](int) {});
-      float offset[Traits::kMFrags][2];
-      if (Variant::transforms_logits(params)) {
-        Variant::template logits<sizeof(logits) / sizeof(float)>(params, &logits[0][0][0]);
-      }
-      const bool moves = find_offsets<Traits>(offset, state, logits, scale);
-      if (step_key < item.seen_by_all.begin || step_key + Traits::kKeys > item.seen_by_all.end) {
-        mask_logits<Traits>(logits, params, item.request, work, 0, step_key);
-      }
-      if (__any_sync(0xffffffffu, moves)) move_origins<Traits>(state, logits, offset, scale);
-      Exponentials<Traits> exponentials;
-      const auto take = [&](int group, int pair) {
-        exponentials.take(group, pair, logits, offset, scale);
-      };
-#pragma unroll
-      for (int group = 0; group < Traits::kEarlyGroups; ++group) {
-#pragma unroll
-        for (int pair = 0; pair < exponentials.kPairs; ++pair) take(group, pair);
-      }
-      cp_async_wait<kPending>();
-      __syncwarp();
-      start_keys(step + kStages, answer, stage);
-      multiply_values<Traits>(state, exponentials, take,
-                              value_address + stage * Traits::kValueBytes,
-                              down_first_lane_offset<Traits::kValueRowBytes>(lane), [](int) {});
+      attend_step<Traits>(params, item, query, state, step_key, key_address, value_address, stage,
+                          lane, scale, [&] {
+                            cp_async_wait<kPending>();
+                            __syncwarp();
+                            start_keys(step + kStages, answer, stage);
+                          });
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
     cp_async_wait<0>();
