@@ -92,6 +92,30 @@ def check_records(work: torch.Tensor, q_lens: list[int], kv_lens: list[int]) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "finely"), [((8, 1), True), ((32, 32), False)])
+def test_prompts_whose_keys_fit_l2_are_sorted_finely(heads: tuple[int, int], finely: bool) -> None:
+    """Of a list by tile none sees 1.5 times as many keys as one before it; else more do."""
+    device = torch.device("cuda", 0)
+    size, length = 16, 1024
+    work = ridgeline.schedule(
+        qo_indptr=torch.arange(size + 1, dtype=torch.int32, device=device) * length,
+        kv_lens=torch.full((size,), length, dtype=torch.int32, device=device),
+        num_qo_tokens=size * length, num_qo_heads=heads[0], num_kv_heads=heads[1],
+        head_dim_qk=128, causal=True, max_q_len=length,
+    ).cpu()  # fmt: skip
+    assert int(work[BY_TILE]) == 1
+    begin = LIST_HEADER + SHARES + CUT_TILES
+    records = work[begin : begin + int(work[NUM_RECORDS]) * RECORD_WORDS].view(-1, RECORD_WORDS)
+    tiles = {(request, row) for request, row in records[:, [REQUEST, Q_ROW_BEGIN]].tolist()}
+    rows = range(0, length * heads[0] // heads[1], 128)
+    assert tiles == {(request, row) for request in range(size) for row in rows}
+    assert len(records) == len(tiles)
+    steps = (records[:, KV_END] + 63) // 64
+    fewest_before = steps.cummin(0).values[:-1]
+    assert bool((steps[1:] <= 1.5 * fewest_before + 1).all()) == finely
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("size", "kv_len", "num_records", "num_cut", "head_dim_qk"),
     [

@@ -191,6 +191,7 @@ struct ScheduleParams {
   Divider num_bundles;  // num_kv_heads / team_size
   int max_tiles;        // that the grid has CTAs for, where a list may be by tile; or 0
   int max_split;        // tiles of one head that it has CTAs to split
+  int may_sort_finely;  // a list by tile: keys and values fit the L2 cache
   Divider num_sms;
   int max_ranges;  // of records, that the grid has teams for, at least num_teams
   int few_tiles;   // KV tiles of an item before even parts, at most, for a warp to take it alone

@@ -22,7 +22,8 @@
 // where one is done: of two CTAs on an SM one is faster by a fifth.
 //
 // By tile, where no tile is too dear: whole items in four classes of cost, dearest first, each
-// twice as dear as the next. Nothing is cut, and what SMs differ in speed evens out. Where all cost
+// twice as dear as the next, or in eight, where keys that are read again in another class are in
+// the L2 cache still. Nothing is cut, and what SMs differ in speed evens out. Where all cost
 // the same, and few are left when every SM has had equally many, these are split into tiles of the
 // low height: else a few SMs would work through one more while all others wait.
 //
@@ -63,15 +64,24 @@ __device__ __forceinline__ WorkRecord record_of(const ScheduleParams<kSegments>&
   return record;
 }
 
+// A list by tile of at most so many units a team is sorted finely.
+inline constexpr int kFewRounds = 8;
+
+// Whether there are items of all fractions of the dearest one's cost, as the tiles of causal
+// prompts are, so that their mean is about half of it.
+__device__ __forceinline__ bool has_cheap_ones(int num_items, int64 total_cost, int64 most_cost) {
+  return 5 * total_cost <= 3 * most_cost * num_items;
+}
+
 // Whether whole items, dearest first, fill the GPU evenly: where none is as dear as a third of a
-// CTA's share; or as a whole one, where the items of all fractions of that cost come last, as the
-// tiles of causal prompts do, so that their mean is about half of the dearest.
+// CTA's share; or as a whole one, where cheap ones come last.
 template <int kSegments>
 __device__ __forceinline__ bool goes_by_tile(const ScheduleParams<kSegments>& params, int num_items,
                                              int64 total_cost, int64 most_cost) {
-  const bool has_cheap_ones = 5 * total_cost <= 3 * most_cost * num_items;
-  return num_items <= params.max_tiles && (has_cheap_ones ? 1 : 3) * most_cost * params.num_teams <=
-                                              total_cost * params.num_bundles.divisor;
+  return num_items <= params.max_tiles &&
+         (has_cheap_ones(num_items, total_cost, most_cost) ? 1 : 3) * most_cost *
+                 params.num_teams <=
+             total_cost * params.num_bundles.divisor;
 }
 
 // Tiles of one head, the last of a list by tile, that are split.
@@ -85,51 +95,74 @@ __device__ __forceinline__ int num_split_of(const ScheduleParams<kSegments>& par
 }
 
 // Items by class of cost, the dearest class first, and the last items of a class first: the last
-// query tiles of a causal request are the dearest.
+// query tiles of a causal request are the dearest. A class is half as dear as the one before, or,
+// `finely`, two thirds to three fourths, by what items cost for their keys alone.
 template <bool kTall, int kSegments, typename Cost>
 __device__ __forceinline__ void write_by_tile(const ScheduleParams<kSegments>& params,
                                               const Found<Cost>& found, int num_items, Cost most,
+                                              bool finely,
                                               int64 (&warp_sums)[2][schedule_threads(kTall) / 32],
                                               int turn) {
   constexpr int kThreads = schedule_threads(kTall);
-  constexpr int kClasses = 4;
-  // Counts of all classes, 16 bits each.
-  const auto one_of_class = [&](int index) -> int64 {
-    if (index >= num_items) return 0;
-    const Cost cost = found.costs[index + 1] - found.costs[index];
+  constexpr int kSums = 2, kClassesOfSum = 4;  // counts of 16 bits each
+  const ScheduleSegment& segment = params.segments[kSegments - 1];
+  const Cost apart =
+      finely ? Cost(segment.heights[segment.num_heights - 1].tile_cost) * params.num_bundles.divisor
+             : Cost(0);
+  const Cost top = most - apart;
+  const int num_sums = finely ? kSums : 1;
+  const auto class_of = [&](int index) {
+    const Cost cost = found.costs[index + 1] - found.costs[index] - apart;
     int place = 0;
 #pragma unroll
-    for (int halvings = 1; halvings < kClasses; ++halvings) place += cost <= most >> halvings;
-    return 1ll << (16 * place);
+    for (int i = 1; i < kSums * kClassesOfSum; ++i) {
+      const Cost limit = (i % 2 == 0 ? top : top - top / 4) >> (i / 2);
+      place += cost <= limit && (finely || i % 2 == 0);
+    }
+    return place;
   };
-  int64 of_classes = 0;
-  Sums<int64> sums;
+  // What an item adds to the counts of a sum's classes.
+  const auto one_of = [&](int index, int sum) -> int64 {
+    const int place = index < num_items ? class_of(index) - sum * kClassesOfSum : -1;
+    return place >= 0 && place < kClassesOfSum ? 1ll << (16 * place) : 0;
+  };
+  int64 of_classes[kSums] = {};
+  Sums<int64> sums[kSums];
 #pragma unroll 1
   for (int base = 0; base < num_items; base += kThreads) {
-    sums = exclusive_sum<kThreads>(one_of_class(base + threadIdx.x), warp_sums[turn]);
-    turn ^= 1;
-    of_classes += sums.total;
+#pragma unroll
+    for (int sum = 0; sum < kSums; ++sum) {
+      if (sum >= num_sums) break;
+      sums[sum] = exclusive_sum<kThreads>(one_of(base + threadIdx.x, sum), warp_sums[turn]);
+      turn ^= 1;
+      of_classes[sum] += sums[sum].total;
+    }
   }
   WorkRecord* records = reinterpret_cast<WorkRecord*>(params.list + params.records_at);
-  int64 before = 0;
+  int64 before[kSums] = {};
 #pragma unroll 1
   for (int base = 0; base < num_items; base += kThreads) {
     const int index = base + threadIdx.x;
-    const int64 one = one_of_class(index);
-    if (num_items > kThreads) {
-      sums = exclusive_sum<kThreads>(one, warp_sums[turn]);
-      turn ^= 1;
-    }
-    const int64 rank = before + sums.before;
-    before += sums.total;
-    if (one == 0 || base / kThreads % gridDim.x != blockIdx.x) continue;
     int end = 0;
-    int shift = -16;
-    do {
-      shift += 16;
-      end += int(of_classes >> shift) & 0xffff;
-    } while (one >> shift != 1);
-    records[end - 1 - (int(rank >> shift) & 0xffff)] = record_of<kTall>(params, found, index);
+    int place = -1;
+#pragma unroll
+    for (int sum = 0; sum < kSums; ++sum) {
+      if (sum >= num_sums) break;
+      const int64 one = one_of(index, sum);
+      if (num_items > kThreads) {
+        sums[sum] = exclusive_sum<kThreads>(one, warp_sums[turn]);
+        turn ^= 1;
+      }
+      const int64 rank = before[sum] + sums[sum].before;
+      before[sum] += sums[sum].total;
+#pragma unroll
+      for (int shift = 0; shift < 16 * kClassesOfSum; shift += 16) {
+        end += int(of_classes[sum] >> shift) & 0xffff;
+        if (one >> shift == 1) place = end - 1 - (int(rank >> shift) & 0xffff);
+      }
+    }
+    if (place < 0 || base / kThreads % gridDim.x != blockIdx.x) continue;
+    records[place] = record_of<kTall>(params, found, index);
   }
 }
 
@@ -306,7 +339,10 @@ __device__ __forceinline__ void make_list(const ScheduleParams<kSegments>& param
       header.by_tile = 1 + num_split_of(params, num_items, cost_before, most_cost);
       header.num_records = num_items;
       if (thread == 0 && blockIdx.x == 0) *reinterpret_cast<ListHeader*>(params.list) = header;
-      write_by_tile<kTall>(params, found, num_items, most_cost, smem.warp_sums, turn);
+      // Where tiles are few, the order of the last ones is much of the time.
+      const bool finely = params.may_sort_finely && num_units <= kFewRounds * params.num_teams &&
+                          has_cheap_ones(num_items, cost_before, most_cost);
+      write_by_tile<kTall>(params, found, num_items, most_cost, finely, smem.warp_sums, turn);
       return;
     }
     even = even_parts(params, found, num_items, kSegments > 1 ? most_costs[0] : 0,

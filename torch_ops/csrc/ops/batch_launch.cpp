@@ -102,6 +102,12 @@ unsigned schedule_ctas(const ListLayout& layout, const Lengths& of, const BatchP
 
 namespace {
 
+// Of a token's key and value, all heads of them.
+double bytes_of_key(const Lengths& of) {
+  return 2.0 * static_cast<double>(of.num_kv_heads) *
+         static_cast<double>(of.head_dim_qk + of.head_dim_vo);
+}
+
 void launch_schedule(const Lengths& of, const BatchProblem& problem, const BatchPlan& plan,
                      const Device& gpu, int* list, int tag) {
   static Kernel& of_low = kernel(schedule_name(false));
@@ -111,6 +117,9 @@ void launch_schedule(const Lengths& of, const BatchProblem& problem, const Batch
   ScheduleParams<1> params = schedule_params<1>(of, plan, layout, problem.batch_size, list, tag);
   params.segments[0] =
       schedule_segment(of, problem, plan.dims, plan.low, plan.high, gpu.sm, plan.wide);
+  // As far as is known of them without the lengths: as many keys as queries.
+  params.may_sort_finely =
+      static_cast<double>(problem.num_tokens) * bytes_of_key(of) <= gpu.l2_bytes;
   const bool tall = plan.high > 16;
   launch(tall ? of_tall : of_low, gpu,
          {.grid_x = schedule_ctas(layout, of, plan),
@@ -164,9 +173,7 @@ Kernel& combine_kernel(bool bf16) {
 // the page table than pages, as there are where many requests share theirs.
 bool are_keys_read_once(const Lengths& of, const BatchProblem& problem, const Cache& cache,
                         const Device& gpu) {
-  const double key_bytes = 2.0 * static_cast<double>(of.num_kv_heads) *
-                           static_cast<double>(of.head_dim_qk + of.head_dim_vo);
-  return static_cast<double>(problem.max_keys) * key_bytes > gpu.l2_bytes &&
+  return static_cast<double>(problem.max_keys) * bytes_of_key(of) > gpu.l2_bytes &&
          problem.max_keys <= cache.outer * cache.tokens;
 }
 

@@ -73,6 +73,7 @@ ScheduleParams<kSegments> schedule_params(const Lengths& of, const BatchPlan& pl
           .num_bundles = make_divider(static_cast<uint32>(num_bundles)),
           .max_tiles = plan.max_tiles,
           .max_split = kSegments == 1 ? plan.max_split : 0,
+          .may_sort_finely = 0,
           .num_sms = make_divider(static_cast<uint32>(plan.num_sms)),
           .max_ranges = plan.max_ranges,
           .few_tiles = plan.few_tiles,
