@@ -72,7 +72,7 @@ constexpr int kReservedSmem = 1024;
 // Whether most SMs have one request's KV head, or half of them where these come in larger teams,
 // and none has two. On an H200 16 requests with 8 KV heads took, by wide tiles and by others, 22.3
 // and 23.9 us with 1,024 keys each, 66.6 and 68.7 with 4,096, 8 requests of 512 14.0 and 15.4; but
-// two of 1,024 13.2 and 12.3, and 64 of 1 to 2,048 with one KV head 22.6 and 21.1: where many CTAs
+// two of 1,024 13.2 and 12.3, and 64 of 1 to 2,048 with one KV head 19.8 and 18.5: where many CTAs
 // share a request, more and smaller ones do that sooner. Why not with batch_invariant: a request's
 // bits must not depend on how many others there are. Why the memory of a variant that rotates: a
 // list is made without knowing of it.
